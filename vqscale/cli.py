@@ -1,0 +1,95 @@
+"""`vqscale <stage> <config.yaml> [key=value …]`: words -> one stage's `main(config)` -> an exit code.
+
+Exit codes of the bare program: 0 done, 1 error (one line on stderr), 75 saved and has more to do.
+"""
+
+import argparse
+import importlib
+import logging
+import sys
+import traceback
+from collections.abc import Sequence
+
+from vqscale import __version__, config, runtime
+
+# Each stage module holds `Config` and `main`; the words are its line in the help.
+STAGES = {
+    "pack": "a folder of images -> image shards",
+    "index": "WebDataset tars that others wrote -> an indexed data set",
+    "train_vqvae": "image shards -> a VQ-VAE-2",
+    "extract_codes": "image shards + VQ-VAE-2 -> code shards",
+    "train_prior": "code shards -> a class-conditional prior of one level",
+    "sample": "VQ-VAE-2 + priors -> sample shards",
+    "evaluate": "samples, reconstructions, codes -> scores.json and report.html",
+}
+EXIT_UNFINISHED = 75
+
+
+def _parser() -> argparse.ArgumentParser:
+    stages = "\n".join(f"  {name:<16} {line}" for name, line in STAGES.items())
+    parser = argparse.ArgumentParser(
+        prog="vqscale",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Distributed, large-scale training of VQ-VAE-2 and its PixelCNN priors.",
+        epilog=f"stages:\n{stages}\n\n`vqscale STAGE --help` lists a stage's keys. Every stage resumes by running the "
+        "same command again.",
+    )
+    parser.add_argument("stage", metavar="STAGE")
+    parser.add_argument("words", nargs="*", metavar="CONFIG [key=value ...]")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved config, sizes and steps, then stop")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser.add_argument("--version", action="version", version=f"vqscale {__version__}")
+    return parser
+
+
+def _stage_help(stage: str) -> str:
+    module = importlib.import_module(f"vqscale.stages.{stage}")
+    keys = "\n".join(config.help_lines(module.Config))
+    return f"vqscale {stage} CONFIG [key=value ...]\n\n{STAGES[stage]}\n\nkeys and defaults:\n{keys}"
+
+
+def _stage_module(stage: str):
+    if stage not in STAGES:
+        raise ValueError(f"there is no stage {stage!r}; the stages are {', '.join(STAGES)}")
+    return importlib.import_module(f"vqscale.stages.{stage}")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one command; returns the exit code."""
+    if len(argv) > 1 and argv[0] in STAGES and argv[1] in ("-h", "--help"):
+        print(_stage_help(argv[0]))
+        return 0
+    arguments = _parser().parse_intermixed_args(argv)
+    try:
+        stage = _stage_module(arguments.stage)
+        if not arguments.words:
+            raise ValueError(f"{arguments.stage} needs a config file: vqscale {arguments.stage} CONFIG [key=value ...]")
+        path, *overrides = arguments.words
+        stage_config = config.load(stage.Config, path, overrides)
+        if arguments.dry_run:
+            print(runtime.dry_run(stage_config, getattr(stage, "plan", None)))
+        else:
+            stage.main(stage_config)
+    except runtime.Stopped as stopped:
+        logging.getLogger("vqscale").info("stopped: %s; run the same command again to go on", stopped)
+        return 0 if runtime.under_launcher() else EXIT_UNFINISHED
+    except Exception as error:
+        _report(error, arguments.debug)
+        return 1
+    return 0
+
+
+def _report(error: Exception, debug: bool) -> None:
+    expected = isinstance(error, (ValueError, OSError))
+    logging.getLogger("vqscale").debug("%s", traceback.format_exc())
+    if debug:
+        traceback.print_exc()
+    if runtime.is_first_rank() or not expected:
+        kind = "" if expected else f"{type(error).__name__}: "
+        hint = "" if debug or expected else " (again with --debug for the traceback)"
+        print(f"vqscale: error: {kind}{' '.join(str(error).split())}{hint}", file=sys.stderr)
+
+
+def entry() -> None:
+    """The `vqscale` command."""
+    runtime.leave(main(sys.argv[1:]))

@@ -1,0 +1,42 @@
+"""What ranks learn of each other once per step, one step late, without making training wait."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vqscale.topology import Topology
+
+BAD_KINDS = ("decode", "io", "crc")  # the loader's flags 1, 2, 3; 0 = a good sample
+
+
+def count_bad(flags: Tensor) -> Tensor:
+    """Unreadable samples of one micro-batch by kind: flags uint8 [b] -> int64 [len(BAD_KINDS)]."""
+    return torch.bincount(flags.to(torch.int64), minlength=len(BAD_KINDS) + 1)[1:]
+
+
+class Agreement:
+    """Stop requests and unreadable samples, summed over ranks on the control group."""
+
+    def __init__(self, place: Topology):
+        self._place = place
+        self._pending: Any = None
+        self._values = torch.zeros(1 + len(BAD_KINDS), dtype=torch.int64)
+
+    def exchange(self, stop: bool, bad: Tensor) -> tuple[bool, dict[str, int]]:
+        """Post this step's values; returns the previous step's, the same on all ranks."""
+        previous = self.collect()
+        self._values = torch.cat([torch.tensor([int(stop)]), bad])
+        if self._place.world_size > 1:
+            self._pending = dist.all_reduce(self._values, group=self._place.control, async_op=True)
+        return previous
+
+    def collect(self) -> tuple[bool, dict[str, int]]:
+        """Wait for what was posted; afterwards nothing is pending."""
+        if self._pending is not None:
+            self._pending.wait()
+            self._pending = None
+        stop, *bad = self._values.tolist()
+        self._values = torch.zeros_like(self._values)
+        return bool(stop), {kind: count for kind, count in zip(BAD_KINDS, bad, strict=True) if count}

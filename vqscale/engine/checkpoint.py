@@ -1,0 +1,216 @@
+"""Checkpoints: named tensors and a JSON state <-> one committed, verified folder per save.
+
+`<folder>/<images seen, 12 digits>/` holds safetensors shards written by torch's distributed checkpoint (any sharding
+reads any other), state.json, and manifest.json, written last, with the sha256 and size of every other file.  A folder
+without a manifest that verifies is not a checkpoint.  Nothing in it can run code.
+"""
+
+import concurrent.futures
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+
+from vqscale.topology import GROUP_TIMEOUT, Topology
+
+log = logging.getLogger("vqscale")
+FORMAT = 1
+_NAME = re.compile(r"\d{12}")
+_TEMPORARY = ".saving-"
+
+
+class Checkpointer:
+    """Saves in the background, one save in flight, and finds the newest checkpoint that verifies."""
+
+    def __init__(self, folder: Path, place: Topology, *, keep: int):
+        self.folder = folder
+        self._place = place
+        self._keep = max(1, keep)
+        # The save's collectives run beside training's: they need a group of their own.
+        self._group = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
+        self._written: Any = None
+        self._committed: concurrent.futures.Future[None] | None = None
+        self._committer = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="commit")
+        if place.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            for stale in folder.glob(f"{_TEMPORARY}*"):
+                shutil.rmtree(stale, ignore_errors=True)
+        place.barrier()
+
+    def save(self, images_seen: int, tensors: dict[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Stage the tensors and return; writing and committing go on in the background. Called by all ranks."""
+        self.wait()
+        final = self.folder / f"{images_seen:012d}"
+        if self._place.gather(final.exists())[0]:
+            return
+        temporary = self.folder / f"{_TEMPORARY}{final.name}"
+        if self._place.is_main:
+            temporary.mkdir()
+        self._place.barrier()
+        writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
+        self._written = dcp.async_save(tensors, storage_writer=writer, process_group=self._group)
+        if self._place.is_main:
+            described = {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()}
+            whole = {"format": FORMAT, "images_seen": images_seen, "tensors": described, **state}
+            self._committed = self._committer.submit(self._commit, self._written, temporary, final, whole)
+
+    def _commit(self, written: Any, temporary: Path, final: Path, state: dict[str, Any]) -> None:
+        written.result()
+        (temporary / "state.json").write_text(json.dumps(state, indent=1) + "\n")
+        files = {p.name: {"sha256": _sha256(p), "bytes": p.stat().st_size} for p in sorted(temporary.iterdir())}
+        (temporary / "manifest.json").write_text(json.dumps({"format": FORMAT, "files": files}, indent=1) + "\n")
+        for path in temporary.iterdir():
+            _fsync(path)
+        _fsync(temporary)
+        os.rename(temporary, final)
+        _fsync(self.folder)
+        for old in _committed_folders(self.folder)[self._keep :]:
+            shutil.rmtree(old)
+
+    def wait(self) -> None:
+        """Until the save in flight is committed. Raises OSError on all ranks if it failed on any; called by all."""
+        failure = ""
+        if self._written is not None:
+            try:
+                self._written.result()
+                if self._committed is not None:
+                    self._committed.result()
+            except BaseException as error:  # DCP's CheckpointException derives from BaseException
+                failure = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+                if isinstance(error, KeyboardInterrupt):
+                    raise
+        if self._place.gather(self._written is not None)[0]:
+            failures = [text for text in self._place.gather(failure) if text]
+            if failures:
+                raise OSError(f"a checkpoint could not be written to {self.folder}: {failures[0]}")
+        self._written = self._committed = None
+
+    def latest(self) -> "Checkpoint | None":
+        """The newest checkpoint that verifies, the same on all ranks; damaged ones are set aside and named.
+
+        Raises ValueError when there are checkpoints and none of them verifies.
+        """
+        found: tuple[str | None, str] = (None, "")
+        if self._place.is_main:
+            try:
+                checkpoint = find_latest(self.folder)
+                found = (str(checkpoint.folder) if checkpoint else None, "")
+            except ValueError as error:
+                found = (None, str(error))
+        path, failure = self._place.gather(found)[0]
+        if failure:
+            raise ValueError(failure)
+        return Checkpoint(Path(path)) if path else None
+
+
+class Checkpoint:
+    """One committed folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.state: dict[str, Any] = json.loads((folder / "state.json").read_text())
+        if self.state.get("format") != FORMAT:
+            raise ValueError(f"{folder}: checkpoint format {self.state.get('format')}, this program reads {FORMAT}")
+
+    @property
+    def images_seen(self) -> int:
+        return int(self.state["images_seen"])
+
+    def load_into(self, tensors: dict[str, Tensor]) -> None:
+        """Fill the tensors (plain or sharded) in place. Raises ValueError naming the first that does not fit."""
+        self._check(tensors)
+        with torch.no_grad():
+            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(self.folder)))
+
+    def read(self, prefix: str) -> dict[str, Tensor]:
+        """All tensors whose names begin with `prefix`, whole, on the CPU, without the prefix."""
+        wanted = {
+            name: torch.empty(shape, dtype=getattr(torch, dtype))
+            for name, (dtype, shape) in self.state["tensors"].items()
+            if name.startswith(prefix)
+        }
+        if wanted:
+            dcp.load(wanted, storage_reader=HuggingFaceStorageReader(str(self.folder)))
+        return {name.removeprefix(prefix): tensor for name, tensor in wanted.items()}
+
+    def _check(self, tensors: Mapping[str, Tensor]) -> None:
+        saved = self.state["tensors"]
+        for name in sorted(saved.keys() ^ tensors.keys()):
+            holder = "the checkpoint" if name in saved else "this run"
+            raise ValueError(f"{self.folder}: only {holder} has the tensor {name}: it is of another model or config")
+        for name, tensor in tensors.items():
+            have = [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
+            if saved[name] != have:
+                raise ValueError(f"{self.folder}: {name} is {saved[name]} in the checkpoint and {have} in this run")
+
+
+def find_latest(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint in `folder` that verifies; damaged ones are renamed to `damaged-…`, with a loud message."""
+    damaged = []
+    for candidate in _committed_folders(folder):
+        if not (problem := verify(candidate)):
+            return Checkpoint(candidate)
+        aside = candidate.with_name(f"damaged-{candidate.name}-{int(time.time())}")
+        log.error("CHECKPOINT %s IS DAMAGED (%s): set aside as %s", candidate, problem, aside.name)
+        os.rename(candidate, aside)
+        damaged.append(candidate.name)
+    earlier = sorted(path.name for path in folder.glob("damaged-*")) if folder.is_dir() else []
+    if damaged or earlier:
+        raise ValueError(
+            f"{folder}: every checkpoint is damaged ({', '.join(damaged or earlier)}); not starting again from zero: "
+            "take the damaged-* folders away if that is what you want"
+        )
+    return None
+
+
+def verify(folder: Path) -> str:
+    """What is wrong with a checkpoint folder, or "" if every file is as its manifest says."""
+    try:
+        files = json.loads((folder / "manifest.json").read_text())["files"]
+        present = {path.name for path in folder.iterdir()} - {"manifest.json"}
+        if present != files.keys():
+            return f"files differ from the manifest: {', '.join(sorted(present ^ files.keys()))}"
+        for name, entry in files.items():
+            path = folder / name
+            if path.stat().st_size != entry["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
+            if _sha256(path) != entry["sha256"]:
+                return f"{name} does not have the sha256 of the manifest"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"manifest.json: {type(error).__name__}: {error}"
+    return ""
+
+
+def _committed_folders(folder: Path) -> list[Path]:
+    """Newest first."""
+    if not folder.is_dir():
+        return []
+    return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), reverse=True)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,242 @@
+"""fit: one training loop for every model, data set and strategy.
+
+In: an engine, a loader, a step function.  Out: a trained model in checkpoints, metrics.jsonl, and a run that continues
+bit for bit when the same command runs again.  The clock is images seen.
+"""
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from vqscale.config import StageConfig, fingerprint
+from vqscale.engine.agreement import Agreement, count_bad
+from vqscale.engine.checkpoint import Checkpointer
+from vqscale.engine.ema import WeightEMA
+from vqscale.engine.metrics import Metrics, drop_lines_beyond
+from vqscale.engine.optim import learning_rate_at
+from vqscale.engine.parallel import Engine
+from vqscale.runtime import Run
+
+log = logging.getLogger("vqscale")
+Batch = dict[str, Tensor]
+StepFn = Callable[[Any, Batch], tuple[Tensor, Mapping[str, Tensor]]]
+AfterStep = Callable[[bool, float, int], Mapping[str, Tensor]]  # (applied, learning rate, images seen) -> metrics
+
+
+@dataclass(frozen=True)
+class FitConfig(StageConfig):
+    """What every trainer has. Every `…_every` and `total_images` counts images; 0 turns a cadence off."""
+
+    total_images: int = 100_000  # train until this many images were seen
+    global_batch: int = 64  # images per optimizer step, over all ranks
+    micro_batch: int = 0  # the most images a rank holds at once; 0 = no limit
+    precision: str = "fp32"  # fp32 | bf16 (autocast, fp32 weights) | fp64 (debugging)
+    learning_rate: float = 3e-4  # peak
+    warmup_images: int = 0  # linear warm-up
+    schedule: str = "constant"  # constant | cosine
+    final_learning_rate: float = 0.0  # end of the cosine, as a share of the peak
+    beta1: float = 0.9  # AdamW
+    beta2: float = 0.999  # AdamW
+    weight_decay: float = 0.0  # AdamW, on matrices and kernels only
+    max_norm: float = 1.0  # clip the global gradient norm; 0 = off
+    ema_halflife: int = 0  # half-life of the weight EMA in images; 0 = no EMA
+    ema_rampup: float = 0.05  # the half-life is at most this share of images seen
+    compile: bool = False  # torch.compile the model's units
+    max_skipped_steps: int = 10  # end the run after this many steps in a row without a finite gradient
+    log_every: int = 6_400  # metrics.jsonl and trackers
+    save_every: int = 64_000  # checkpoints
+    evaluate_every: int = 0  # held-out evaluation
+    keep_checkpoints: int = 2  # the newest ones; older are removed once a newer one is committed
+    workers: int = 1  # loader processes per rank
+    shuffle_window: int = 64  # shards that are mixed at a time
+    max_bad_fraction: float = 0.01  # unreadable samples tolerated, as a share of those consumed
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])  # names that accelerate knows
+
+
+class Loader(Protocol):
+    """An endless stream of equal micro-batches whose place is one integer."""
+
+    micro_batches_per_step: int
+
+    def __iter__(self) -> Iterator[Batch]: ...
+    def advance(self) -> None: ...
+    def count_bad(self, counts: Mapping[str, int]) -> None: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Evaluator(Protocol):
+    """Held-out figures at a cadence; `run` is called on all ranks, with the plain model in eval mode."""
+
+    every: int
+
+    def run(self, model: nn.Module, images_seen: int) -> Iterable[tuple[str, float]]: ...
+
+
+def fit(
+    engine: Engine,
+    loader: Loader,
+    step_fn: StepFn,
+    *,
+    config: FitConfig,
+    run: Run,
+    after_step: AfterStep | None = None,
+    evaluators: Sequence[Evaluator] = (),
+) -> None:
+    """Train until `config.total_images`, from the newest checkpoint of `run.run_dir` if there is one.
+
+    `step_fn(model, batch) -> (loss, metrics)`: means over the micro-batch, as tensors. `after_step(applied,
+    learning_rate, images_seen) -> metrics`: called on all ranks after every optimizer step.
+    Raises runtime.Stopped after saving when the run was asked to stop; ValueError when a checkpoint does not fit or too
+    many steps in a row had no finite gradient.
+    """
+    place, batch_size, accumulation = run.topology, config.global_batch, loader.micro_batches_per_step
+    ema = None
+    if config.ema_halflife:
+        ema = WeightEMA(engine.local_weights(), halflife=config.ema_halflife, rampup=config.ema_rampup)
+    checkpoints = Checkpointer(run.run_dir / "checkpoints", place, keep=config.keep_checkpoints)
+    seen = skipped = skipped_in_a_row = 0
+    if latest := checkpoints.latest():
+        latest.load_into(_tensors(engine, ema))
+        loader.load_state_dict(latest.state["data"])
+        engine.load_counters(latest.state["engine"])
+        seen, skipped = latest.images_seen, latest.state["skipped_steps"]
+        verb = "resuming at" if seen < config.total_images else "nothing left to do: already trained on"
+        log.info("%s %s of %s images", verb, f"{seen:,}", f"{config.total_images:,}")
+    run.images_seen = resumed_from = seen
+    run.describe(resumed_from=seen, precision=config.precision, bytes_per_rank=_bytes_per_rank(engine, run))
+    if place.is_main:
+        drop_lines_beyond(run.run_dir / "metrics.jsonl", seen)
+    metrics = Metrics(run.run_dir / "metrics.jsonl", place, run.start_trackers(config.trackers, seen))
+    agreement, clock, stop = Agreement(place), _Clock(), False
+    batches = _on_device(iter(loader), place.device) if seen < config.total_images else iter(())
+    bar = tqdm(total=config.total_images, initial=seen, unit="img", disable=not place.is_main, desc=run.stage)
+
+    while seen < config.total_images and not stop:
+        engine.module.train()
+        bad = torch.zeros(len(count_bad(torch.zeros(0))), dtype=torch.int64)
+        for index in range(accumulation):
+            with clock.waiting_for_data():
+                batch = next(batches)
+            bad += count_bad(batch["bad"].cpu())
+            engine.begin(last=index == accumulation - 1)
+            with engine.autocast():
+                loss, values = step_fn(engine.model, batch)
+            engine.backward(loss)
+            metrics.add({"loss": loss, **values}, parts=accumulation)
+        learning_rate = _learning_rate(config, seen)
+        applied, norm = engine.step(learning_rate, config.max_norm)
+        seen = run.images_seen = seen + batch_size
+        skipped, skipped_in_a_row = (skipped, 0) if applied else (skipped + 1, skipped_in_a_row + 1)
+        metrics.add({"gradient_norm": norm, **(after_step(applied, learning_rate, seen) if after_step else {})})
+        if applied and ema:
+            ema.update(seen, batch_size)
+        loader.advance()
+        stop, counted = agreement.exchange(bool(run.stop_requested()), bad)
+        loader.count_bad(counted)
+        clock.count_step(batch_size)
+        bar.update(batch_size)
+
+        at_end = seen >= config.total_images
+        saving = at_end or stop or _due(config.save_every, seen, batch_size)
+        evaluating = [e for e in evaluators if e.every and (at_end or _due(e.every, seen, batch_size))]
+        if saving or evaluating or _due(config.log_every, seen, batch_size):
+            line = metrics.flush(seen, clock.steps, {"learning_rate": learning_rate, **clock.take()})
+            bar.set_postfix(loss=f"{line['loss']:.4f}")
+            run.write_status("running")
+        if skipped_in_a_row >= config.max_skipped_steps:
+            raise ValueError(f"{skipped_in_a_row} steps in a row had no finite gradient, the last at {seen} images")
+        if evaluating:
+            metrics.write(seen, _evaluate(engine, ema, evaluating, seen))
+        if saving:
+            late, counted = agreement.collect()
+            stop = stop or late
+            loader.count_bad(counted)
+            state = {"data": loader.state_dict(), "engine": engine.counters(), "skipped_steps": skipped}
+            state |= {"world_size": place.world_size, "strategy": place.strategy, "config": fingerprint(config)}
+            checkpoints.save(seen, _tensors(engine, ema), state)
+    bar.close()
+    checkpoints.wait()
+    if seen < config.total_images:
+        run.stop(f"asked to, after {seen - resumed_from:,} images, at {seen:,} of {config.total_images:,}")
+
+
+def _tensors(engine: Engine, ema: WeightEMA | None) -> dict[str, Tensor]:
+    averages = engine.like_weights(ema.averages) if ema else {}
+    return engine.tensors() | {f"ema.{name}": value for name, value in averages.items()}
+
+
+def _learning_rate(config: FitConfig, seen: int) -> float:
+    return learning_rate_at(
+        seen,
+        peak=config.learning_rate,
+        warmup=config.warmup_images,
+        schedule=config.schedule,
+        total=config.total_images,
+        final=config.final_learning_rate,
+    )
+
+
+def _due(every: int, seen: int, batch_size: int) -> bool:
+    """Whether a multiple of `every` lies in the step that ended at `seen`."""
+    return every > 0 and seen // every > (seen - batch_size) // every
+
+
+def _evaluate(engine: Engine, ema: WeightEMA | None, evaluators: Sequence[Evaluator], seen: int) -> dict[str, float]:
+    engine.module.eval()
+    with ema.swapped_in() if ema else contextlib.nullcontext(), engine.autocast(), torch.no_grad():
+        return {name: value for evaluator in evaluators for name, value in evaluator.run(engine.module, seen)}
+
+
+def _bytes_per_rank(engine: Engine, run: Run) -> dict[str, list[int]]:
+    held = run.topology.gather(engine.bytes_here())
+    return {what: [rank[what] for rank in held] for what in held[0]}
+
+
+def _on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """The batches on `device`; on a GPU the next one is copied while this one is worked on."""
+    if device.type == "cpu":
+        yield from batches
+        return
+    ahead: Batch | None = None
+    for batch in batches:
+        moved = {name: value.to(device, non_blocking=True) for name, value in batch.items() if name != "bad"}
+        moved["bad"] = batch["bad"]
+        if ahead is not None:
+            yield ahead
+        ahead = moved
+
+
+class _Clock:
+    """Images per second, and the share of time spent waiting for data, since the last `take`."""
+
+    def __init__(self) -> None:
+        self._restart()
+
+    def _restart(self) -> None:
+        self._since, self._waited, self._images, self.steps = time.perf_counter(), 0.0, 0, 0
+
+    @contextlib.contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
+
+    def count_step(self, images: int) -> None:
+        self._images += images
+        self.steps += 1
+
+    def take(self) -> dict[str, float]:
+        seconds = time.perf_counter() - self._since
+        figures = {"images_per_second": self._images / seconds, "data_wait_fraction": self._waited / seconds}
+        if torch.cuda.is_available():
+            figures["peak_gpu_bytes"] = float(torch.cuda.max_memory_allocated())
+        self._restart()
+        return figures

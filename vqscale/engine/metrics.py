@@ -1,0 +1,71 @@
+"""Metrics: tensors until flush, then one line of metrics.jsonl, then trackers.
+
+In: tensors by name, added every step without host synchronisation.  Out: means over the steps since the last flush
+and over all ranks.
+"""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vqscale.topology import Topology
+
+
+class Metrics:
+    """Accumulates on every rank; rank 0 writes."""
+
+    def __init__(self, path: Path, place: Topology, track: Callable[[dict[str, float], int], None]):
+        self.path = path
+        self._place = place
+        self._track = track
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, values: Mapping[str, Tensor], parts: int = 1) -> None:
+        """Add one step's values, or one of its `parts` micro-batches'."""
+        for name, value in values.items():
+            share = value.detach().to(torch.float64 if value.device.type == "cpu" else torch.float32) / parts
+            self._sums[name] = self._sums[name] + share if name in self._sums else share
+            self._counts[name] = self._counts.get(name, 0) + 1
+        self._parts = parts
+
+    def flush(self, images_seen: int, steps: int, host_values: Mapping[str, float]) -> dict[str, float]:
+        """Means over `steps` steps and all ranks, written with `host_values` (already global) as one line."""
+        line: dict[str, float] = {}
+        if self._sums:
+            names = sorted(self._sums)
+            sums = self._place.all_reduce_(torch.stack([self._sums[name].reshape(()) for name in names]))
+            means = (sums / (self._place.world_size * max(1, steps))).tolist()
+            line = dict(zip(names, means, strict=True))
+        self._sums, self._counts = {}, {}
+        line.update(host_values)
+        self.write(images_seen, line)
+        return line
+
+    def write(self, images_seen: int, values: Mapping[str, float]) -> None:
+        """One line of metrics.jsonl and the trackers; a full log disk must not stop the run."""
+        if not self._place.is_main:
+            return
+        with open(self.path, "a") as file:
+            file.write(json.dumps({"images_seen": images_seen, **values}) + "\n")
+        self._track(dict(values), images_seen)
+
+
+def drop_lines_beyond(path: Path, images_seen: int) -> None:
+    """Keep the lines up to `images_seen`, so that the file stays monotone after a resume. A torn last line goes too."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["images_seen"] <= images_seen:
+                kept.append(line + "\n")
+        except (ValueError, KeyError):
+            continue
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(kept))
+    os.replace(temporary, path)

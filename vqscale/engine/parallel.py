@@ -1,0 +1,167 @@
+"""Plain model -> trained model: compile -> shard (DDP / FSDP2 / HSDP), and the torch engine around it.
+
+Activation checkpointing happens inside the blocks' own forward, so it comes first by construction.  Compilation and
+sharding act on the units that the model names in `wrap_units()`; the quantizer is in none of them.
+"""
+
+import contextlib
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from vqscale.engine.optim import build_adamw, moments, set_learning_rate
+from vqscale.topology import Topology
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}  # of parameters and inputs
+
+
+class Engine(Protocol):
+    """What `fit` asks of a strategy. `module` is the plain model, `model` what a training step calls."""
+
+    module: nn.Module
+    model: Any
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]: ...
+    def begin(self, last: bool) -> None: ...
+    def backward(self, loss: Tensor) -> None: ...
+    def step(self, learning_rate: float, max_norm: float) -> tuple[bool, Tensor]: ...
+    def local_weights(self) -> dict[str, Tensor]: ...
+    def tensors(self) -> dict[str, Tensor]: ...
+    def like_weights(self, local: dict[str, Tensor]) -> dict[str, Tensor]: ...
+    def counters(self) -> dict[str, Any]: ...
+    def load_counters(self, counters: dict[str, Any]) -> None: ...
+    def bytes_here(self) -> dict[str, int]: ...
+
+
+class TorchEngine:
+    """single, DDP, FSDP2 and HSDP: one optimizer over the (possibly sharded) parameters."""
+
+    def __init__(
+        self, module: nn.Module, place: Topology, *, precision: str, accumulation: int, optimizer: dict[str, Any]
+    ):
+        """`module`: initialised, on the CPU or the rank's device, the same values on every rank.
+
+        Raises ValueError for an unknown precision.
+        """
+        if precision not in DTYPES:
+            raise ValueError(f"precision={precision}: choose {', '.join(DTYPES)}")
+        self._place = place
+        self._precision = precision
+        self._accumulation = accumulation
+        self.module = module.to(device=place.device, dtype=DTYPES[precision] if precision == "fp64" else None)
+        self.model = _shard(self.module, place)
+        self._names = {parameter: name for name, parameter in self.module.named_parameters()}
+        self._optimizer = build_adamw(self._names, **optimizer)
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """bf16 arithmetic over fp32 parameters, or nothing."""
+        return torch.autocast(self._place.device.type, torch.bfloat16, enabled=self._precision == "bf16")
+
+    def begin(self, last: bool) -> None:
+        """Before each micro-batch's forward: gradients are reduced over ranks after the last one only."""
+        if isinstance(self.model, DistributedDataParallel):
+            self.model.require_backward_grad_sync = last
+        elif isinstance(self.model, FSDPModule):
+            self.model.set_requires_gradient_sync(last)
+            self.model.set_is_last_backward(last)
+
+    def backward(self, loss: Tensor) -> None:
+        """`loss`: the mean over this micro-batch, undivided."""
+        (loss / self._accumulation).backward()
+
+    def step(self, learning_rate: float, max_norm: float) -> tuple[bool, Tensor]:
+        """Clip, check and apply. Returns (applied, global gradient norm before clipping).
+
+        The norm is reduced over all ranks, so that a gradient that is not finite on one of them skips the step on all.
+        This is the step's one host read.
+        """
+        limit = max_norm if max_norm > 0 else float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(list(self._names), limit)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        applied = bool(torch.isfinite(norm))
+        if applied:
+            set_learning_rate(self._optimizer, learning_rate)
+            self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return applied, norm
+
+    def local_weights(self) -> dict[str, Tensor]:
+        """This rank's part of every trained parameter, by name; views, not copies."""
+        return {name: _local(parameter.detach()) for parameter, name in self._names.items()}
+
+    def like_weights(self, local: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Local parts laid out as `local_weights`, as tensors that a checkpoint can reshard; views, not copies."""
+        return {name: _as_sharded(local[name], parameter) for parameter, name in self._names.items()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameters, persistent buffers and optimizer moments under the model's own names."""
+        weights = {f"model.{name}": value.detach() for name, value in self.module.state_dict().items()}
+        return weights | {f"optimizer.{key}": value for key, value in moments(self._optimizer, self._names).items()}
+
+    def counters(self) -> dict[str, Any]:
+        """Adam's step count, the same for every parameter."""
+        return {"optimizer_steps": int(next(iter(self._optimizer.state.values()))["step"])}
+
+    def load_counters(self, counters: dict[str, Any]) -> None:
+        for state in self._optimizer.state.values():
+            state["step"].fill_(counters["optimizer_steps"])
+
+    def bytes_here(self) -> dict[str, int]:
+        """Bytes this rank holds between steps."""
+        adam = [_local(moment) for moment in moments(self._optimizer, self._names).values()]
+        held = {"parameters": list(self.local_weights().values()), "optimizer": adam}
+        return {what: sum(t.numel() * t.element_size() for t in tensors) for what, tensors in held.items()}
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _as_sharded(local: Tensor, like: Tensor) -> Tensor:
+    if not isinstance(like, DTensor):
+        return local
+    return DTensor.from_local(local, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
+
+
+def _shard(module: nn.Module, place: Topology) -> Any:
+    if place.strategy == "single":
+        return module
+    if place.strategy == "ddp":
+        on_gpu = [place.local_rank] if place.device.type == "cuda" else None
+        return DistributedDataParallel(module, device_ids=on_gpu, broadcast_buffers=False, gradient_as_bucket_view=True)
+    mesh = _mesh(place)
+    for unit in module.wrap_units():  # type: ignore[operator]
+        fully_shard(unit, mesh=mesh)
+    fully_shard(module, mesh=mesh)
+    for method in getattr(module, "public_methods", ()):
+        register_fsdp_forward_method(module, method)
+    return module
+
+
+def _mesh(place: Topology) -> DeviceMesh:
+    """All ranks for fsdp; for hsdp, shards within a node (half the ranks on one node), replicas across."""
+    kind = place.device.type
+    if place.strategy == "fsdp":
+        return init_device_mesh(kind, (place.world_size,), mesh_dim_names=("shard",))
+    shard = place.local_world_size if place.nodes > 1 else place.world_size // 2
+    return init_device_mesh(kind, (place.world_size // shard, shard), mesh_dim_names=("replicate", "shard"))
+
+
+def compile_units(module: nn.Module) -> None:
+    """torch.compile on each of the model's units, in place; names stay as they are."""
+    for unit in module.wrap_units():  # type: ignore[operator]
+        unit.compile()
+
+
+def assert_same_everywhere(values: dict[str, Tensor], place: Topology) -> None:
+    """Every rank holds bit-identical values; raises RuntimeError naming the first that differs."""
+    for name, value in values.items():
+        first = place.broadcast_(value.detach().clone())
+        differs = (first != value).any().to(torch.int64).reshape(1)
+        if int(place.all_reduce_(differs)):
+            raise RuntimeError(f"{name} differs between ranks")

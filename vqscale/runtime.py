@@ -1,0 +1,327 @@
+"""One run of one stage: its folder, status, log, lock, stop requests and trackers.
+
+In: a stage's config.  Out: `Run`, inside `with runtime.run(config, stage) as run`, and on disk the run directory's
+config.yaml, command.json, status.json and log/<rank>.log.  The only importer of accelerate.
+"""
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import platform
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vqscale import config as configs
+from vqscale import topology
+from vqscale.config import StageConfig
+from vqscale.topology import Topology, is_first_rank, under_launcher
+
+__all__ = ["Run", "Stopped", "Topology", "dry_run", "is_first_rank", "leave", "run", "under_launcher", "write_json"]
+
+log = logging.getLogger("vqscale")
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+_VERSIONS_OF = ("vqscale", "torch", "torchvision", "deepspeed", "accelerate", "webdataset", "numpy")
+
+
+class Stopped(Exception):
+    """The run saved its place and ended early because it was asked to."""
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Atomically: a reader sees the old file or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+class Run:
+    """A stage's run directory and this process's place in the run.
+
+    `was_done`: an earlier run of the same config finished here. `resumed`: there was an earlier run.
+    """
+
+    def __init__(self, config: StageConfig, stage: str, place: Topology):
+        self.config = config
+        self.stage = stage
+        self.topology = place
+        self.run_dir = Path(config.run_dir)
+        self.images_seen = 0
+        self._stop_reason = ""
+        self._stop_file_checked = 0.0
+        self._lock: Any = None
+        self._facts: dict[str, Any] = {}
+        self.was_done = False
+        self.resumed = False
+
+    # --- the folder -------------------------------------------------------------------------------------------------
+
+    def _open(self) -> None:
+        """Take the folder: lock it, refuse another config's run, write config.yaml and command.json."""
+        failure = ""
+        if self.topology.is_main:
+            try:
+                self._take_folder()
+            except (ValueError, OSError) as error:
+                failure = str(error)
+        failure, self.was_done, self.resumed = self.topology.gather((failure, self.was_done, self.resumed))[0]
+        if failure:
+            raise ValueError(failure)
+        self._start_log()
+        self.describe()
+        self.write_status("running")
+
+    def _take_folder(self) -> None:
+        try:
+            (self.run_dir / "log").mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.run_dir / ".lock", "a+")  # noqa: SIM115 - held until the process ends
+        except OSError as error:
+            raise ValueError(f"run directory {self.run_dir} cannot be written: {error.strerror}") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            holder = read_status(self.run_dir)
+            who = f"pid {holder.get('pid')} on {holder.get('host')}"
+            raise ValueError(f"run directory {self.run_dir} is in use by {who}") from None
+        saved = self.run_dir / "config.yaml"
+        if saved.is_file():
+            if changed := configs.refused_changes(self.config, saved):
+                raise ValueError(
+                    f"{saved}: this run was started with another config ({'; '.join(changed)}); "
+                    "use those values again, or another run_dir"
+                )
+            self.resumed = True
+            self.was_done = read_status(self.run_dir).get("state") == "done"
+        configs.save(self.config, saved)
+
+    def _start_log(self) -> None:
+        (self.run_dir / "log").mkdir(parents=True, exist_ok=True)
+        log.setLevel(logging.DEBUG)
+        log.propagate = False
+        file = logging.FileHandler(self.run_dir / "log" / f"{self.topology.rank}.log")
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log.addHandler(file)
+        if self.topology.is_main:
+            screen = logging.StreamHandler(sys.stderr)
+            screen.setLevel(logging.INFO)
+            log.addHandler(screen)
+
+    def describe(self, **facts: Any) -> None:
+        """Add facts about what really runs to command.json; called by all ranks."""
+        self._facts.update(facts)
+        if not self.topology.is_main:
+            return
+        path = self.run_dir / "command.json"
+        if "restarts" not in self._facts:
+            self._facts["restarts"] = _read_json(path).get("restarts", -1) + 1
+        place = self.topology
+        write_json(
+            path,
+            {
+                "argv": sys.argv,
+                "stage": self.stage,
+                "strategy": place.strategy,
+                "engine": place.engine,
+                "world_size": place.world_size,
+                "nodes": place.nodes,
+                "device": str(place.device),
+                "threads": torch.get_num_threads(),
+                "git_commit": _git_commit(),
+                "versions": _versions(),
+                **self._facts,
+            },
+        )
+
+    def write_status(self, state: str, reason: str = "") -> None:
+        """Atomically, by rank 0 alone: running | stopped | done | failed."""
+        if self.topology.is_main:
+            status = {
+                "state": state,
+                "images_seen": self.images_seen,
+                "reason": reason,
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+                "job_id": os.environ.get("SLURM_JOB_ID", ""),
+                "time": time.time(),
+            }
+            with contextlib.suppress(OSError):  # a full disk must not hide the error that is being reported
+                write_json(self.run_dir / "status.json", status)
+
+    # --- stop requests ----------------------------------------------------------------------------------------------
+
+    def _on_signal(self, number: int, _frame: Any) -> None:
+        if number == signal.SIGINT and self._stop_reason:
+            raise KeyboardInterrupt
+        self._stop_reason = self._stop_reason or signal.Signals(number).name
+
+    def stop_requested(self) -> str:
+        """Why this rank was asked to stop (a signal's name, or a STOP file in the run directory), or "".
+
+        Ranks can differ: agree with `stop_agreed` before acting in a job of several ranks.
+        """
+        now = time.monotonic()
+        if not self._stop_reason and self.topology.is_main and now - self._stop_file_checked > 0.5:
+            self._stop_file_checked = now
+            if (self.run_dir / "STOP").exists():
+                self._stop_reason = "STOP file"
+        return self._stop_reason
+
+    def stop_agreed(self) -> str:
+        """The first reason of any rank, the same on all ranks; "" when nobody was asked. Every rank must call it."""
+        reasons = self.topology.gather(self.stop_requested())
+        return next((reason for reason in reasons if reason), "")
+
+    def stop(self, reason: str) -> None:
+        """End the run as stopped: raises Stopped, after the STOP file that was honoured is taken away."""
+        if self.topology.is_main:
+            (self.run_dir / "STOP").unlink(missing_ok=True)
+        raise Stopped(reason)
+
+    def check_stop(self) -> None:
+        """For loops that hold nothing unsaved: end here if any rank was asked to. Every rank must call it."""
+        if reason := self.stop_agreed():
+            self.stop(reason)
+
+    # --- trackers ---------------------------------------------------------------------------------------------------
+
+    def start_trackers(self, names: list[str], resumed_at: int) -> Callable[[dict[str, float], int], None]:
+        """accelerate's trackers by name; returns log(values, images_seen). A tracker that fails is dropped, with a
+        warning, and never stops the run."""
+        trackers = _open_trackers(names, self.run_dir, resumed_at, self.topology) if names else []
+
+        def log_values(values: dict[str, float], images_seen: int) -> None:
+            for tracker in list(trackers):
+                try:
+                    tracker.log(values, step=images_seen)
+                except Exception as error:
+                    trackers.remove(tracker)
+                    log.warning("tracker %s failed and is left out from here on: %s", tracker.name, error)
+
+        self.trackers = trackers
+        return log_values
+
+
+def _open_trackers(names: list[str], run_dir: Path, resumed_at: int, place: Topology) -> list[Any]:
+    from accelerate import PartialState
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    PartialState(cpu=place.device.type == "cpu")  # adopts the process group; trackers ask it who is first
+    opened = []
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise ValueError(
+                f"trackers: there is no tracker {name!r}; accelerate knows {', '.join(LOGGER_TYPE_TO_CLASS)}"
+            )
+        try:
+            if name == "tensorboard":
+                tracker = LOGGER_TYPE_TO_CLASS[name]("tensorboard", run_dir, purge_step=resumed_at + 1)
+            else:
+                tracker = LOGGER_TYPE_TO_CLASS[name](run_dir.name)
+            tracker.start()
+            opened.append(tracker)
+        except Exception as error:
+            log.warning("tracker %s could not start and is left out: %s", name, error)
+    return opened
+
+
+@contextlib.contextmanager
+def run(config: StageConfig, stage: str) -> Iterator[Run]:
+    """The run of `stage` with `config`: brings up the process group, takes the run directory, writes how it ended.
+
+    Raises ValueError when the folder is in use, cannot be written or belongs to another config; Stopped passes through.
+    """
+    place = topology.bring_up(config)
+    current = Run(config, stage, place)
+    previous = {number: signal.signal(number, current._on_signal) for number in _SIGNALS}
+    orderly = False
+    try:
+        current._open()
+        try:
+            yield current
+        except Stopped as stopped:
+            current.write_status("stopped", str(stopped))
+            orderly = True
+            raise
+        except BaseException as error:
+            current.write_status("failed", f"{type(error).__name__}: {' '.join(str(error).split())}")
+            raise
+        current.write_status("done")
+        orderly = True
+    finally:
+        for tracker in getattr(current, "trackers", []):
+            with contextlib.suppress(Exception):
+                tracker.finish()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        for handler in list(log.handlers):
+            if isinstance(handler, logging.FileHandler):
+                log.removeHandler(handler)
+                handler.close()
+            elif isinstance(handler, logging.StreamHandler):
+                log.removeHandler(handler)
+        if current._lock is not None:
+            current._lock.close()
+        topology.take_down(orderly)
+
+
+def read_status(run_dir: Path) -> dict[str, Any]:
+    """status.json, or {} where there is none. `running` whose process is gone on this host reads as `stopped`."""
+    status = _read_json(run_dir / "status.json")
+    if status.get("state") == "running" and status.get("host") == socket.gethostname():
+        try:
+            os.kill(int(status["pid"]), 0)
+        except ProcessLookupError:
+            status.update(state="stopped", reason="its process is gone")
+    return status
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _git_commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in _VERSIONS_OF:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def dry_run(config: StageConfig, plan: Callable[[Any], str] | None) -> str:
+    """The resolved config, and what the stage says of its sizes and steps."""
+    from omegaconf import OmegaConf
+
+    text = OmegaConf.to_yaml(OmegaConf.structured(config))
+    return text + (plan(config) if plan else "")
+
+
+def leave(code: int) -> None:
+    """End the process. Ranks of a job skip static destructors, in which a few in a hundred abort after their work."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if topology.world_size() > 1:
+        logging.shutdown()
+        os._exit(code)
+    sys.exit(code)

@@ -1,0 +1,195 @@
+"""Who runs: launcher variables -> ranks, strategy, device and the process group, asserted rather than assumed.
+
+In: a stage's config and the environment that `accelerate launch` or `torchrun` set.  Out: one `Topology` per process.
+"""
+
+import ctypes
+import datetime
+import os
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from vqscale.config import StageConfig
+
+STRATEGIES = ("single", "ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3")
+GROUP_TIMEOUT = datetime.timedelta(minutes=30)
+_PR_SET_PDEATHSIG = 1
+
+
+def env_int(name: str, default: int) -> int:
+    return int(os.environ.get(name, default))
+
+
+def world_size() -> int:
+    return env_int("WORLD_SIZE", 1)
+
+
+def is_first_rank() -> bool:
+    return env_int("RANK", 0) == 0
+
+
+def under_launcher() -> bool:
+    """Whether accelerate or torchrun started this process (they treat any exit code but 0 as a crash)."""
+    return "TORCHELASTIC_RUN_ID" in os.environ or "RANK" in os.environ
+
+
+def launcher_strategy(environment: Mapping[str, str]) -> str:
+    """The strategy that `accelerate launch` put into the environment, or "" where it says nothing.
+
+    accelerate always sets ACCELERATE_MIXED_PRECISION; torchrun sets none of its variables.
+    """
+    if environment.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        return f"zero{environment.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '')}"
+    if environment.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        hybrid = environment.get("FSDP_SHARDING_STRATEGY", "").upper() in ("HYBRID_SHARD", "4")
+        return "hsdp" if hybrid else "fsdp"
+    if "ACCELERATE_MIXED_PRECISION" in environment:
+        return "ddp" if int(environment.get("WORLD_SIZE", 1)) > 1 else "single"
+    return ""
+
+
+def resolve_strategy(asked: str, environment: Mapping[str, str]) -> str:
+    """The strategy to run. Raises ValueError when it is unknown, disagrees with the launcher or has too few ranks."""
+    world = int(environment.get("WORLD_SIZE", 1))
+    launched = launcher_strategy(environment)
+    if asked and asked not in STRATEGIES:
+        raise ValueError(f"strategy={asked}: there is no such strategy; choose from {', '.join(STRATEGIES)}")
+    if asked and launched and asked != launched:
+        raise ValueError(f"strategy={asked}, but the launcher says {launched}: leave one of them out")
+    strategy = asked or launched or ("ddp" if world > 1 else "single")
+    if strategy not in STRATEGIES:
+        raise ValueError(f"the launcher asks for {strategy}; the strategies are {', '.join(STRATEGIES)}")
+    if (strategy == "single") != (world == 1) and not strategy.startswith("zero"):
+        raise ValueError(f"strategy={strategy} on {world} process{'es' * (world > 1)}: {_needs(strategy)}")
+    if strategy == "hsdp" and world < 4:
+        raise ValueError(f"strategy=hsdp on {world} processes: {_needs(strategy)}")
+    return strategy
+
+
+def _needs(strategy: str) -> str:
+    least = {"single": "it takes exactly 1", "hsdp": "it needs at least 4"}
+    return least.get(
+        strategy, "it needs at least 2 (accelerate launch --num_processes N, or torchrun --nproc-per-node N)"
+    )
+
+
+@dataclass(frozen=True)
+class Topology:
+    """This process's place in the run. `control` is a gloo group for flags and counts, apart from training's own."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    nodes: int
+    strategy: str
+    device: torch.device
+    control: Any = field(repr=False, default=None)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def engine(self) -> str:
+        """`torch` or `deepspeed`."""
+        return "deepspeed" if self.strategy.startswith("zero") else "torch"
+
+    def all_reduce_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over all ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def broadcast_(self, tensor: torch.Tensor, source: int = 0) -> torch.Tensor:
+        """`source`'s values on every rank, in place."""
+        if self.world_size > 1:
+            dist.broadcast(tensor, source)
+        return tensor
+
+    def gather(self, value: Any) -> list[Any]:
+        """One (small, picklable) value per rank, in rank order, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier(group=self.control)
+
+
+def bring_up(config: StageConfig) -> Topology:
+    """Start the process group and return this rank's place in it. The group has one member without a launcher.
+
+    Raises ValueError for a strategy that cannot run here, a missing GPU, or a Slurm job of which only a part is seen.
+    """
+    strategy = resolve_strategy(config.strategy, os.environ)
+    world, rank = world_size(), env_int("RANK", 0)
+    local_world = env_int("LOCAL_WORLD_SIZE", world)
+    nodes = env_int("GROUP_WORLD_SIZE", -(-world // local_world))
+    _assert_slurm_agrees(world)
+    device = _device(config.device)
+    torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // local_world))
+    if under_launcher():
+        _die_with_parent()
+    _init_group(world, rank, device)
+    # Two groups, because collectives of one group must be issued in the same order everywhere.
+    control = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
+    topology = Topology(rank, world, env_int("LOCAL_RANK", 0), local_world, nodes, strategy, device, control)
+    assert dist.get_world_size() == world and dist.get_rank() == rank
+    return topology
+
+
+def _assert_slurm_agrees(world: int) -> None:
+    asked = env_int("SLURM_JOB_NUM_NODES", 1)
+    if world < asked:
+        raise ValueError(f"the Slurm job has {asked} nodes, but this program sees {world} process: start it with srun")
+
+
+def _device(asked: str) -> torch.device:
+    if asked not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device={asked}: choose auto, cpu or cuda")
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda, but torch sees no GPU here")
+    if asked == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", env_int("LOCAL_RANK", 0))
+    torch.cuda.set_device(device)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True
+    return device
+
+
+def _init_group(world: int, rank: int, device: torch.device) -> None:
+    on_gpu = device.type == "cuda"
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    common: dict[str, Any] = {"backend": backend, "timeout": GROUP_TIMEOUT}
+    if on_gpu:
+        common["device_id"] = device
+    if "MASTER_ADDR" in os.environ and under_launcher():
+        dist.init_process_group(**common)
+    else:
+        dist.init_process_group(**common, store=dist.HashStore(), rank=rank, world_size=world)
+
+
+def _die_with_parent() -> None:
+    """A rank ends with its launcher: torchrun gives ranks sessions of their own, so they would train on as orphans."""
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent or parent == 1:
+        raise OSError("the launcher ended before this rank started")
+
+
+def take_down(orderly: bool) -> None:
+    """Leave the process group; ranks wait for each other only when all of them ended well."""
+    if dist.is_initialized():
+        if orderly and dist.get_world_size() > 1:
+            dist.barrier()
+        dist.destroy_process_group()
