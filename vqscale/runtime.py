@@ -27,7 +27,19 @@ from vqscale import topology
 from vqscale.config import StageConfig
 from vqscale.topology import Topology, is_first_rank, under_launcher
 
-__all__ = ["Run", "Stopped", "Topology", "dry_run", "is_first_rank", "leave", "run", "under_launcher", "write_json"]
+__all__ = [
+    "Run",
+    "Stopped",
+    "Topology",
+    "dry_run",
+    "is_first_rank",
+    "leave",
+    "read_json",
+    "read_status",
+    "run",
+    "under_launcher",
+    "write_json",
+]
 
 log = logging.getLogger("vqscale")
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
@@ -36,6 +48,10 @@ _VERSIONS_OF = ("vqscale", "torch", "torchvision", "deepspeed", "accelerate", "w
 
 class Stopped(Exception):
     """The run saved its place and ended early because it was asked to."""
+
+
+class _Leave(Exception):
+    """This rank leaves the work of `Run.stoppable`."""
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -63,6 +79,7 @@ class Run:
         self._facts: dict[str, Any] = {}
         self.was_done = False
         self.resumed = False
+        self.trackers: list[Any] = []
 
     # --- the folder -------------------------------------------------------------------------------------------------
 
@@ -123,7 +140,7 @@ class Run:
             return
         path = self.run_dir / "command.json"
         if "restarts" not in self._facts:
-            self._facts["restarts"] = _read_json(path).get("restarts", -1) + 1
+            self._facts["restarts"] = read_json(path).get("restarts", -1) + 1
         place = self.topology
         write_json(
             path,
@@ -170,7 +187,7 @@ class Run:
         Ranks can differ: agree with `stop_agreed` before acting in a job of several ranks.
         """
         now = time.monotonic()
-        if not self._stop_reason and self.topology.is_main and now - self._stop_file_checked > 0.5:
+        if not self._stop_reason and now - self._stop_file_checked > 1.0:
             self._stop_file_checked = now
             if (self.run_dir / "STOP").exists():
                 self._stop_reason = "STOP file"
@@ -187,10 +204,23 @@ class Run:
             (self.run_dir / "STOP").unlink(missing_ok=True)
         raise Stopped(reason)
 
-    def check_stop(self) -> None:
-        """For loops that hold nothing unsaved: end here if any rank was asked to. Every rank must call it."""
+    @contextlib.contextmanager
+    def stoppable(self) -> Iterator[None]:
+        """Around work that ranks share without talking to each other: `poll` inside leaves it, and then all ranks stop
+        together. Every rank must enter it."""
+        try:
+            yield
+        except _Leave:
+            pass
         if reason := self.stop_agreed():
             self.stop(reason)
+
+    def poll(self) -> None:
+        """Inside `stoppable`: leave if this rank was asked to stop; the STOP file tells the other ranks."""
+        if self.stop_requested():
+            with contextlib.suppress(OSError):
+                (self.run_dir / "STOP").touch()
+            raise _Leave
 
     # --- trackers ---------------------------------------------------------------------------------------------------
 
@@ -209,6 +239,13 @@ class Run:
 
         self.trackers = trackers
         return log_values
+
+    def log_image(self, name: str, image: torch.Tensor, images_seen: int) -> None:
+        """A picture, float [3, h, w] in [0, 1], to the trackers that take pictures."""
+        for tracker in self.trackers:
+            if hasattr(tracker, "log_images"):
+                with contextlib.suppress(Exception):  # as in `start_trackers`: never stops the run
+                    tracker.log_images({name: image[None].cpu().numpy()}, step=images_seen)
 
 
 def _open_trackers(names: list[str], run_dir: Path, resumed_at: int, place: Topology) -> list[Any]:
@@ -258,7 +295,7 @@ def run(config: StageConfig, stage: str) -> Iterator[Run]:
         current.write_status("done")
         orderly = True
     finally:
-        for tracker in getattr(current, "trackers", []):
+        for tracker in current.trackers:
             with contextlib.suppress(Exception):
                 tracker.finish()
         for number, handler in previous.items():
@@ -276,7 +313,7 @@ def run(config: StageConfig, stage: str) -> Iterator[Run]:
 
 def read_status(run_dir: Path) -> dict[str, Any]:
     """status.json, or {} where there is none. `running` whose process is gone on this host reads as `stopped`."""
-    status = _read_json(run_dir / "status.json")
+    status = read_json(run_dir / "status.json")
     if status.get("state") == "running" and status.get("host") == socket.gethostname():
         try:
             os.kill(int(status["pid"]), 0)
@@ -285,7 +322,8 @@ def read_status(run_dir: Path) -> dict[str, Any]:
     return status
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, or {} where there is none."""
     try:
         value = json.loads(path.read_text())
     except (OSError, ValueError):

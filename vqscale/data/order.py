@@ -115,5 +115,5 @@ class ShuffleOrder:
         if self.window:
             shards = permute(shards, len(shards), mix(self.seed, key_of("shards"), number))
         starts = np.concatenate([[0], np.cumsum(self._sizes[shards])])
-        window_starts = np.append(starts[:-1:self.window or 1], self.num_samples)
+        window_starts = np.append(starts[: -1 : self.window or 1], self.num_samples)
         return _Epoch(shards, starts, window_starts)

@@ -169,9 +169,7 @@ class ShardWriter:
         self._raw = open(self._temporary, "wb")
         self._file = _HashingFile(self._raw)
         # mtime must be the integer 0: a float adds a PAX header per member and makes bytes differ between runs.
-        self._tar = TarWriter(
-            self._file, encoder=False, user="vqscale", group="vqscale", mode=0o444, mtime=0, format=tarfile.PAX_FORMAT
-        )
+        self._tar = TarWriter(self._file, encoder=False, user="vqscale", group="vqscale", mode=0o444, mtime=0)
         return self
 
     def write(self, key: str, parts: dict[str, bytes]) -> None:
@@ -191,7 +189,9 @@ class ShardWriter:
         self._seen.add(key)
         self._rows.add(key, label, rows)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             if kind is None:
                 self._commit()

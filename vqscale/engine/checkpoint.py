@@ -156,15 +156,19 @@ class Checkpoint:
                 raise ValueError(f"{self.folder}: {name} is {saved[name]} in the checkpoint and {have} in this run")
 
 
-def find_latest(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint in `folder` that verifies; damaged ones are renamed to `damaged-…`, with a loud message."""
+def find_latest(folder: Path, *, set_aside: bool = True) -> Checkpoint | None:
+    """The newest checkpoint in `folder` that verifies. Damaged ones are named loudly and renamed to `damaged-…`,
+    unless the folder is another run's (`set_aside=False`).
+
+    Raises ValueError when there are checkpoints and none of them verifies.
+    """
     damaged = []
     for candidate in _committed_folders(folder):
         if not (problem := verify(candidate)):
             return Checkpoint(candidate)
-        aside = candidate.with_name(f"damaged-{candidate.name}-{int(time.time())}")
-        log.error("CHECKPOINT %s IS DAMAGED (%s): set aside as %s", candidate, problem, aside.name)
-        os.rename(candidate, aside)
+        log.error("CHECKPOINT %s IS DAMAGED (%s)%s", candidate, problem, ": set aside" if set_aside else "")
+        if set_aside:
+            os.rename(candidate, candidate.with_name(f"damaged-{candidate.name}-{int(time.time())}"))
         damaged.append(candidate.name)
     earlier = sorted(path.name for path in folder.glob("damaged-*")) if folder.is_dir() else []
     if damaged or earlier:
@@ -214,3 +218,8 @@ def _fsync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a run has saved before (damaged saves count: a run with those must not start again from zero)."""
+    return folder.is_dir() and any(_NAME.fullmatch(p.name) or p.name.startswith("damaged-") for p in folder.iterdir())

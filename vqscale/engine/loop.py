@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from vqscale.config import StageConfig, fingerprint
+from vqscale.config import StageConfig, fingerprint, flatten
 from vqscale.engine.agreement import Agreement, count_bad
-from vqscale.engine.checkpoint import Checkpointer
+from vqscale.engine.checkpoint import Checkpoint, Checkpointer
 from vqscale.engine.ema import WeightEMA
 from vqscale.engine.metrics import Metrics, drop_lines_beyond
 from vqscale.engine.optim import learning_rate_at
@@ -87,13 +87,15 @@ def fit(
     *,
     config: FitConfig,
     run: Run,
+    description: Mapping[str, Any],
     after_step: AfterStep | None = None,
     evaluators: Sequence[Evaluator] = (),
 ) -> None:
     """Train until `config.total_images`, from the newest checkpoint of `run.run_dir` if there is one.
 
     `step_fn(model, batch) -> (loss, metrics)`: means over the micro-batch, as tensors. `after_step(applied,
-    learning_rate, images_seen) -> metrics`: called on all ranks after every optimizer step.
+    learning_rate, images_seen) -> metrics`: called on all ranks after every optimizer step. `description`: what it
+    takes to build the model, as plain JSON; saved in every checkpoint, and a checkpoint of another model is refused.
     Raises runtime.Stopped after saving when the run was asked to stop; ValueError when a checkpoint does not fit or too
     many steps in a row had no finite gradient.
     """
@@ -104,6 +106,7 @@ def fit(
     checkpoints = Checkpointer(run.run_dir / "checkpoints", place, keep=config.keep_checkpoints)
     seen = skipped = skipped_in_a_row = 0
     if latest := checkpoints.latest():
+        _refuse_other_model(latest, description)
         latest.load_into(_tensors(engine, ema))
         loader.load_state_dict(latest.state["data"])
         engine.load_counters(latest.state["engine"])
@@ -161,6 +164,7 @@ def fit(
             loader.count_bad(counted)
             state = {"data": loader.state_dict(), "engine": engine.counters(), "skipped_steps": skipped}
             state |= {"world_size": place.world_size, "strategy": place.strategy, "config": fingerprint(config)}
+            state["model"] = dict(description)
             checkpoints.save(seen, _tensors(engine, ema), state)
     bar.close()
     checkpoints.wait()
@@ -171,6 +175,13 @@ def fit(
 def _tensors(engine: Engine, ema: WeightEMA | None) -> dict[str, Tensor]:
     averages = engine.like_weights(ema.averages) if ema else {}
     return engine.tensors() | {f"ema.{name}": value for name, value in averages.items()}
+
+
+def _refuse_other_model(latest: Checkpoint, description: Mapping[str, Any]) -> None:
+    saved, now = dict(flatten(latest.state["model"])), dict(flatten(dict(description)))
+    for key in sorted(saved.keys() | now.keys()):
+        if saved.get(key) != now.get(key):
+            raise ValueError(f"{latest.folder}: {key} is {saved.get(key)} in the checkpoint and {now.get(key)} now")
 
 
 def _learning_rate(config: FitConfig, seen: int) -> float:

@@ -152,6 +152,14 @@ def _mesh(place: Topology) -> DeviceMesh:
     return init_device_mesh(kind, (place.world_size // shard, shard), mesh_dim_names=("replicate", "shard"))
 
 
+def make_engine(module: nn.Module, place: Topology, config: Any, accumulation: int) -> Engine:
+    """The engine of the strategy that was launched; `config` is a FitConfig."""
+    optimizer = {"betas": (config.beta1, config.beta2), "weight_decay": config.weight_decay}
+    if place.engine == "deepspeed":
+        raise ValueError(f"strategy={place.strategy} is not built yet")
+    return TorchEngine(module, place, precision=config.precision, accumulation=accumulation, optimizer=optimizer)
+
+
 def compile_units(module: nn.Module) -> None:
     """torch.compile on each of the model's units, in place; names stay as they are."""
     for unit in module.wrap_units():  # type: ignore[operator]

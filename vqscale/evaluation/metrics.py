@@ -1,0 +1,142 @@
+"""Numbers from features, images and code counts held in memory.
+
+In: features or logits [n, F], uint8 images, histograms of codes.  Out: plain floats.
+Arguments come in the order (generated, real) everywhere.
+"""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+KID_SUBSET_SIZE = 1000
+PRC_NEIGHBOURS = 3  # k of Kynkäänniemi et al. 2019
+DENSITY_NEIGHBOURS = 5  # k of Naeem et al. 2020
+ISC_SPLITS = 10
+_PAIRS_IN_MEMORY = 100_000_000
+
+
+class TooFew(ValueError):
+    """The metric is not defined for so few images: a value of null with this reason, not an error."""
+
+
+def _need(metric: str, needed: int, **sizes: int) -> None:
+    for name, n in sizes.items():
+        if n < needed:
+            raise TooFew(f"{metric} needs at least {needed} images, there are {n} {name}")
+
+
+def kid(generated: Tensor, real: Tensor, subset_size: int = KID_SUBSET_SIZE) -> float:
+    """Kernel distance: the mean of the unbiased polynomial MMD^2 over 100 subsets (Bińkowski et al. 2018).
+
+    Raises TooFew where a subset can't be drawn.
+    """
+    from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
+
+    _need("KID", subset_size, samples=len(generated), references=len(real))
+    scores = kid_features_to_metric(generated, real, kid_subset_size=subset_size, verbose=False)
+    return scores[KEY_METRIC_KID_MEAN]
+
+
+def inception_score(logits: Tensor) -> float:
+    """exp(E KL(p(y|x) | p(y))), the mean over 10 parts (Salimans et al. 2016). Raises TooFew below 10 images."""
+    from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
+
+    _need("the Inception score", ISC_SPLITS, samples=len(logits))
+    return isc_features_to_metric(logits, ISC_SPLITS)[KEY_METRIC_ISC_MEAN]
+
+
+def precision_recall(generated: Tensor, real: Tensor) -> tuple[float, float]:
+    """Improved precision and recall, k = 3 (Kynkäänniemi et al. 2019): the share of generated images inside the
+    real ones' neighbourhoods, and the reverse. Raises TooFew below k + 1 images."""
+    from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
+
+    _need("precision and recall", PRC_NEIGHBOURS + 1, samples=len(generated), references=len(real))
+    scores = prc_features_to_metric(
+        generated,
+        real,
+        prc_neighborhood=PRC_NEIGHBOURS,
+        save_cpu_ram=max(len(generated), len(real)) ** 2 > _PAIRS_IN_MEMORY,
+        verbose=False,
+    )
+    return scores[KEY_METRIC_PRECISION], scores[KEY_METRIC_RECALL]
+
+
+def density_coverage(generated: Tensor, real: Tensor, neighbours: int = DENSITY_NEIGHBOURS) -> tuple[float, float]:
+    """Density and coverage, k = 5 (Naeem et al. 2020, eq. 6 and 7). Raises TooFew below k + 1 real images.
+
+    Density: how many real neighbourhoods a generated image lies in, over k (may exceed 1). Coverage: the share of
+    real images whose neighbourhood holds a generated one.
+    """
+    _need("density and coverage", neighbours + 1, references=len(real))
+    _need("density and coverage", 1, samples=len(generated))
+    generated, real = generated.double(), real.double()
+    inside, covered = 0, 0
+    for rows in real.split(max(1, _PAIRS_IN_MEMORY // 10 // max(len(real), len(generated)))):
+        # Rounding may put a point at a distance from itself just above 0; it is still the nearest of all.
+        radius = torch.cdist(rows, real).kthvalue(neighbours + 1).values
+        hits = torch.cdist(rows, generated) <= radius[:, None]
+        inside += int(hits.sum())
+        covered += int(hits.any(1).sum())
+    return inside / (neighbours * len(generated)), covered / len(real)
+
+
+def psnr(a: Tensor, b: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB per image, peak 255: uint8 [b, 3, h, w] twice -> float64 [b].
+
+    Identical images count as differing by a thousandth of a step in each value (108 dB), not infinity.
+    """
+    error = (a.double() - b.double()).square().flatten(1).mean(1).clamp_min(1e-6)
+    return 10 * torch.log10(255**2 / error)
+
+
+def ssim(a: Tensor, b: Tensor) -> Tensor:
+    """Structural similarity per image: uint8 [b, 3, h, w] twice -> float64 [b].
+
+    Wang et al. 2004, section III.B: Gaussian window of 11 with deviation 1.5, K1 = 0.01, K2 = 0.03, places where the
+    window fits, mean over the three channels. Images below 11 pixels take the largest odd window that fits.
+    """
+    size = min(11, *(side - 1 + side % 2 for side in a.shape[-2:]))
+    window = _gaussian_window(size, 1.5, a.device)
+    x, y = a.double(), b.double()
+    mean_x, mean_y = _blur(x, window), _blur(y, window)
+    var_x, var_y = _blur(x * x, window) - mean_x**2, _blur(y * y, window) - mean_y**2
+    cov = _blur(x * y, window) - mean_x * mean_y
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    similarity = (2 * mean_x * mean_y + c1) * (2 * cov + c2) / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))
+    return similarity.flatten(1).mean(1)
+
+
+def _gaussian_window(size: int, deviation: float, device: torch.device) -> Tensor:
+    x = torch.arange(size, dtype=torch.float64, device=device) - size // 2
+    window = torch.exp(-(x**2) / (2 * deviation**2))
+    return window / window.sum()
+
+
+def _blur(x: Tensor, window: Tensor) -> Tensor:
+    channels = x.shape[1]
+    columns, rows = window.view(1, 1, -1, 1), window.view(1, 1, 1, -1)
+    x = F.conv2d(x, columns.expand(channels, 1, -1, 1), groups=channels)
+    return F.conv2d(x, rows.expand(channels, 1, 1, -1), groups=channels)
+
+
+def entropy(histogram: np.ndarray) -> float:
+    """Entropy of the codes' frequencies in nats: counts [K] -> float."""
+    p = histogram[histogram > 0] / histogram.sum()
+    return float(-(p * np.log(p)).sum())
+
+
+def perplexity(histogram: np.ndarray) -> float:
+    """exp(entropy): the number of equally used codes that would be as varied."""
+    return math.exp(entropy(histogram))
+
+
+def order0_entropy(held_out: np.ndarray, train: np.ndarray) -> float:
+    """Nats per code that a model of the training frequencies alone pays on held-out codes (add-one smoothing).
+
+    What a prior must beat. held_out, train: counts [K].
+    """
+    p = (train + 1.0) / (train.sum() + len(train))
+    return float(-(held_out * np.log(p)).sum() / held_out.sum())

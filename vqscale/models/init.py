@@ -1,0 +1,95 @@
+"""Weights of any model here from (seed, parameter name): the same on any device, rank and sharding.
+
+In: a module whose tensors exist (uninitialised memory after `to_empty` will do).  Out: the same module, filled.
+
+Each tensor is drawn whole, in float32, on the CPU, from a generator of its own, then copied to where it lives; of a
+DTensor the rank keeps its part.  The rule is found per module, first match first:
+
+1. the module has `init_parameters(name, shape, generator) -> Tensor | None`: it draws its own (`name` without a
+   prefix, `shape` the whole tensor's; None = the rule below);
+2. normalisation layers: weight 1, bias 0;
+3. any `bias`: 0;
+4. `nn.Embedding`: normal with standard deviation `init_scale`;
+5. any other tensor of two or more dimensions: normal with standard deviation `init_scale` / sqrt(fan-in).
+
+`init_scale` is an attribute of the module (default 1, which keeps the variance of a linear layer; sqrt(2) before
+ReLU, He et al. 2015, arXiv 1502.01852, equation 10; 0 starts a residual branch as the identity).  A module with
+buffers to fill (masks, a codebook) has `init_buffers(generator)`.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvTransposeNd
+
+from vqscale.seeding import generator, key_of
+
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase)
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, seed: int) -> None:
+    """Fill every parameter, and the buffers of modules that say how, from (seed, name).
+
+    Raises TypeError for a parameter that no rule covers, naming it.
+    """
+    done: set[int] = set()
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in done:  # tied weights are drawn once, under their first name
+                continue
+            done.add(id(parameter))
+            path = f"{prefix}.{name}" if prefix else name
+            drawn = draw_parameter(module, name, parameter.shape, generator(seed, key_of(path)), where=path)
+            _fill(parameter, drawn)
+        fill_buffers = getattr(module, "init_buffers", None)
+        if fill_buffers is not None:
+            fill_buffers(generator(seed, key_of(f"{prefix}.buffers")))
+
+
+def draw_parameter(
+    module: nn.Module, name: str, shape: torch.Size, rng: torch.Generator, where: str | None = None
+) -> Tensor:
+    """One whole float32 tensor on the CPU by the module's rule."""
+    own_rule = getattr(module, "init_parameters", None)
+    drawn = own_rule(name, shape, rng) if own_rule is not None else None
+    if drawn is None:
+        drawn = _draw_by_type(module, name, shape, rng)
+    if drawn is None:
+        raise TypeError(f"no rule for parameter {where or name} {tuple(shape)} of {type(module).__name__}")
+    assert drawn.shape == shape, f"{where or name}: drew {tuple(drawn.shape)} for {tuple(shape)}"
+    return drawn
+
+
+def _draw_by_type(module: nn.Module, name: str, shape: torch.Size, rng: torch.Generator) -> Tensor | None:
+    if isinstance(module, _NORMS):
+        return torch.zeros(shape) if name == "bias" else torch.ones(shape)
+    if "bias" in name:
+        return torch.zeros(shape)
+    scale = float(getattr(module, "init_scale", 1.0))
+    if isinstance(module, nn.Embedding):
+        return torch.randn(shape, generator=rng) * scale
+    if len(shape) >= 2:
+        return torch.randn(shape, generator=rng) * (scale / math.sqrt(_fan_in(module, shape)))
+    return None
+
+
+def _fan_in(module: nn.Module, shape: torch.Size) -> float:
+    """Products summed into one output element."""
+    if isinstance(module, _ConvTransposeNd):  # weight [in, out / groups, ...]; a stride spreads the taps over outputs
+        taps = math.prod(shape[2:]) / math.prod(module.stride)
+        return shape[0] / module.groups * taps
+    return math.prod(shape[1:])
+
+
+def _fill(parameter: Tensor, drawn: Tensor) -> None:
+    if isinstance(parameter, DTensor):
+        whole = drawn.to(parameter.device, parameter.dtype)
+        # src_data_rank=None: every rank has drawn the same tensor and cuts its own part, without communication
+        part = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        parameter.to_local().copy_(part.to_local())
+    else:
+        parameter.copy_(drawn)

@@ -1,0 +1,293 @@
+"""Vector quantization: encoder vectors -> nearest codes; and the codebook's own learning, once per optimizer step.
+
+In: z [b, d, h, w], any float type.  Out: `Quantized` (vectors [b, d, h, w] in z's type, codes int64 [b, h, w], losses).
+
+`forward` never changes the codebook: while training it only adds to statistics of this rank.  `update_quantizers`,
+called after the optimizer step, sums the statistics of all levels over all ranks in one call and learns from them.  The
+reason: an update inside a compiled or checkpointed forward gives wrong gradients, or counts twice.
+
+b batch, d code dimension, h w grid, N vectors of the global batch, K codes, S candidates for restarts.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from vqscale.models.restarts import Candidates, restart_dead_codes
+
+AllReduce = Callable[[Tensor], object]  # sums a tensor in place over all ranks
+
+_TINY = 1e-6  # below this EMA count (in vectors) a code keeps its place: the ratio of two vanishing numbers is noise
+_ADAM_BETAS, _ADAM_EPS = (0.9, 0.999), 1e-8  # Kingma & Ba 2015, the defaults of section 2
+
+
+@dataclass(frozen=True)
+class QuantizerConfig:
+    num_codes: int = 512  # K
+    code_dim: int = 64  # D
+    codebook: str = "ema"  # ema: moving averages (2017, appendix A.1) | gradient: the codebook loss (2017, equation 3)
+    decay: float = 0.99  # gamma of the moving averages
+    commitment: float = 0.25  # beta
+    restart_below: float = 0.1  # a code used less than this share of the mean code's use is replaced; 0 = never
+
+    def __post_init__(self) -> None:
+        if self.num_codes < 2 or self.num_codes > 65536:
+            raise ValueError(f"num_codes={self.num_codes}: from 2 to 65536 (codes are stored as uint16)")
+        if self.code_dim < 1:
+            raise ValueError(f"code_dim={self.code_dim}: at least 1")
+        if self.codebook not in ("ema", "gradient"):
+            raise ValueError(f"codebook={self.codebook!r}: one of 'ema', 'gradient'")
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"decay={self.decay}: from 0 up to but not including 1")
+        if self.commitment < 0:
+            raise ValueError(f"commitment={self.commitment}: not negative")
+        if not 0 <= self.restart_below < 1:
+            raise ValueError(f"restart_below={self.restart_below}: from 0 up to but not including 1")
+
+
+class Quantized(NamedTuple):
+    vectors: Tensor  # [b, d, h, w] the codes' vectors; the gradient passes straight through to z
+    codes: Tensor  # int64 [b, h, w]
+    commitment: Tensor  # beta * mean (z - sg[e])^2
+    codebook_loss: Tensor  # mean (sg[z] - e)^2, a report: the codebook learns in `update_quantizers`
+
+
+class VectorQuantizer(nn.Module):
+    """A codebook of K vectors and its moving averages, all buffers, float32 whatever the model is cast to (float64 if
+    the model is).
+
+    `embedding` [K, D] is `embedding_sum` [K, D] / `cluster_size` [K] at all times.  Both start at one vector per code
+    (cluster_size 1, embedding_sum = embedding): the first batches then move the codes fast, and no code starts dead.
+    """
+
+    embedding: Tensor
+    cluster_size: Tensor
+    embedding_sum: Tensor
+    counts: Tensor
+    sums: Tensor
+    adam_mean: Tensor
+    adam_square: Tensor
+    adam_steps: Tensor
+
+    def __init__(self, config: QuantizerConfig):
+        super().__init__()
+        self.config = config
+        shape = (config.num_codes, config.code_dim)
+        self.register_buffer("embedding", torch.zeros(shape))
+        self.register_buffer("cluster_size", torch.zeros(shape[0]))
+        self.register_buffer("embedding_sum", torch.zeros(shape))
+        self.register_buffer("counts", torch.zeros(shape[0]), persistent=False)
+        self.register_buffer("sums", torch.zeros(shape), persistent=False)
+        if config.codebook == "gradient":
+            self.register_buffer("adam_mean", torch.zeros(shape))
+            self.register_buffer("adam_square", torch.zeros(shape))
+            self.register_buffer("adam_steps", torch.zeros(()))
+        self.candidates = Candidates()
+        self.images = 0  # images behind the statistics, on this rank
+        self.vectors_per_image = 0
+
+    def init_buffers(self, generator: torch.Generator) -> None:
+        """A random codebook (unit normal) and empty statistics; `set_codebook` is the better start."""
+        self.set_codebook(torch.randn(self.embedding.shape, generator=generator))
+
+    @torch.no_grad()
+    def set_codebook(self, embedding: Tensor) -> None:
+        """Start from these vectors [K, D]: averages of one vector per code, fresh Adam state, no statistics."""
+        self.embedding.copy_(embedding)
+        self.cluster_size.fill_(1)
+        self.embedding_sum.copy_(self.embedding)
+        if self.config.codebook == "gradient":
+            for buffer in (self.adam_mean, self.adam_square, self.adam_steps):
+                buffer.zero_()
+        self.discard_statistics()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "VectorQuantizer":
+        """Every cast and move of a module comes through here: `.to(bfloat16)` moves the codebook but keeps its type."""
+
+        def keep_precision(tensor: Tensor) -> Tensor:
+            out = fn(tensor)
+            return out if out.dtype in (torch.float32, torch.float64) else tensor.to(out.device)
+
+        return super()._apply(keep_precision, recurse)
+
+    def forward(self, z: Tensor, position: Tensor | None = None, track: bool = True) -> Quantized:
+        """Quantize z [b, d, h, w]; in training also add to the statistics, unless `track` is False.
+
+        `position` int64 [b]: the samples' positions in the training order, which address the candidates for restarts.
+        """
+        with torch.autocast(_autocast_device(z), enabled=False):
+            inputs = rearrange(z, "b d h w -> b h w d").to(self.embedding.dtype)
+            codes = self.nearest(inputs)
+            vectors = F.embedding(codes, self.embedding)
+            loss = F.mse_loss(inputs, vectors)
+            if self.training and track:
+                self._accumulate(inputs.detach(), codes, vectors, position)
+            # The straight-through estimator, z + sg[e - z], written so that its value is e to the last bit
+            straight = vectors + (inputs - inputs.detach())
+        vectors = rearrange(straight, "b h w d -> b d h w").to(z.dtype)
+        return Quantized(vectors, codes, self.config.commitment * loss, loss.detach())
+
+    def nearest(self, inputs: Tensor) -> Tensor:
+        """Codes int64 [...] of vectors [..., D]: the nearest by Euclidean distance, the lowest index among equals."""
+        flat = inputs.detach().to(self.embedding.dtype).reshape(-1, self.embedding.shape[1])
+        return nearest_codes(flat, self.embedding).view(inputs.shape[:-1])
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        """Vectors [b, d, h, w] of codes int [b, h, w]."""
+        return rearrange(F.embedding(codes.long(), self.embedding), "b h w d -> b d h w")
+
+    def mean_vector(self) -> Tensor:
+        """The mean code vector [D], weighted by use."""
+        return self.embedding_sum.sum(0) / self.cluster_size.sum()
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def _accumulate(self, inputs: Tensor, codes: Tensor, vectors: Tensor, position: Tensor | None) -> None:
+        flat_codes = codes.flatten()
+        self.counts.index_add_(0, flat_codes, torch.ones_like(flat_codes, dtype=self.counts.dtype))
+        self.sums.index_add_(0, flat_codes, inputs.reshape(-1, inputs.shape[-1]))
+        self.images += codes.shape[0]
+        self.vectors_per_image = codes[0].numel()
+        if self.config.restart_below > 0:
+            errors = (inputs - vectors).square().sum(-1)
+            self.candidates.add(inputs.flatten(1, 2), errors.flatten(1), position)
+
+    def discard_statistics(self) -> None:
+        self.counts.zero_()
+        self.sums.zero_()
+        self.candidates.clear()
+        self.images = 0
+
+    def pack_statistics(self, key: int, rank: int, world_size: int) -> list[Tensor]:
+        """This rank's part of what is summed over ranks: counts, sums, candidates."""
+        parts = [self.counts, self.sums.flatten()]
+        if self.config.restart_below > 0:
+            parts.append(self.candidates.pack(key, self.config.num_codes, rank, world_size).flatten())
+        return parts
+
+    def learn(self, total: Tensor, key: int, images: int, learning_rate: float) -> dict[str, Tensor]:
+        """One step of the codebook from the summed statistics of `images` images. Returns its metrics."""
+        codes, dim = self.embedding.shape
+        counts, sums, candidates = total.tensor_split([codes, codes * (dim + 1)])
+        expected = images * self.vectors_per_image
+        agree = counts.double().sum() == expected  # a recomputed forward would have counted twice
+        torch._assert_async(agree, f"codebook statistics do not hold {expected} vectors once each")
+        sums = sums.view(codes, dim)
+        if self.config.codebook == "gradient":
+            self._gradient_step(counts, sums, expected, learning_rate)
+        self._average(counts, sums)
+        restarts = torch.zeros((), device=total.device)
+        if self.config.restart_below > 0:
+            restarts = restart_dead_codes(self, candidates, key)
+        return {"perplexity": perplexity(counts), "used_codes": (counts > 0).sum(), "restarts": restarts}
+
+    def _average(self, counts: Tensor, sums: Tensor) -> None:
+        """N <- gN + (1-g)n;  m <- gm + (1-g) sum z;  e = m / N;  g the decay (2017, appendix A.1, equations 6-8)."""
+        decay = self.config.decay
+        self.cluster_size.mul_(decay).add_(counts, alpha=1 - decay)
+        if self.config.codebook == "gradient":  # the codes follow the gradient; the averages only measure their use
+            self.cluster_size.clamp_min_(_TINY)
+            self.embedding_sum.copy_(self.embedding * self.cluster_size[:, None])
+            return
+        self.embedding_sum.mul_(decay).add_(sums, alpha=1 - decay)
+        faded = (self.cluster_size < _TINY)[:, None]
+        self.cluster_size.clamp_min_(_TINY)
+        self.embedding_sum.copy_(torch.where(faded, self.embedding * _TINY, self.embedding_sum))
+        self.embedding.copy_(self.embedding_sum / self.cluster_size[:, None])
+
+    def _gradient_step(self, counts: Tensor, sums: Tensor, vectors: int, learning_rate: float) -> None:
+        """Adam on the codebook loss, the mean of (sg[z] - e)^2 over the N x D elements (2017, equation 3)."""
+        gradient = 2 * (counts[:, None] * self.embedding - sums) / (vectors * self.embedding.shape[1])
+        beta1, beta2 = _ADAM_BETAS
+        self.adam_steps.add_(1)
+        self.adam_mean.mul_(beta1).add_(gradient, alpha=1 - beta1)
+        self.adam_square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        steps = self.adam_steps.double()
+        mean = self.adam_mean / (1 - beta1**steps).to(gradient.dtype)
+        square = self.adam_square / (1 - beta2**steps).to(gradient.dtype)
+        self.embedding.sub_(learning_rate * mean / (square.sqrt() + _ADAM_EPS))
+
+
+@torch.no_grad()
+def update_quantizers(
+    quantizers: Mapping[str, VectorQuantizer],
+    all_reduce: AllReduce,
+    *,
+    key: int,
+    images: int,
+    applied: bool,
+    learning_rate: float,
+    rank: int,
+    world_size: int,
+) -> dict[str, Tensor]:
+    """Learn from the statistics of one optimizer step: one fused sum over ranks, then each codebook once.
+
+    key: addresses the draw of restarts (from the seed and the images seen).  images: how many this rank has forwarded
+    since the last update, counted by the caller.  applied: False for a skipped optimizer step, whose statistics are
+    discarded.  Every rank calls it alike and ends with the same codebooks.
+    Returns perplexity/<level>, used_codes/<level>, restarts/<level> of the global batch; nothing for a skipped step.
+    """
+    metrics: dict[str, Tensor] = {}
+    if applied:
+        for name, quantizer in quantizers.items():
+            assert quantizer.images == images, f"{name}: statistics of {quantizer.images} images after {images} images"
+        keys = {name: key + index for index, name in enumerate(quantizers)}
+        packed = {name: q.pack_statistics(keys[name], rank, world_size) for name, q in quantizers.items()}
+        sizes = [sum(part.numel() for part in parts) for parts in packed.values()]
+        total = torch.cat([part for parts in packed.values() for part in parts])
+        all_reduce(total)
+        for (name, quantizer), part in zip(quantizers.items(), total.split(sizes), strict=True):
+            learned = quantizer.learn(part, keys[name], images * world_size, learning_rate)
+            metrics |= {f"{metric}/{name}": value for metric, value in learned.items()}
+    for quantizer in quantizers.values():
+        quantizer.discard_statistics()
+    return metrics
+
+
+def perplexity(counts: Tensor) -> Tensor:
+    """exp of the entropy (nats) of code counts [K]: K if all codes are used alike, 1 if one is."""
+    share = counts.double() / counts.sum().clamp_min(1)
+    return torch.special.entr(share).sum().exp().float()
+
+
+def search_rows(num_codes: int, device: torch.device) -> int:
+    """Vectors compared with all K codes at once, so that the block of distances stays bounded (in elements: about 2^20
+    on a CPU, to stay in its cache, and 2^25 elsewhere)."""
+    return max(1, 2 ** (20 if device.type == "cpu" else 25) // num_codes)
+
+
+@torch.compiler.disable
+@torch.no_grad()
+def nearest_codes(vectors: Tensor, embedding: Tensor) -> Tensor:
+    """Index int64 [n] of the nearest row of embedding [K, D] for each of vectors [n, D]: argmin of |e|^2 - 2 z e."""
+    squares = embedding.square().sum(1)
+    codes = torch.empty(len(vectors), dtype=torch.int64, device=vectors.device)
+    rows = search_rows(len(embedding), vectors.device)
+    with _full_precision_products():
+        for out, block in zip(codes.split(rows), vectors.split(rows), strict=True):
+            torch.argmin(torch.addmm(squares, block, embedding.t(), alpha=-2), dim=1, out=out)
+    return codes
+
+
+class _full_precision_products:
+    """Matrix products in true float32 (no TF32 nor bf16 passes) within the block, whatever the program has set."""
+
+    _backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+
+    def __enter__(self) -> None:
+        self._before = [backend.fp32_precision for backend in self._backends]
+        for backend in self._backends:
+            backend.fp32_precision = "ieee"
+
+    def __exit__(self, *_: object) -> None:
+        for backend, before in zip(self._backends, self._before, strict=True):
+            backend.fp32_precision = before
+
+
+def _autocast_device(z: Tensor) -> str:
+    return z.device.type if torch.amp.is_autocast_available(z.device.type) else "cpu"

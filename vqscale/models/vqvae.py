@@ -1,0 +1,321 @@
+"""VQ-VAE with N levels of codes: 1 is van den Oord et al. 2017, 2 and 3 are VQ-VAE-2 (Razavi et al. 2019).
+
+In: images float [b, 3, R, R] in [-1, 1].  Out: reconstructions of the same shape; codes int64 [b, h, w], top first.
+
+b batch, R resolution, c hidden units, D code dimension, h w a level's grid; levels are listed top (coarsest) first.
+
+    image -> encoder -> encoder          each level's encoder works on the features of the level below
+                |          |
+                |       1x1, quantize -> top codes
+                |          |
+                |       decoder            the level below is quantized knowing what the top already says
+                |          |
+             concat -> 1x1, quantize -> bottom codes
+                           |
+    all levels' quantized maps, upsampled by transposed convolutions, concat -> decoder -> image
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vqscale.config import level_names
+from vqscale.models.kmeans import addressed_cells, fit_codebook, sample_size
+from vqscale.models.quantizer import AllReduce, Quantized, QuantizerConfig, VectorQuantizer, update_quantizers
+from vqscale.seeding import key_of, mix
+
+_RELU_GAIN = math.sqrt(2)  # He et al. 2015, equation 10
+
+
+@dataclass(frozen=True)
+class VQVAEConfig:
+    hidden: int = 128
+    residual_hidden: int = 64
+    residual_layers: int = 2
+    downsample: list[int] = field(default_factory=lambda: [4, 2])  # bottom first, each from the grid below it
+    quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
+    activation_checkpointing: bool = False  # recompute residual blocks in the backward pass to save memory
+
+    def __post_init__(self) -> None:
+        level_names(len(self.downsample))
+        for stride in self.downsample:
+            if stride < 2 or stride & (stride - 1):
+                raise ValueError(f"downsample={list(self.downsample)}: {stride} is not a power of 2 (2, 4, 8, ...)")
+        for name in ("hidden", "residual_hidden"):
+            if getattr(self, name) < 2:
+                raise ValueError(f"{name}={getattr(self, name)}: at least 2")
+        if self.residual_layers < 0:
+            raise ValueError(f"residual_layers={self.residual_layers}: not negative")
+
+
+class VQVAEOutput(NamedTuple):
+    reconstruction: Tensor  # [b, 3, R, R], not clamped
+    codes: list[Tensor]  # int64 [b, h, w], top first
+    commitment: Tensor  # beta * mean (z - sg[e])^2, summed over levels: add it to the reconstruction loss
+    codebook_loss: Tensor  # mean (sg[z] - e)^2, summed over levels: a report without gradient
+
+
+def _conv(inputs: int, outputs: int, kernel: int, *, stride: int = 1, gain: float = 1.0) -> nn.Conv2d:
+    conv = nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=(kernel - 1) // 2)
+    conv.init_scale = gain  # type: ignore[assignment]
+    return conv
+
+
+def _upconv(inputs: int, outputs: int, *, gain: float = 1.0) -> nn.ConvTranspose2d:
+    conv = nn.ConvTranspose2d(inputs, outputs, 4, stride=2, padding=1)
+    conv.init_scale = gain  # type: ignore[assignment]
+    return conv
+
+
+class ResidualBlock(nn.Module):
+    """x + 1x1(ReLU(3x3(ReLU(x)))) on [b, c, h, w]. The last convolution starts at 0, so the block starts as x."""
+
+    def __init__(self, hidden: int, residual_hidden: int, checkpointing: bool):
+        super().__init__()
+        self.checkpointing = checkpointing
+        self.spatial = _conv(hidden, residual_hidden, 3, gain=_RELU_GAIN)
+        self.pointwise = _conv(residual_hidden, hidden, 1, gain=0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(self._body, x, use_reentrant=False, preserve_rng_state=False)
+        return self._body(x)
+
+    def _body(self, x: Tensor) -> Tensor:
+        return x + self.pointwise(F.relu(self.spatial(F.relu(x))))
+
+
+def _residual_stack(config: VQVAEConfig) -> list[nn.Module]:
+    block = (config.hidden, config.residual_hidden, config.activation_checkpointing)
+    return [*(ResidualBlock(*block) for _ in range(config.residual_layers)), nn.ReLU()]
+
+
+def encoder(inputs: int, stride: int, config: VQVAEConfig) -> nn.Sequential:
+    """[b, inputs, h, w] -> [b, c, h / stride, w / stride]: 4x4 stride-2 convolutions, a 3x3, residual blocks."""
+    layers: list[nn.Module] = []
+    width = config.hidden // 2
+    for _ in range(int(math.log2(stride))):
+        layers += [_conv(inputs, width, 4, stride=2, gain=_RELU_GAIN), nn.ReLU()]
+        inputs, width = width, config.hidden
+    layers.append(_conv(inputs, config.hidden, 3, gain=_RELU_GAIN))
+    return nn.Sequential(*layers, *_residual_stack(config))
+
+
+def decoder(inputs: int, outputs: int, stride: int, config: VQVAEConfig) -> nn.Sequential:
+    """[b, inputs, h, w] -> [b, outputs, h * stride, w * stride]: a 3x3, residual blocks, 4x4 up-convolutions."""
+    doublings = int(math.log2(stride))
+    layers: list[nn.Module] = [_conv(inputs, config.hidden, 3), *_residual_stack(config)]
+    width = config.hidden
+    for doubling in range(doublings - 1):
+        narrower = config.hidden // 2 if doubling == doublings - 2 else config.hidden
+        layers += [_upconv(width, narrower, gain=_RELU_GAIN), nn.ReLU()]
+        width = narrower
+    return nn.Sequential(*layers, _upconv(width, outputs))
+
+
+def upsampler(channels: int, stride: int) -> nn.Sequential:
+    """[b, channels, h, w] -> [b, channels, h * stride, w * stride] by learned transposed convolutions."""
+    return nn.Sequential(*(_upconv(channels, channels) for _ in range(int(math.log2(stride)))))
+
+
+class Level(nn.Module):
+    """The parts of one level. `above` counts the levels above it, `stride_above` is the step to the nearest of them."""
+
+    def __init__(self, config: VQVAEConfig, *, inputs: int, outputs: int, stride: int, above: int, stride_above: int):
+        super().__init__()
+        dim = config.quantizer.code_dim
+        self.encoder = encoder(inputs, stride, config)
+        self.to_code = _conv(config.hidden + (dim if above else 0), dim, 1)
+        self.quantizer = VectorQuantizer(config.quantizer)
+        self.upsample = nn.ModuleList(upsampler(dim, stride_above) for _ in range(above))
+        self.decoder = decoder(dim * (above + 1), outputs, stride, config)
+
+    def project(self, features: Tensor, decoded: Tensor | None) -> Tensor:
+        """What is quantized, [b, D, h, w]: from features [b, c, h, w] and what the level above decodes [b, D, h, w]."""
+        return self.to_code(features if decoded is None else torch.cat([decoded, features], dim=1))
+
+    def gather(self, maps: Sequence[Tensor], vectors: Tensor) -> list[Tensor]:
+        """All levels' quantized maps so far on this level's grid: those above, upsampled, then this one's."""
+        return [*(up(above) for up, above in zip(self.upsample, maps, strict=True)), vectors]
+
+
+class VQVAE(nn.Module):
+    """Images <-> codes. A new one has no codebook yet: `initialise` (models/init.py) it or load weights."""
+
+    def __init__(self, config: VQVAEConfig, *, resolution: int):
+        """Raises ValueError if the resolution is not divisible by the product of the strides."""
+        super().__init__()
+        total = math.prod(config.downsample)
+        if resolution < total or resolution % total:
+            raise ValueError(f"resolution={resolution} is not divisible by {total}, the product of downsample")
+        self.config = config
+        self.resolution = resolution
+        self.level_names = level_names(len(config.downsample))
+        self.levels = nn.ModuleList(self._make_levels(config))
+        self._images = 0  # forwarded in training since the last update of the codebooks
+
+    @staticmethod
+    def _make_levels(config: VQVAEConfig) -> list[Level]:
+        strides = list(reversed(config.downsample))  # top first
+        last = len(strides) - 1
+        return [
+            Level(
+                config,
+                inputs=3 if index == last else config.hidden,
+                outputs=3 if index == last else config.quantizer.code_dim,
+                stride=stride,
+                above=index,
+                stride_above=strides[index - 1] if index else 1,
+            )
+            for index, stride in enumerate(strides)
+        ]
+
+    @property
+    def num_codes(self) -> int:
+        return self.config.quantizer.num_codes
+
+    @property
+    def grids(self) -> list[tuple[int, int]]:
+        """(h, w) of each level's codes, top first."""
+        sides = [self.resolution // math.prod(self.config.downsample[: n + 1]) for n in range(len(self.levels))]
+        return [(side, side) for side in reversed(sides)]
+
+    @property
+    def quantizers(self) -> dict[str, VectorQuantizer]:
+        """By level name, top first."""
+        return {name: level.quantizer for name, level in zip(self.level_names, self._levels, strict=True)}
+
+    @property
+    def _levels(self) -> list[Level]:
+        return list(self.levels)  # type: ignore[arg-type]
+
+    def wrap_units(self) -> list[nn.Module]:
+        """The residual blocks: what the engine may checkpoint, compile and shard on its own."""
+        return [module for module in self.modules() if isinstance(module, ResidualBlock)]
+
+    def forward(self, image: Tensor, position: Tensor | None = None) -> VQVAEOutput:
+        """Reconstruct images [b, 3, R, R] in [-1, 1]; in training also gather the codebooks' statistics.
+
+        `position` int64 [b]: places in the training order, which make restarts independent of the number of ranks.
+        """
+        if self.training:
+            self._count(len(image))
+        quantized, _, decoded = self._descend(self._features(image), len(self.levels), position, track=True)
+        assert decoded is not None
+        return VQVAEOutput(
+            decoded,
+            [q.codes for q in quantized],
+            torch.stack([q.commitment for q in quantized]).sum(),
+            torch.stack([q.codebook_loss for q in quantized]).sum(),
+        )
+
+    @torch.compiler.disable
+    def _count(self, images: int) -> None:
+        self._images += images
+
+    def encode(self, image: Tensor) -> list[Tensor]:
+        """Codes int64 [b, h, w] of images [b, 3, R, R] in [-1, 1], top first."""
+        features, last = self._features(image), len(self.levels) - 1
+        quantized, _, decoded = self._descend(features, last)
+        z = self._levels[last].project(features[last], decoded)
+        return [*(q.codes for q in quantized), self._levels[last].quantizer.nearest(rearrange(z, "b d h w -> b h w d"))]
+
+    def decode(self, codes: Sequence[Tensor]) -> Tensor:
+        """Images [b, 3, R, R] (not clamped) of codes int [b, h, w], top first."""
+        return self._decode([level.quantizer.lookup(c) for level, c in zip(self._levels, codes, strict=True)])
+
+    def decode_top(self, codes: Sequence[Tensor]) -> Tensor:
+        """Images [b, 3, R, R] from the top level's codes alone (codes[0]); every lower level is its mean code."""
+        top, *lower = self._levels
+        vectors = [top.quantizer.lookup(codes[0])]
+        for level, (h, w) in zip(lower, self.grids[1:], strict=True):
+            mean = level.quantizer.mean_vector().to(vectors[0].dtype)
+            vectors.append(repeat(mean, "d -> b d h w", b=len(codes[0]), h=h, w=w))
+        return self._decode(vectors)
+
+    def _decode(self, vectors: Sequence[Tensor]) -> Tensor:
+        maps: list[Tensor] = []
+        for level, quantized in zip(self._levels, vectors, strict=True):
+            maps = level.gather(maps, quantized.to(level.to_code.weight.dtype))
+        return self._levels[-1].decoder(torch.cat(maps, dim=1))
+
+    def _features(self, image: Tensor) -> list[Tensor]:
+        """Encoder features [b, c, h, w], top first; a lower level's are the input of the one above."""
+        if image.shape[-2:] != (self.resolution, self.resolution):
+            raise ValueError(f"images of {tuple(image.shape[-2:])} pixels for a model of resolution {self.resolution}")
+        features = [image.to(self._levels[-1].to_code.weight.dtype)]
+        for level in reversed(self._levels):
+            features.insert(0, level.encoder(features[0]))
+        return features[:-1]
+
+    def _descend(
+        self, features: Sequence[Tensor], depth: int, position: Tensor | None = None, track: bool = False
+    ) -> tuple[list[Quantized], list[Tensor], Tensor | None]:
+        """Quantize and decode the first `depth` levels: (quantized, their maps, what the last of them decodes)."""
+        quantized: list[Quantized] = []
+        maps: list[Tensor] = []
+        decoded: Tensor | None = None
+        for level, feature in zip(self._levels[:depth], features, strict=False):
+            quantized.append(level.quantizer(level.project(feature, decoded), position, track))
+            maps = level.gather(maps, quantized[-1].vectors)
+            decoded = level.decoder(torch.cat(maps, dim=1))
+        return quantized, maps, decoded
+
+    def update_codebooks(
+        self,
+        all_reduce: AllReduce,
+        *,
+        seed: int,
+        images_seen: int,
+        applied: bool,
+        learning_rate: float,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> dict[str, Tensor]:
+        """Call once after each optimizer step, on every rank. See `update_quantizers`."""
+        images, self._images = self._images, 0
+        return update_quantizers(
+            self.quantizers,
+            all_reduce,
+            key=mix(seed, key_of("restarts"), images_seen),
+            images=images,
+            applied=applied,
+            learning_rate=learning_rate,
+            rank=rank,
+            world_size=world_size,
+        )
+
+    @torch.no_grad()
+    def init_codebooks(self, batches: Iterable[Tensor], *, seed: int) -> None:
+        """Fit the codebooks to images [b, 3, R, R], level by level from the top: a lower level's encoder vectors depend
+        on the quantized levels above. For the plain model, before it is wrapped."""
+        images = list(batches)
+        if not images:
+            raise ValueError("codebook init needs at least one batch of images, got 0")
+        training = self.training
+        self.eval()
+        for index, (name, level) in enumerate(zip(self.level_names, self._levels, strict=True)):
+            key = mix(seed, key_of("codebook"), key_of(name))
+            vectors = self._sample_vectors(images, index, key)
+            level.quantizer.set_codebook(fit_codebook(vectors, self.num_codes, key))
+        self.train(training)
+
+    def _sample_vectors(self, images: Sequence[Tensor], index: int, key: int) -> Tensor:
+        """Encoder vectors [n, D] of one level: the same number of grid cells of every image."""
+        level, cells = self._levels[index], math.prod(self.grids[index])
+        count = min(cells, math.ceil(sample_size(self.num_codes) / sum(len(batch) for batch in images)))
+        chosen: list[Tensor] = []
+        for batch in images:
+            features = self._features(batch.to(level.quantizer.embedding.device))
+            _, _, decoded = self._descend(features, index)
+            z = rearrange(level.project(features[index], decoded), "b d h w -> b (h w) d")
+            for vectors in z:
+                chosen.append(vectors[addressed_cells(cells, count, key, len(chosen)).to(z.device)])
+        return torch.cat(chosen).to(level.quantizer.embedding.dtype)

@@ -1,0 +1,183 @@
+"""Image shards -> code shards: one shard in, one out, of the same name and order; a finished one is never redone."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from vqscale import runtime
+from vqscale.config import StageConfig, run_of
+from vqscale.data.codes import CodeReader, pack_codes
+from vqscale.data.images import ImageReader, to_float
+from vqscale.data.sequential import read_shard_blocks
+from vqscale.data.shards import Manifest, ShardInfo, ShardWriter, resolve, shard_info
+from vqscale.sources import Source, load_vqvae
+
+
+@dataclass(frozen=True)
+class ExtractCodesConfig(StageConfig):
+    """Codes of every split of a data set under one tokenizer."""
+
+    data: str = run_of("pack")
+    vqvae: str = run_of("train_vqvae")
+    checkpoint: int = 0  # images seen; 0 = the last checkpoint of a finished run
+    weights_kind: str = ""  # ema | raw; "" = ema if there is one
+    flips: bool = True  # also encode the mirrored image, as a second view
+    block: int = 64  # images encoded at a time; part of what makes the bytes reproducible
+    workers: int = 1  # loader processes per rank
+
+
+Config = ExtractCodesConfig
+
+
+def main(config: ExtractCodesConfig) -> None:
+    """Extract into `config.run_dir/{train,holdout}`. Raises ValueError if the model and the images do not fit."""
+    with runtime.run(config, "extract_codes") as run:
+        if run.was_done:
+            runtime.log.info("nothing left to do: the codes are in %s", run.run_dir)
+            return
+        source = load_vqvae(
+            config.vqvae, device=run.topology.device, weights_kind=config.weights_kind, checkpoint=config.checkpoint
+        )
+        for split in _splits(config.data):
+            _extract_split(config, run, source, split)
+
+
+def _splits(data: str) -> list[str]:
+    """Parts of the data set to mirror; a single data set counts as `train`."""
+    found = [split for split in ("train", "holdout") if (Path(data) / split / "dataset.json").is_file()]
+    return found or ["train"]
+
+
+def _extract_split(config: ExtractCodesConfig, run: runtime.Run, source: Source, split: str) -> None:
+    folder, out, place = resolve(config.data, split), run.run_dir / split, run.topology
+    manifest = Manifest.load(folder)
+    _check_fits(config, manifest, source)
+    if place.is_main:
+        out.mkdir(parents=True, exist_ok=True)
+        _remember_tokenizer(out, source, manifest)
+    place.barrier()
+    every = range(len(manifest.shards))
+    left = [n for n in every if shard_info(out / Path(manifest.shards[n].name).name) is None]
+    place.barrier()  # all ranks listed the same shards before any of them writes one
+    mine = left[place.rank :: place.world_size]
+    total = sum(manifest.shards[n].num_samples for n in mine)
+    with run.stoppable(), tqdm(total=total, unit="img", disable=not place.is_main, desc=split) as bar:
+        for number in mine:
+            with ShardWriter(out / Path(manifest.shards[number].name).name) as writer:
+                for key, parts in _encoded(config, source, folder, manifest, number, run):
+                    writer.write(key, parts)
+                    bar.update()
+            run.images_seen += manifest.shards[number].num_samples
+    shards = [shard_info(out / Path(manifest.shards[n].name).name) for n in every]
+    _write_manifest(config, run, source, out, manifest, [info for info in shards if info is not None])
+
+
+def _check_fits(config: ExtractCodesConfig, manifest: Manifest, source: Source) -> None:
+    if manifest.kind != "images":
+        raise ValueError(f"data={config.data}: images are needed, this is a data set of {manifest.kind}")
+    have, want = manifest.transform.get("resolution"), source.description["resolution"]
+    if have != want:
+        raise ValueError(f"data={config.data}: images of {have} px, but vqvae={config.vqvae} takes {want} px")
+
+
+def _remember_tokenizer(out: Path, source: Source, manifest: Manifest) -> None:
+    """A half-finished folder belongs to one tokenizer and one data set. Raises ValueError for another's."""
+    path, facts = out / "source.json", {"tokenizer": source.fingerprint, "data": manifest.fingerprint}
+    saved = runtime.read_json(path)
+    for key, value in facts.items():
+        if saved.get(key, value) != value:
+            raise ValueError(f"{path}: these code shards were begun with {key} {saved[key]}, now it is {value}")
+    runtime.write_json(path, facts)
+
+
+def _encoded(
+    config: ExtractCodesConfig, source: Source, folder: Path, manifest: Manifest, number: int, run: runtime.Run
+) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """(key, parts) of one code shard, in the source's order; unreadable images are left out, counted and named."""
+    index, names = manifest.index(folder, number), source.model.level_names
+    blocks = read_shard_blocks(
+        folder,
+        [number],
+        read=ImageReader(source.description["resolution"], flip=False, crop="center"),
+        block=config.block,
+        workers=config.workers,
+        bad_path=run.run_dir / "bad.jsonl",
+    )
+    row = 0
+    for batch in blocks:
+        run.poll()
+        views = _encode(source, to_float(batch["image"].to(run.topology.device)), config.flips)
+        for i in range(min(config.block, len(index) - row)):
+            if batch["weight"][i]:
+                codes = {name: views[name][i] for name in names}
+                yield index.key(row + i), pack_codes(codes) | {"cls": str(int(index.labels[row + i])).encode()}
+        row += config.block
+
+
+@torch.inference_mode()
+def _encode(source: Source, image: Tensor, flips: bool) -> dict[str, np.ndarray]:
+    """Codes of images [b, 3, R, R] by level name: uint16 [b, V, h, w]; V = 2 with the mirrored image's codes second."""
+    views = [source.model.encode(view) for view in ([image, image.flip(-1)] if flips else [image])]
+    stacked = [torch.stack(level, 1).cpu().numpy().astype(np.uint16) for level in zip(*views, strict=True)]
+    return dict(zip(source.model.level_names, stacked, strict=True))
+
+
+def _write_manifest(
+    config: ExtractCodesConfig,
+    run: runtime.Run,
+    source: Source,
+    out: Path,
+    images: Manifest,
+    shards: Sequence[ShardInfo],
+) -> None:
+    """Count the codes of all shards, shared among the ranks, and describe the data set: its last file."""
+    place, model = run.topology, source.model
+    levels = {name: list(grid) for name, grid in zip(model.level_names, model.grids, strict=True)}
+    extra: dict[str, Any] = {
+        "tokenizer": source.fingerprint,
+        "tokenizer_model": source.description,
+        "num_codes": model.num_codes,
+        "levels": levels,
+        "views": 2 if config.flips else 1,
+        "source": images.fingerprint,
+        "resolution": source.description["resolution"],
+    }
+    manifest = Manifest.of("codes", shards, images.classes, images.transform, extra)
+    if place.is_main:
+        manifest.save(out)
+    place.barrier()
+    usage = {name: torch.zeros(model.num_codes, dtype=torch.int64) for name in levels}
+    mine = range(place.rank, len(shards), place.world_size)
+    for batch in read_shard_blocks(out, mine, read=CodeReader(levels, views=extra["views"]), block=1024):
+        for name, histogram in usage.items():
+            histogram += torch.bincount(batch[name][batch["weight"] > 0].flatten(), minlength=model.num_codes)
+    for histogram in usage.values():
+        place.all_reduce_(histogram)
+    extra["usage"] = {name: histogram.tolist() for name, histogram in usage.items()}
+    extra["perplexity"] = {name: _perplexity(histogram) for name, histogram in usage.items()}
+    for name, value in extra["perplexity"].items():
+        if value < 2:
+            runtime.log.warning("the %s codes have collapsed: perplexity %.2f of %d", name, value, model.num_codes)
+    if place.is_main:
+        Manifest.of("codes", shards, images.classes, images.transform, extra).save(out)
+    place.barrier()
+
+
+def _perplexity(histogram: Tensor) -> float:
+    share = histogram.double() / histogram.sum().clamp_min(1)
+    return float(torch.exp(-torch.xlogy(share, share).sum()))
+
+
+def plan(config: ExtractCodesConfig) -> str:
+    """Sizes, for --dry-run."""
+    lines = []
+    for split in _splits(config.data):
+        manifest = Manifest.load(resolve(config.data, split))
+        lines.append(f"\n{split}: {manifest.num_samples:,} images in {len(manifest.shards)} shards")
+    return "".join(lines)

@@ -1,0 +1,194 @@
+"""VQ-VAE + priors -> sample shards: ancestral sampling, level by level from the top, then decoding.
+
+Sample i has the same pixels whatever the number of ranks and restarts: its randomness is addressed by (seed, i), and
+the batch it is computed in is fixed.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.io import encode_png
+from torchvision.utils import make_grid, save_image
+from tqdm import tqdm
+
+from vqscale import runtime
+from vqscale.config import StageConfig, run_of
+from vqscale.data.images import decode_image, to_uint8
+from vqscale.data.shards import Manifest, ShardInfo, ShardWriter, iterate, shard_info
+from vqscale.models.sampling import sample_codes
+from vqscale.sources import Source, load_prior, load_vqvae
+
+
+@dataclass(frozen=True)
+class SampleConfig(StageConfig):
+    """Class-conditional samples as a data set of kind `samples`."""
+
+    vqvae: str = run_of("train_vqvae")
+    prior_top: str = run_of("train_prior_top")
+    prior_middle: str = run_of("train_prior_middle")
+    prior_bottom: str = run_of("train_prior_bottom")
+    weights_kind: str = ""  # ema | raw; "" = ema if there is one
+    classes: Any = "all"  # all, or a list of class names or indices
+    samples_per_class: int = 10  # how many of each
+    temperature: dict[str, float] = field(default_factory=dict)  # per level, e.g. {top: 0.95}; 1 = as trained
+    top_k: dict[str, int] = field(default_factory=dict)  # per level: draw among the k likeliest codes; 0 = all
+    top_p: dict[str, float] = field(default_factory=dict)  # per level: among the likeliest of this total mass; 1 = all
+    guidance: dict[str, float] = field(default_factory=dict)  # per level: classifier-free guidance weight; 0 = off
+    batch: int = 32  # samples drawn at a time, one block of consecutive ids
+    blocks_per_shard: int = 8  # blocks in one shard
+    grid_columns: int = 10  # samples per class in grid.png
+
+
+Config = SampleConfig
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The models that turn a class into an image."""
+
+    vqvae: Source
+    priors: list[Source]  # top first
+
+    @property
+    def classes(self) -> list[str]:
+        return list(self.priors[0].description["classes"])
+
+
+def main(config: SampleConfig) -> None:
+    """Sample into `config.run_dir`. Raises ValueError for models that do not belong together or an unknown class."""
+    with runtime.run(config, "sample") as run:
+        if run.was_done:
+            runtime.log.info("nothing left to do: the samples are in %s", run.run_dir)
+            return
+        chain = load_chain(config, run.topology.device)
+        labels = [c for c in chosen_classes(config.classes, chain.classes) for _ in range(config.samples_per_class)]
+        if not labels:
+            raise ValueError(f"nothing to sample: {config.samples_per_class} samples of {len(chain.classes)} classes")
+        size, place = config.batch * config.blocks_per_shard, run.topology
+        count = -(-len(labels) // size)
+        with run.stoppable(), tqdm(total=len(labels), unit="img", disable=not place.is_main, desc="sample") as bar:
+            for number in range(place.rank, count, place.world_size):
+                path = run.run_dir / f"{number:06d}.tar"
+                ids = range(number * size, min(len(labels), (number + 1) * size))
+                if shard_info(path) is None:
+                    with ShardWriter(path) as writer:
+                        for key, parts in _drawn(config, chain, labels, ids, run):
+                            writer.write(key, parts)
+                            bar.update()
+                run.images_seen += len(ids)
+        if place.is_main:
+            found = [shard_info(run.run_dir / f"{n:06d}.tar") for n in range(count)]
+            _finish(config, chain, run.run_dir, [info for info in found if info is not None])
+        place.barrier()
+
+
+def load_chain(config: SampleConfig, device: torch.device) -> Chain:
+    """The VQ-VAE and one prior per level, checked against each other."""
+    vqvae = load_vqvae(config.vqvae, device=device, weights_kind=config.weights_kind)
+    priors = []
+    for name in vqvae.model.level_names:
+        path = getattr(config, f"prior_{name}")
+        prior = load_prior(path, device=device, weights_kind=config.weights_kind)
+        if prior.description["level"] != name:
+            raise ValueError(f"prior_{name}={path}: this is a prior of the {prior.description['level']} level")
+        if prior.description["tokenizer"] != vqvae.fingerprint:
+            raise ValueError(
+                f"prior_{name}={path}: trained on codes of {prior.description['tokenizer']}, "
+                f"but vqvae={config.vqvae} is {vqvae.fingerprint}"
+            )
+        priors.append(prior)
+    return Chain(vqvae, priors)
+
+
+def chosen_classes(asked: Any, classes: list[str]) -> list[int]:
+    """Class indices of "all", or of a list of names and indices. Raises ValueError naming what is not a class."""
+    if asked == "all":
+        return list(range(len(classes)))
+    found = []
+    for one in asked if isinstance(asked, list) else [asked]:
+        if str(one) in classes:
+            found.append(classes.index(str(one)))
+        elif isinstance(one, int) and 0 <= one < len(classes):
+            found.append(one)
+        else:
+            raise ValueError(f"classes: {one!r} is no class name of the {len(classes)}, and no index below that")
+    return found
+
+
+def _drawn(
+    config: SampleConfig, chain: Chain, labels: list[int], ids: range, run: runtime.Run
+) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """(key, parts) of the samples `ids`, one fixed block at a time; the last block is padded with its last sample."""
+    for first in range(ids.start, ids.stop, config.batch):
+        run.poll()
+        block = [min(i, ids.stop - 1) for i in range(first, first + config.batch)]
+        label = torch.tensor([labels[i] for i in block], device=run.topology.device)
+        images = draw(config, chain, label, torch.tensor(block, device=run.topology.device))
+        for i in range(first, min(first + config.batch, ids.stop)):
+            about = json.dumps({"sample": i, "seed": config.seed}).encode()
+            yield f"{i:09d}", {"png": png(images[i - first]), "cls": str(labels[i]).encode(), "json": about}
+
+
+@torch.inference_mode()
+def draw(config: SampleConfig, chain: Chain, label: Tensor, sample_ids: Tensor) -> Tensor:
+    """Images uint8 [b, 3, R, R] of classes int64 [b]."""
+    codes: list[Tensor] = []
+    for prior in chain.priors:
+        name = prior.description["level"]
+        codes.append(
+            sample_codes(
+                prior.model,
+                label,
+                codes,
+                seed=config.seed,
+                sample_ids=sample_ids,
+                temperature=config.temperature.get(name, 1.0),
+                top_k=config.top_k.get(name, 0),
+                top_p=config.top_p.get(name, 1.0),
+                guidance=config.guidance.get(name, 0.0),
+            )
+        )
+    return to_uint8(chain.vqvae.model.decode(codes)).cpu()
+
+
+def png(image: Tensor) -> bytes:
+    """A PNG of an image uint8 [3, h, w]."""
+    return encode_png(image, compression_level=6).numpy().tobytes()
+
+
+def _finish(config: SampleConfig, chain: Chain, run_dir: Path, shards: list[ShardInfo]) -> None:
+    """dataset.json, and grid.png: one row per class."""
+    provenance = {
+        "vqvae": chain.vqvae.fingerprint,
+        "priors": {prior.description["level"]: prior.fingerprint for prior in chain.priors},
+        "tokenizer": chain.vqvae.fingerprint,
+        "seed": config.seed,
+        "samples_per_class": config.samples_per_class,
+        "temperature": dict(config.temperature),
+        "top_k": dict(config.top_k),
+        "top_p": dict(config.top_p),
+        "guidance": dict(config.guidance),
+    }
+    transform = {"resolution": chain.vqvae.description["resolution"], "format": "png"}
+    Manifest.of("samples", shards, chain.classes, transform, provenance).save(run_dir)
+    columns = min(config.grid_columns, config.samples_per_class)
+    rows: dict[int, list[Tensor]] = {}
+    for _, label, parts in iterate(run_dir, ["png"]):
+        row = rows.setdefault(label, [])
+        if len(row) < columns:
+            row.append(decode_image(parts["png"]))
+    tiles = torch.stack([image for row in rows.values() for image in row]).float() / 255
+    save_image(make_grid(tiles, nrow=columns), run_dir / "grid.png")
+
+
+def plan(config: SampleConfig) -> str:
+    """Sizes, for --dry-run."""
+    chain = load_chain(config, torch.device("cpu"))
+    classes = chosen_classes(config.classes, chain.classes)
+    total = len(classes) * config.samples_per_class
+    return f"\nsamples: {total:,} of {len(classes)} classes, {', '.join(p.description['level'] for p in chain.priors)}"

@@ -1,0 +1,176 @@
+"""Code shards -> a class-conditional prior of one level, conditioned on the codes of all levels above it."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vqscale import runtime
+from vqscale.config import as_dict, local_batching, run_of
+from vqscale.data.codes import CodeReader
+from vqscale.data.loader import build_loader, sequential_batches
+from vqscale.data.shards import Manifest, resolve
+from vqscale.engine.loop import Batch, FitConfig, fit
+from vqscale.engine.parallel import compile_units, make_engine
+from vqscale.models.dropout import dropout_key
+from vqscale.models.init import initialise
+from vqscale.models.pixelcnn import PriorConfig, code_nll, nll
+from vqscale.sources import build
+
+
+@dataclass(frozen=True)
+class TrainPriorConfig(FitConfig):
+    """One prior's training. K, grids and classes are read from the code shards."""
+
+    data: str = run_of("extract_codes")
+    level: str = "top"  # top | middle | bottom
+    model: PriorConfig = field(default_factory=PriorConfig)
+    flip: bool = True  # choose between the two views of each image, where the code shards have both
+    evaluate_images: int = 1_024  # held-out images per evaluation
+    allow_collapsed_codes: bool = False  # train even on codes of perplexity below 2
+
+
+Config = TrainPriorConfig
+
+
+def main(config: TrainPriorConfig) -> None:
+    """Train, or go on training, in `config.run_dir`. Raises ValueError for anything that does not fit before step 1."""
+    with runtime.run(config, "train_prior") as run:
+        place = run.topology
+        folder = resolve(config.data, "train", made_by="extract_codes")
+        description = describe(config, Manifest.load(folder))
+        _, _, accumulation = local_batching(config.global_batch, place.world_size, config.micro_batch)
+        loader = build_loader(
+            folder,
+            read=reader(config, Manifest.load(folder), flip=config.flip),
+            global_batch=config.global_batch,
+            micro_batch=config.micro_batch,
+            rank=place.rank,
+            world_size=place.world_size,
+            seed=config.seed,
+            shuffle_window=config.shuffle_window,
+            workers=config.workers,
+            max_bad_fraction=config.max_bad_fraction,
+            pin_memory=place.device.type == "cuda",
+            bad_path=run.run_dir / "bad.jsonl" if place.is_main else None,
+        )
+        model: Any = build(description)
+        initialise(model, config.seed)
+        if config.compile:
+            compile_units(model)
+        engine = make_engine(model, place, config, accumulation)
+        fit(
+            engine,
+            loader,
+            training_step(config),
+            config=config,
+            run=run,
+            description=description,
+            evaluators=[HeldOutNLL(config, run)],
+        )
+
+
+def levels_of(config: TrainPriorConfig, manifest: Manifest) -> tuple[list[str], list[list[int]]]:
+    """Names and grids of this level and all above it, top first. Raises ValueError for a level the codes lack."""
+    if manifest.kind != "codes":
+        raise ValueError(f"data={config.data}: code shards are needed, this is a data set of {manifest.kind}")
+    levels = manifest.extra["levels"]
+    if config.level not in levels:
+        raise ValueError(f"level={config.level}: the codes at {config.data} have {', '.join(levels)}")
+    names = list(levels)[: list(levels).index(config.level) + 1]
+    return names, [list(levels[name]) for name in names]
+
+
+def describe(config: TrainPriorConfig, manifest: Manifest) -> dict[str, Any]:
+    """What it takes to build this prior again. Raises ValueError for collapsed codes."""
+    names, grids = levels_of(config, manifest)
+    for name in names:
+        perplexity = manifest.extra["perplexity"][name]
+        if perplexity < 2 and not config.allow_collapsed_codes:
+            raise ValueError(
+                f"data={config.data}: the {name} codes have collapsed (perplexity {perplexity:.2f} of "
+                f"{manifest.extra['num_codes']}): a prior would learn nothing; allow_collapsed_codes=true trains it"
+            )
+    return {
+        "kind": "prior",
+        "config": as_dict(config.model),
+        "level": config.level,
+        "num_codes": manifest.extra["num_codes"],
+        "grid": grids[-1],
+        "upper_grids": grids[:-1],
+        "classes": list(manifest.classes),
+        "tokenizer": manifest.extra["tokenizer"],
+        "data": manifest.fingerprint,
+    }
+
+
+def reader(config: TrainPriorConfig, manifest: Manifest, *, flip: bool) -> CodeReader:
+    """Reads this level's codes and those of all levels above."""
+    names, grids = levels_of(config, manifest)
+    levels = {name: (grid[0], grid[1]) for name, grid in zip(names, grids, strict=True)}
+    return CodeReader(levels, views=manifest.extra["views"], flip=flip, seed=config.seed)
+
+
+def inputs(batch: Batch, level: str) -> tuple[Tensor, list[Tensor]]:
+    """(codes of `level`, codes of the levels above, top first) of a batch of codes."""
+    above = [batch[name].long() for name in ("top", "middle", "bottom") if name in batch and name != level]
+    return batch[level].long(), above
+
+
+def training_step(config: TrainPriorConfig) -> Callable[[Any, Batch], tuple[Tensor, dict[str, Tensor]]]:
+    """Teacher forcing: mean negative log-likelihood in nats per code."""
+
+    def step(model: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        codes, above = inputs(batch, config.level)
+        key = dropout_key(config.seed, batch["position"])
+        loss = nll(model(codes, batch["label"], above, dropout_key=key), codes)
+        return loss, {f"nll/{config.level}": loss}
+
+    return step
+
+
+class HeldOutNLL:
+    """Nats per code on held-out codes."""
+
+    def __init__(self, config: TrainPriorConfig, run: runtime.Run):
+        self.every = config.evaluate_every
+        self._config, self._run = config, run
+
+    def run(self, model: nn.Module, images_seen: int) -> Iterator[tuple[str, float]]:
+        """Yields held_out/nll/<level>."""
+        place, config = self._run.topology, self._config
+        folder = resolve(config.data, "holdout", made_by="extract_codes")
+        sums = torch.zeros(2, dtype=torch.float64, device=place.device)
+        for batch in sequential_batches(
+            folder,
+            read=reader(config, Manifest.load(folder), flip=False),
+            batch=min(64, config.evaluate_images),
+            rank=place.rank,
+            world_size=place.world_size,
+            workers=0,
+            limit=config.evaluate_images,
+        ):
+            moved = {name: value.to(place.device) for name, value in batch.items()}
+            codes, above = inputs(moved, config.level)
+            each = code_nll(model(codes, moved["label"], above), codes).flatten(1).mean(1).double()
+            weight = moved["weight"].double()
+            sums += torch.stack([(each * weight).sum(), weight.sum()])
+        place.all_reduce_(sums)
+        yield f"held_out/nll/{config.level}", float(sums[0] / sums[1])
+
+
+def plan(config: TrainPriorConfig) -> str:
+    """Sizes and steps, for --dry-run."""
+    manifest = Manifest.load(resolve(config.data, "train", made_by="extract_codes"))
+    with torch.device("meta"):
+        model: Any = build(describe(config, manifest))
+    counts = model.num_parameters()
+    return (
+        f"\ndata: {manifest.num_samples:,} samples in {len(manifest.shards)} shards, {len(manifest.classes)} classes"
+        f"\nmodel: {config.level} {model.grid[0]}x{model.grid[1]}, K = {model.num_codes}; parameters: "
+        f"{counts['layers']:,} in convolutions and linear layers, {counts['embeddings']:,} in embeddings"
+        f"\nsteps: {-(-config.total_images // config.global_batch):,} of {config.global_batch} images"
+        f" ({config.total_images / manifest.num_samples:.1f} epochs)"
+    )

@@ -1,0 +1,222 @@
+"""Image shards -> a trained VQ-VAE (1 level: 2017; 2 or 3 levels: VQ-VAE-2), in checkpoints."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.utils import make_grid, save_image
+
+from vqscale import runtime
+from vqscale.config import as_dict, level_names, local_batching, run_of
+from vqscale.data.images import ImageReader, to_float
+from vqscale.data.loader import build_loader, sequential_batches
+from vqscale.data.shards import Manifest, resolve
+from vqscale.engine.checkpoint import has_checkpoint
+from vqscale.engine.loop import Batch, FitConfig, fit
+from vqscale.engine.parallel import assert_same_everywhere, compile_units, make_engine
+from vqscale.models.init import initialise
+from vqscale.models.vqvae import VQVAE, VQVAEConfig
+from vqscale.sources import build
+
+
+@dataclass(frozen=True)
+class TrainVQVAEConfig(FitConfig):
+    """The VQ-VAE's training. Image size and classes are read from the data set."""
+
+    data: str = run_of("pack")
+    model: VQVAEConfig = field(default_factory=VQVAEConfig)
+    crop: str = "center"  # center | random
+    flip: bool = True  # mirror half of the images
+    init_images: int = 2_048  # images whose encodings the codebooks start from
+    evaluate_images: int = 1_024  # held-out images per evaluation
+    grid_images: int = 8  # originals and reconstructions in the picture of an evaluation
+
+
+Config = TrainVQVAEConfig
+
+
+def main(config: TrainVQVAEConfig) -> None:
+    """Train, or go on training, in `config.run_dir`. Raises ValueError for anything that does not fit before step 1."""
+    with runtime.run(config, "train_vqvae") as run:
+        place = run.topology
+        folder = resolve(config.data, "train")
+        description = describe(config, Manifest.load(folder))
+        reader = ImageReader(description["resolution"], flip=config.flip, crop=config.crop, seed=config.seed)
+        _, _, accumulation = local_batching(config.global_batch, place.world_size, config.micro_batch)
+        loader = build_loader(
+            folder,
+            read=reader,
+            global_batch=config.global_batch,
+            micro_batch=config.micro_batch,
+            rank=place.rank,
+            world_size=place.world_size,
+            seed=config.seed,
+            shuffle_window=config.shuffle_window,
+            workers=config.workers,
+            max_bad_fraction=config.max_bad_fraction,
+            pin_memory=place.device.type == "cuda",
+            bad_path=run.run_dir / "bad.jsonl" if place.is_main else None,
+        )
+        model: Any = build(description)
+        initialise(model, config.seed)
+        if not place.gather(has_checkpoint(run.run_dir / "checkpoints"))[0]:
+            _init_codebooks(model, folder, reader, config, run)
+        model.to(memory_format=torch.channels_last)
+        if config.compile:
+            compile_units(model)
+        engine = make_engine(model, place, config, accumulation)
+
+        def after_step(applied: bool, learning_rate: float, images_seen: int) -> dict[str, Tensor]:
+            return model.update_codebooks(
+                place.all_reduce_,
+                rank=place.rank,
+                world_size=place.world_size,
+                seed=config.seed,
+                images_seen=images_seen,
+                applied=applied,
+                learning_rate=learning_rate,
+            )
+
+        evaluator = HeldOutReconstruction(config, description["resolution"], run)
+        fit(
+            engine,
+            loader,
+            training_step,
+            config=config,
+            run=run,
+            description=description,
+            after_step=after_step,
+            evaluators=[evaluator],
+        )
+
+
+def describe(config: TrainVQVAEConfig, manifest: Manifest) -> dict[str, Any]:
+    """What it takes to build this model again. Raises ValueError for a data set without a fixed image size."""
+    resolution = manifest.transform.get("resolution")
+    if manifest.kind != "images" or not resolution:
+        raise ValueError(f"data={config.data}: a data set of images of one size is needed, this is {manifest.kind}")
+    return {
+        "kind": "vqvae",
+        "config": as_dict(config.model),
+        "resolution": resolution,
+        "classes": list(manifest.classes),
+        "data": manifest.fingerprint,
+    }
+
+
+def training_step(model: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """Reconstruction error + β · commitment (van den Oord et al. 2017, eq. 3); every MSE in [-1, 1] units."""
+    image = to_float(batch["image"]).contiguous(memory_format=torch.channels_last)
+    output = model(image, position=batch["position"])
+    error = F.mse_loss(output.reconstruction, image.to(output.reconstruction.dtype))
+    losses = {"reconstruction_mse": error, "commitment": output.commitment, "codebook_loss": output.codebook_loss}
+    return error + output.commitment, losses
+
+
+def _init_codebooks(
+    model: VQVAE, folder: Path, reader: ImageReader, config: TrainVQVAEConfig, run: runtime.Run
+) -> None:
+    """Codebooks from the first images of the order, which stay unconsumed: rank 0 computes, all ranks receive."""
+    place = run.topology
+    model.to(place.device)
+    if place.is_main:
+        loader = build_loader(
+            folder,
+            read=reader,
+            global_batch=min(64, config.init_images),
+            micro_batch=0,
+            rank=0,
+            world_size=1,
+            seed=config.seed,
+            shuffle_window=config.shuffle_window,
+            workers=0,
+        )
+        batches = iter(loader)
+        count = -(-config.init_images // min(64, config.init_images))
+        images = (to_float(next(batches)["image"].to(place.device)) for _ in range(count))
+        model.init_codebooks(images, seed=config.seed)
+    for _, buffer in model.named_buffers():
+        place.broadcast_(buffer)
+    assert_same_everywhere(dict(model.named_buffers()), place)
+
+
+class HeldOutReconstruction:
+    """MSE and PSNR of held-out images, the codes they use, and a picture of some of them."""
+
+    def __init__(self, config: TrainVQVAEConfig, resolution: int, run: runtime.Run):
+        self.every = config.evaluate_every
+        self._config, self._resolution, self._run = config, resolution, run
+
+    def run(self, model: nn.Module, images_seen: int) -> Iterator[tuple[str, float]]:
+        """Yields held_out/… figures, each over the whole held-out subset."""
+        place, vqvae = self._run.topology, model
+        assert isinstance(vqvae, VQVAE)
+        names = level_names(len(vqvae.grids))
+        used = torch.zeros(len(names), vqvae.num_codes, dtype=torch.float64, device=place.device)
+        sums = torch.zeros(3, dtype=torch.float64, device=place.device)  # squared error, PSNR, images
+        shown = False
+        for batch in self._batches():
+            image, weight = to_float(batch["image"].to(place.device)), batch["weight"].to(place.device).double()
+            output = vqvae(image)
+            error = (output.reconstruction.float().clamp(-1, 1) - image).square().flatten(1).mean(1).double()
+            sums += torch.stack([(error * weight).sum(), (psnr(error) * weight).sum(), weight.sum()])
+            for level, codes in enumerate(output.codes):
+                used[level] += torch.bincount(codes[weight > 0].flatten(), minlength=vqvae.num_codes)
+            if not shown and place.is_main:
+                self._picture(image, output.reconstruction, images_seen)
+                shown = True
+        place.all_reduce_(sums)
+        place.all_reduce_(used)
+        yield "held_out/reconstruction_mse", float(sums[0] / sums[2])
+        yield "held_out/psnr", float(sums[1] / sums[2])
+        for level, name in enumerate(names):
+            share = used[level] / used[level].sum()
+            yield f"held_out/used_codes/{name}", float((used[level] > 0).sum())
+            yield f"held_out/perplexity/{name}", float(torch.exp(-torch.xlogy(share, share).sum()))
+
+    def _batches(self) -> Iterator[Batch]:
+        place, config = self._run.topology, self._config
+        return sequential_batches(
+            resolve(config.data, "holdout"),
+            read=ImageReader(self._resolution, flip=False, crop="center", seed=config.seed),
+            batch=min(64, config.evaluate_images),
+            rank=place.rank,
+            world_size=place.world_size,
+            workers=0,
+            limit=config.evaluate_images,
+        )
+
+    def _picture(self, image: Tensor, reconstruction: Tensor, images_seen: int) -> None:
+        """Originals above their reconstructions."""
+        count = min(self._config.grid_images, len(image))
+        both = torch.cat([image[:count], reconstruction[:count].float()]).clamp(-1, 1)
+        grid = make_grid((both + 1) / 2, nrow=count)
+        folder = self._run.run_dir / "samples"
+        folder.mkdir(exist_ok=True)
+        save_image(grid, folder / f"{images_seen:012d}.png")
+        self._run.log_image("reconstructions", grid, images_seen)
+
+
+def psnr(error: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of a mean squared error in [-1, 1] units (the peak-to-peak is 2)."""
+    return 10 * torch.log10(4 / error.clamp_min(1e-12))
+
+
+def plan(config: TrainVQVAEConfig) -> str:
+    """Sizes and steps, for --dry-run."""
+    manifest = Manifest.load(resolve(config.data, "train"))
+    description = describe(config, manifest)
+    with torch.device("meta"):
+        model: Any = build(description)
+    parameters = sum(p.numel() for p in model.parameters())
+    grids = ", ".join(f"{name} {h}x{w}" for name, (h, w) in zip(model.level_names, model.grids, strict=True))
+    return (
+        f"\ndata: {manifest.num_samples:,} images in {len(manifest.shards)} shards, {len(manifest.classes)} classes"
+        f"\nmodel: {parameters:,} parameters; codes: {grids}, K = {model.num_codes}"
+        f"\nsteps: {-(-config.total_images // config.global_batch):,} of {config.global_batch} images"
+        f" ({config.total_images / manifest.num_samples:.1f} epochs)"
+    )
