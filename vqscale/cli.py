@@ -48,7 +48,7 @@ def _stage_help(stage: str) -> str:
     return f"vqscale {stage} CONFIG [key=value ...]\n\n{STAGES[stage]}\n\nkeys and defaults:\n{keys}"
 
 
-def _stage_module(stage: str):
+def stage_module(stage: str):
     if stage not in STAGES:
         raise ValueError(f"there is no stage {stage!r}; the stages are {', '.join(STAGES)}")
     return importlib.import_module(f"vqscale.stages.{stage}")
@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     arguments = _parser().parse_intermixed_args(argv)
     try:
-        stage = _stage_module(arguments.stage)
+        stage = stage_module(arguments.stage)
         if not arguments.words:
             raise ValueError(f"{arguments.stage} needs a config file: vqscale {arguments.stage} CONFIG [key=value ...]")
         path, *overrides = arguments.words

@@ -115,6 +115,7 @@ def _check_keys(cls: Any, node: DictConfig, where: str, prefix: str = "") -> Non
 
 
 def _fill_paths(merged: DictConfig, cls: Any, path: Path) -> None:
+    OmegaConf.set_readonly(merged, False)  # frozen dataclasses make it so
     experiment = RUNS / path.resolve().parent.name
     if not merged.run_dir:
         merged.run_dir = str(experiment / path.stem)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vqscale.config import from_dict
 from vqscale.engine.checkpoint import Checkpoint, find_latest, verify
 from vqscale.models.pixelcnn import PixelCNN, PriorConfig
-from vqscale.models.pretrained import fingerprint_of, load_into, read_folder
+from vqscale.models.pretrained import fingerprint, load_into, read_folder
 from vqscale.models.vqvae import VQVAE, VQVAEConfig
 from vqscale.runtime import read_status
 
@@ -92,7 +92,7 @@ def load(
     model = build(description)
     load_into(model, tensors, str(path))
     model.requires_grad_(False).eval().to(device)
-    return Source(model, description, fingerprint_of(model), path, weights, seen)
+    return Source(model, description, fingerprint(model.state_dict()), path, weights, seen)
 
 
 def _checkpoint_of(run_dir: Path, images_seen: int) -> Checkpoint:

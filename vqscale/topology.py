@@ -35,7 +35,7 @@ def is_first_rank() -> bool:
 
 def under_launcher() -> bool:
     """Whether accelerate or torchrun started this process (they treat any exit code but 0 as a crash)."""
-    return "TORCHELASTIC_RUN_ID" in os.environ or "RANK" in os.environ
+    return not {"TORCHELASTIC_RUN_ID", "RANK", "ACCELERATE_MIXED_PRECISION"}.isdisjoint(os.environ)
 
 
 def launcher_strategy(environment: Mapping[str, str]) -> str:
@@ -173,7 +173,7 @@ def _init_group(world: int, rank: int, device: torch.device) -> None:
     common: dict[str, Any] = {"backend": backend, "timeout": GROUP_TIMEOUT}
     if on_gpu:
         common["device_id"] = device
-    if "MASTER_ADDR" in os.environ and under_launcher():
+    if "RANK" in os.environ:
         dist.init_process_group(**common)
     else:
         dist.init_process_group(**common, store=dist.HashStore(), rank=rank, world_size=world)

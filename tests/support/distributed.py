@@ -13,10 +13,12 @@ import pickle
 import signal
 import socket
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -25,16 +27,17 @@ _server.set_forkserver_preload(["vqscale.engine.loop", "support.distributed"])
 
 
 class Ranks:
-    """Started processes, in rank order. `results` waits for all of them."""
+    """Started processes, in rank order."""
 
     def __init__(self, function: Callable[..., Any], world: int, arguments: Sequence[Any], extra: Mapping[str, str]):
         port = str(free_port())
+        self._output = tempfile.NamedTemporaryFile(prefix="ranks-")  # noqa: SIM115 - lives as long as this object
         self._processes, self._pipes = [], []
         for rank in range(world):
             variables = launcher_variables(rank, world, port) | dict(extra)
             reader, writer = _server.Pipe(duplex=False)
-            target = (inspect.getfile(function), function.__name__, tuple(arguments), variables, writer)
-            process = _server.Process(target=_rank_main, args=target, daemon=True)
+            task = (inspect.getfile(function), function.__name__, tuple(arguments), variables)
+            process = _server.Process(target=_rank_main, args=(task, writer, self._output.name), daemon=True)
             process.start()
             writer.close()
             self._processes.append(process)
@@ -42,6 +45,7 @@ class Ranks:
         self.pids: list[int] = [process.pid for process in self._processes]
 
     def signal(self, number: int, ranks: Sequence[int] | None = None) -> None:
+        """Send a signal to those of `ranks` (all without) that still run."""
         for rank in range(len(self.pids)) if ranks is None else ranks:
             if self._processes[rank].is_alive():
                 os.kill(self.pids[rank], number)
@@ -57,13 +61,17 @@ class Ranks:
         return [process.exitcode for process in self._processes]
 
     def results(self, timeout: float = 120) -> list[Any]:
-        """What each rank returned. Raises AssertionError with the first rank's traceback, or its exit code."""
+        """What each rank returned. Raises AssertionError with tracebacks and output when a rank failed or hung."""
         until = time.monotonic() + timeout
         answers = [_receive(pipe, until) for pipe in self._pipes]
         failures = [f"rank {rank}: {value}" for rank, (good, value) in enumerate(answers) if not good]
-        codes = self.wait(max(5.0, until - time.monotonic()) if not failures else 1.0)
-        assert not failures, f"exit codes {codes}\n" + "\n".join(failures)
+        codes = self.wait(1.0 if failures else max(5.0, until - time.monotonic()))
+        assert not failures, "\n".join([f"exit codes {codes}", *failures, self.output()[-3000:]])
         return [value for _, value in answers]
+
+    def output(self) -> str:
+        """What the ranks have printed so far."""
+        return Path(self._output.name).read_text(errors="replace")
 
 
 def run_ranks(
@@ -110,16 +118,21 @@ def _receive(pipe: Connection, until: float) -> tuple[bool, Any]:
         return False, "died without an answer"
 
 
-def _rank_main(path: str, name: str, arguments: tuple[Any, ...], variables: dict[str, str], answer: Connection) -> None:
+def _rank_main(task: tuple[str, str, tuple[Any, ...], dict[str, str]], answer: Connection, output: str) -> None:
     import torch
 
+    path, name, arguments, variables = task
+    printed = os.open(output, os.O_WRONLY | os.O_APPEND)
+    os.dup2(printed, 1)
+    os.dup2(printed, 2)
     os.environ.update(variables)
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # as in a program that was not forked from this server
     try:
         result = (True, getattr(_load(path), name)(*arguments))
     except BaseException:
         result = (False, traceback.format_exc())
-    # Plain pickle: the test's own machinery for sharing tensors would need this process to stay.
+    # Plain pickle: torch's own way of sending tensors would need this process to stay.
     answer.send_bytes(pickle.dumps(result))
     answer.close()
     sys.stdout.flush()

@@ -47,8 +47,13 @@ class TinyModel(nn.Module):
             for index, parameter in enumerate(self.parameters()):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator(seed, index)) * 0.4)
 
+    public_methods = ("features",)
+
     def wrap_units(self) -> list[nn.Module]:
         return list(self.blocks)
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.blocks[0](x)))
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
@@ -63,6 +68,8 @@ def sample(position: int, seed: int) -> Tensor:
 
 class MemoryLoader:
     """The loader's protocol over `sample`; micro-batches of the ranks' contiguous parts of each global batch."""
+
+    bad_kinds = ("decode", "io", "crc")
 
     def __init__(self, global_batch: int, micro_batch: int, rank: int, world_size: int, seed: int, bad: set[int]):
         self.global_batch, self.rank, self.seed, self.bad = global_batch, rank, seed, bad

@@ -1,7 +1,7 @@
 """Encoded images -> RGB uint8, resized, cropped, flipped; uint8 <-> [-1, 1].
 
-In: the bytes of a file.  Out: uint8 [3, h, w]. Ordinary 8-bit JPEG and PNG go through torchvision, all else through PIL
-with its traps handled: 16-bit, alpha, EXIF rotation, CMYK, palettes, animations, decompression bombs.
+In: the bytes of a file.  Out: uint8 [3, h, w]. Ordinary 8-bit JPEGs go through torchvision, all else through PIL with its
+traps handled: 16-bit, alpha, EXIF rotation, CMYK, palettes, animations, decompression bombs.
 """
 
 import io
@@ -16,12 +16,16 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torchvision.io import ImageReadMode, decode_jpeg, decode_png
 
 from vqscale.data.parts import DecodeError
 from vqscale.seeding import key_of, uniform
 
-MAX_PIXELS = 100_000_000
+try:
+    from torchvision.io import ImageReadMode, decode_jpeg
+except ImportError:  # deprecated since 0.29: where they are gone, PIL decodes everything, at two thirds of the speed
+    decode_jpeg = None
+
+MAX_PIXELS = 150_000_000
 # What PIL may open: formats that are pixels alone. EPS, for one, would start a program.
 _PIL_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
 SUFFIXES = ("jpg", "jpeg", "png", "gif", "bmp", "webp", "tif", "tiff", "ppm", "pgm")
@@ -126,19 +130,19 @@ def decode_image(data: bytes) -> Tensor:
     """
     data = bytes(data)
     header = read_header(data)
-    if not header.plain:
-        return _decode_odd(data)
-    # frombuffer warns of read-only memory; decoding does not write, and a copy of compressed bytes is cheap.
-    encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    # Not torchvision for PNG: its 0.29 ends the process (SIGSEGV) on about every damaged one.
+    if header.format != "jpg" or not header.plain or decode_jpeg is None:
+        return _decode_with_pil(data)
+    encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)  # a copy: torch wants memory it could write to
     try:
-        if header.format == "jpg":
-            return decode_jpeg(encoded, ImageReadMode.RGB)  # type: ignore[return-value]
-        return decode_png(encoded, ImageReadMode.RGB)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The image decoding", category=DeprecationWarning)
+            return decode_jpeg(encoded, ImageReadMode.RGB)
     except RuntimeError as error:
         raise DecodeError(str(error).splitlines()[0]) from None
 
 
-def _decode_odd(data: bytes) -> Tensor:
+def _decode_with_pil(data: bytes) -> Tensor:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL warns of bombs (checked here) and of odd metadata

@@ -193,6 +193,8 @@ class Loader:
     Read-ahead does not move the state: only `advance`, called after the optimizer step, does.
     """
 
+    bad_kinds = BAD_KINDS
+
     def __init__(
         self,
         dataset: TarDataset,
@@ -224,16 +226,17 @@ class Loader:
             name_bad_samples(batch, self.dataset, self._bad_path)
             yield batch
 
-    def advance(self, bad_counts: Sequence[int] | Mapping[str, int] | Tensor | None = None) -> None:
-        """Count one global batch as consumed, and its bad samples: all ranks' (decode, io, crc) together.
+    def advance(self) -> None:
+        """Count one global batch as consumed."""
+        self.state.consumed_samples += self.global_batch
+
+    def count_bad(self, counts: Mapping[str, int]) -> None:
+        """Add bad samples by kind, of all ranks together.
 
         Raises ValueError, on every rank alike, when more were bad than `max_bad_fraction` allows.
         """
-        if bad_counts is not None:
-            counts = bad_counts if isinstance(bad_counts, Mapping) else dict(zip(BAD_KINDS, bad_counts, strict=True))
-            for kind, count in counts.items():
-                self.state.bad_samples[kind] += int(count)
-        self.state.consumed_samples += self.global_batch
+        for kind, count in counts.items():
+            self.state.bad_samples[kind] += int(count)
         check_budget(self.state, self.max_bad_fraction, self._bad_path)
 
     def state_dict(self) -> dict[str, Any]:
@@ -374,7 +377,7 @@ def check_shards(dataset: TarDataset, max_bad_fraction: float) -> None:
         index = dataset.files.index(number)
         ends = [np.where(index.offset[n] < 0, 0, index.offset[n] + index.size[n]) for n in index.part_names]
         lost += int(np.count_nonzero(np.max(ends, axis=0) > size))
-        if lost > allowed_bad(len(dataset), max_bad_fraction):
+        if lost > allowed_bad(len(dataset), max_bad_fraction) or not max_bad_fraction:
             raise ValueError(
                 f"shard {path} is cut short: {size} of {shard.bytes} bytes; {lost} samples are lost so far, more than "
                 f"max_bad_fraction={max_bad_fraction} of {len(dataset)} allows"

@@ -79,12 +79,12 @@ class ShardIndex:
     """Where every part of every sample of one tar is.
 
     `labels`: int64 [n]; `offset[part]`, `size[part]`, `crc32[part]`: int64 [n], an offset of -1 where a sample lacks
-    the part; `bytes`, `sha256`: of the tar that was indexed.
+    the part; `name`, `bytes`, `sha256`: of the tar that was indexed.
     """
 
     def __init__(self, table: Mapping[str, np.ndarray], shard: Mapping[str, Any], where: str):
         self.where = where
-        self.bytes, self.sha256 = int(shard["bytes"]), str(shard["sha256"])
+        self.name, self.bytes, self.sha256 = str(shard["name"]), int(shard["bytes"]), str(shard["sha256"])
         self.labels = table["label"]
         self._blob, self._ends = table["keys"].tobytes(), table["key_ends"]
         self.part_names = tuple(
@@ -196,6 +196,8 @@ class ShardWriter:
             if kind is None:
                 self._commit()
         finally:
+            with contextlib.suppress(Exception):  # already closed, or closing what is thrown away
+                self._tar.close()
             self._raw.close()
             self._temporary.unlink(missing_ok=True)
 

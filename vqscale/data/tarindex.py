@@ -1,7 +1,7 @@
 """Tars that others wrote -> an index, or a refusal that names member and offset.
 
-In: any ordinary WebDataset tar (ustar, PAX, GNU long names).  Out: its `ShardInfo` and its index rows. Each byte is read
-once: header checksums, contents (crc32 per part) and the sha256 of the whole. Members are grouped and named as
+In: any ordinary WebDataset tar (ustar, PAX, GNU long names).  Out: its `ShardInfo` and its index rows. Each byte is
+read once: header checksums, contents (crc32 per part) and the sha256 of the whole. Members are grouped and named as
 webdataset does it. Nothing is extracted, decoded or run.
 """
 
@@ -75,8 +75,8 @@ def index_tar(path: str | Path, num_classes: int | None = None, labels: str = "c
     """Index a WebDataset tar.
 
     num_classes: labels must be below it. labels: `cls` = from each sample's .cls part; `none` = all 0.
-    Raises FileNotFoundError, or ValueError naming tar, member or key and offset: cut short anywhere, damaged header, link,
-    device, key that leads out of the folder, duplicate key or part, label missing or not in [0, num_classes).
+    Raises FileNotFoundError, or ValueError naming tar, member or key and offset: cut short anywhere, damaged header,
+    link, device, key that leads out of the folder, duplicate key or part, label missing or not in [0, num_classes).
     """
     path = Path(path)
     if not path.is_file():
@@ -171,9 +171,9 @@ def _member(
         if not attributes["size"].isascii() or not attributes["size"].isdigit():
             raise ValueError(f"{where} has the size {attributes['size']!r}")
         size = int(attributes["size"])
-    if kind == _DIRECTORY or name.endswith("/"):
+    if kind == _DIRECTORY:
         _check_name(name, where)
-        size = 0 if kind == _DIRECTORY else size
+        size = 0
     offset, crc32, first = stream.at, 0, b""
     for chunk in stream.contents(size, name):
         first = first or chunk[:64]
@@ -184,10 +184,7 @@ def _member(
 
 def _parse_header(header: bytes, path: Path, at: int) -> tuple[bytes, str, int]:
     """(type, name, size) of a header block whose checksum holds (POSIX.1-1988 ustar)."""
-    stored = _number(header[148:156])
-    blank = header[:148] + b" " * 8 + header[156:]
-    signed = sum(byte - 256 if byte > 127 else byte for byte in blank) if sum(blank) != stored else stored
-    if stored not in (sum(blank), signed):
+    if not _checksum_holds(header):
         raise ValueError(f"{path}: not a tar header at byte {at} (its checksum differs): damaged or cut short")
     size = _number(header[124:136])
     if size is None or size < 0:
@@ -196,6 +193,15 @@ def _parse_header(header: bytes, path: Path, at: int) -> tuple[bytes, str, int]:
     prefix = header[345:500].split(b"\0", 1)[0] if header[257:263] == b"ustar\0" else b""
     full = prefix + b"/" + name if prefix else name
     return header[156:157], full.decode("utf-8", "surrogateescape"), size
+
+
+def _checksum_holds(header: bytes) -> bool:
+    stored = _number(header[148:156])
+    unsigned = sum(header) - sum(header[148:156]) + 8 * 32  # the field itself counts as blanks
+    if stored == unsigned:
+        return True
+    # Some old programs added the bytes as signed numbers.
+    return stored == unsigned - 256 * sum(byte > 127 for byte in header[:148] + header[156:])
 
 
 def _number(data: bytes) -> int | None:

@@ -1,5 +1,6 @@
 """What ranks learn of each other once per step, one step late, without making training wait."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,21 +9,20 @@ from torch import Tensor
 
 from vqscale.topology import Topology
 
-BAD_KINDS = ("decode", "io", "crc")  # the loader's flags 1, 2, 3; 0 = a good sample
 
-
-def count_bad(flags: Tensor) -> Tensor:
-    """Unreadable samples of one micro-batch by kind: flags uint8 [b] -> int64 [len(BAD_KINDS)]."""
-    return torch.bincount(flags.to(torch.int64), minlength=len(BAD_KINDS) + 1)[1:]
+def count_bad(flags: Tensor, kinds: int) -> Tensor:
+    """Unreadable samples of a micro-batch: flags uint8 [b] (0 = good, n = the n-th kind) -> counts int64 [kinds]."""
+    return torch.bincount(flags.to(torch.int64), minlength=kinds + 1)[1:]
 
 
 class Agreement:
     """Stop requests and unreadable samples, summed over ranks on the control group."""
 
-    def __init__(self, place: Topology):
+    def __init__(self, place: Topology, kinds: Sequence[str]):
         self._place = place
+        self._kinds = kinds
         self._pending: Any = None
-        self._values = torch.zeros(1 + len(BAD_KINDS), dtype=torch.int64)
+        self._values = torch.zeros(1 + len(kinds), dtype=torch.int64)
 
     def exchange(self, stop: bool, bad: Tensor) -> tuple[bool, dict[str, int]]:
         """Post this step's values; returns the previous step's, the same on all ranks."""
@@ -39,4 +39,4 @@ class Agreement:
             self._pending = None
         stop, *bad = self._values.tolist()
         self._values = torch.zeros_like(self._values)
-        return bool(stop), {kind: count for kind, count in zip(BAD_KINDS, bad, strict=True) if count}
+        return bool(stop), {kind: count for kind, count in zip(self._kinds, bad, strict=True) if count}

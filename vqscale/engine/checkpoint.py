@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -53,31 +54,45 @@ class Checkpointer:
         """Stage the tensors and return; writing and committing go on in the background. Called by all ranks."""
         self.wait()
         final = self.folder / f"{images_seen:012d}"
-        if self._place.gather(final.exists())[0]:
-            return
         temporary = self.folder / f"{_TEMPORARY}{final.name}"
-        if self._place.is_main:
-            temporary.mkdir()
-        self._place.barrier()
+        exists, failure = self._place.gather(self._prepare(temporary, final))[0]
+        if failure:
+            raise OSError(f"a checkpoint could not be written to {self.folder}: {failure}")
+        if exists:
+            return
         writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
         self._written = dcp.async_save(tensors, storage_writer=writer, process_group=self._group)
         if self._place.is_main:
             described = {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()}
             whole = {"format": FORMAT, "images_seen": images_seen, "tensors": described, **state}
-            self._committed = self._committer.submit(self._commit, self._written, temporary, final, whole)
+            text = json.dumps(whole, indent=1) + "\n"  # now: training goes on and changes what `state` refers to
+            self._committed = self._committer.submit(self._commit, self._written, temporary, final, text)
 
-    def _commit(self, written: Any, temporary: Path, final: Path, state: dict[str, Any]) -> None:
+    def _prepare(self, temporary: Path, final: Path) -> tuple[bool, str]:
+        """(whether this checkpoint exists, why it cannot be written), decided by rank 0."""
+        if not self._place.is_main or final.exists():
+            return final.exists(), ""
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+        except OSError as error:
+            return False, str(error)
+        return False, ""
+
+    def _commit(self, written: Any, temporary: Path, final: Path, state: str) -> None:
         written.result()
-        (temporary / "state.json").write_text(json.dumps(state, indent=1) + "\n")
+        (temporary / "state.json").write_text(state)
         files = {p.name: {"sha256": _sha256(p), "bytes": p.stat().st_size} for p in sorted(temporary.iterdir())}
-        (temporary / "manifest.json").write_text(json.dumps({"format": FORMAT, "files": files}, indent=1) + "\n")
+        (temporary / "manifest.json").write_text(json.dumps({"files": files}, indent=1))
         for path in temporary.iterdir():
             _fsync(path)
         _fsync(temporary)
         os.rename(temporary, final)
         _fsync(self.folder)
         for old in _committed_folders(self.folder)[self._keep :]:
-            shutil.rmtree(old)
+            doomed = old.with_name(f"{_TEMPORARY}{old.name}")  # under its own name it would be a damaged checkpoint
+            os.rename(old, doomed)
+            shutil.rmtree(doomed)
 
     def wait(self) -> None:
         """Until the save in flight is committed. Raises OSError on all ranks if it failed on any; called by all."""
@@ -107,7 +122,7 @@ class Checkpointer:
             try:
                 checkpoint = find_latest(self.folder)
                 found = (str(checkpoint.folder) if checkpoint else None, "")
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 found = (None, str(error))
         path, failure = self._place.gather(found)[0]
         if failure:
@@ -141,8 +156,10 @@ class Checkpoint:
             for name, (dtype, shape) in self.state["tensors"].items()
             if name.startswith(prefix)
         }
-        if wanted:
-            dcp.load(wanted, storage_reader=HuggingFaceStorageReader(str(self.folder)))
+        with warnings.catch_warnings():  # each rank that calls reads for itself: that is what is meant
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+            if wanted:
+                dcp.load(wanted, storage_reader=HuggingFaceStorageReader(str(self.folder)), no_dist=True)
         return {name.removeprefix(prefix): tensor for name, tensor in wanted.items()}
 
     def _check(self, tensors: Mapping[str, Tensor]) -> None:
@@ -182,6 +199,7 @@ def find_latest(folder: Path, *, set_aside: bool = True) -> Checkpoint | None:
 def verify(folder: Path) -> str:
     """What is wrong with a checkpoint folder, or "" if every file is as its manifest says."""
     try:
+        # No byte of the manifest is without meaning: whatever changes in it, the comparison below fails.
         files = json.loads((folder / "manifest.json").read_text())["files"]
         present = {path.name for path in folder.iterdir()} - {"manifest.json"}
         if present != files.keys():

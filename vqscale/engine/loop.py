@@ -64,12 +64,30 @@ class Loader(Protocol):
     """An endless stream of equal micro-batches whose place is one integer."""
 
     micro_batches_per_step: int
+    bad_kinds: Sequence[str]
 
     def __iter__(self) -> Iterator[Batch]: ...
     def advance(self) -> None: ...
     def count_bad(self, counts: Mapping[str, int]) -> None: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def loader_options(config: FitConfig, run: Run) -> dict[str, Any]:
+    """What `data.loader.build_loader` needs to know of the config and of this rank."""
+    place = run.topology
+    return {
+        "global_batch": config.global_batch,
+        "micro_batch": config.micro_batch,
+        "rank": place.rank,
+        "world_size": place.world_size,
+        "seed": config.seed,
+        "shuffle_window": config.shuffle_window,
+        "workers": config.workers,
+        "max_bad_fraction": config.max_bad_fraction,
+        "pin_memory": place.device.type == "cuda",
+        "bad_path": run.run_dir / "bad.jsonl",
+    }
 
 
 class Evaluator(Protocol):
@@ -118,17 +136,17 @@ def fit(
     if place.is_main:
         drop_lines_beyond(run.run_dir / "metrics.jsonl", seen)
     metrics = Metrics(run.run_dir / "metrics.jsonl", place, run.start_trackers(config.trackers, seen))
-    agreement, clock, stop = Agreement(place), _Clock(), False
+    agreement, clock, stop = Agreement(place, loader.bad_kinds), _Clock(), False
     batches = _on_device(iter(loader), place.device) if seen < config.total_images else iter(())
     bar = tqdm(total=config.total_images, initial=seen, unit="img", disable=not place.is_main, desc=run.stage)
 
     while seen < config.total_images and not stop:
         engine.module.train()
-        bad = torch.zeros(len(count_bad(torch.zeros(0))), dtype=torch.int64)
+        bad = torch.zeros(len(loader.bad_kinds), dtype=torch.int64)
         for index in range(accumulation):
             with clock.waiting_for_data():
                 batch = next(batches)
-            bad += count_bad(batch["bad"].cpu())
+            bad += count_bad(batch["bad"].cpu(), len(bad))
             engine.begin(last=index == accumulation - 1)
             with engine.autocast():
                 loss, values = step_fn(engine.model, batch)

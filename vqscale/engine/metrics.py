@@ -5,6 +5,8 @@ and over all ranks.
 """
 
 import json
+import logging
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +16,8 @@ from torch import Tensor
 
 from vqscale.topology import Topology
 
+log = logging.getLogger("vqscale")
+
 
 class Metrics:
     """Accumulates on every rank; rank 0 writes."""
@@ -22,16 +26,15 @@ class Metrics:
         self.path = path
         self._place = place
         self._track = track
+        self._precision = torch.float64 if place.device.type == "cpu" else torch.float32
         self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
 
     def add(self, values: Mapping[str, Tensor], parts: int = 1) -> None:
         """Add one step's values, or one of its `parts` micro-batches'."""
         for name, value in values.items():
-            share = value.detach().to(torch.float64 if value.device.type == "cpu" else torch.float32) / parts
+            # All on one device and in one precision, so that a flush is a single reduction.
+            share = value.detach().to(device=self._place.device, dtype=self._precision, non_blocking=True) / parts
             self._sums[name] = self._sums[name] + share if name in self._sums else share
-            self._counts[name] = self._counts.get(name, 0) + 1
-        self._parts = parts
 
     def flush(self, images_seen: int, steps: int, host_values: Mapping[str, float]) -> dict[str, float]:
         """Means over `steps` steps and all ranks, written with `host_values` (already global) as one line."""
@@ -41,17 +44,22 @@ class Metrics:
             sums = self._place.all_reduce_(torch.stack([self._sums[name].reshape(()) for name in names]))
             means = (sums / (self._place.world_size * max(1, steps))).tolist()
             line = dict(zip(names, means, strict=True))
-        self._sums, self._counts = {}, {}
+        self._sums = {}
         line.update(host_values)
         self.write(images_seen, line)
         return line
 
     def write(self, images_seen: int, values: Mapping[str, float]) -> None:
-        """One line of metrics.jsonl and the trackers; a full log disk must not stop the run."""
+        """One line of metrics.jsonl, with null for what is not finite, and the trackers. A full log disk must not stop
+        the run."""
         if not self._place.is_main:
             return
-        with open(self.path, "a") as file:
-            file.write(json.dumps({"images_seen": images_seen, **values}) + "\n")
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps({"images_seen": images_seen, **finite}) + "\n")
+        except OSError as error:
+            log.warning("%s: a line is lost: %s", self.path, error.strerror)
         self._track(dict(values), images_seen)
 
 

@@ -5,6 +5,7 @@ sharding act on the units that the model names in `wrap_units()`; the quantizer 
 """
 
 import contextlib
+import warnings
 from typing import Any, Protocol
 
 import torch
@@ -133,7 +134,11 @@ def _shard(module: nn.Module, place: Topology) -> Any:
         return module
     if place.strategy == "ddp":
         on_gpu = [place.local_rank] if place.device.type == "cuda" else None
-        return DistributedDataParallel(module, device_ids=on_gpu, broadcast_buffers=False, gradient_as_bucket_view=True)
+        with warnings.catch_warnings():  # the word's successor does not exist in every torch that we support
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            return DistributedDataParallel(
+                module, device_ids=on_gpu, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
     mesh = _mesh(place)
     for unit in module.wrap_units():  # type: ignore[operator]
         fully_shard(unit, mesh=mesh)

@@ -39,6 +39,7 @@ class PriorConfig:
     kind: str = "pixelcnn"  # which prior
     hidden: int = 128  # channels of both streams
     residual: int = 128  # channels inside a residual block: the width of the gate
+    horizontal_residual: int = 0  # the same in the horizontal stack, which is what sampling pays for; 0 = residual
     layers: int = 6  # gated blocks
     attention_every: int = 0  # a causal self-attention block after every so many gated blocks; 0 = none
     heads: int = 8  # heads of self-attention; divides hidden
@@ -135,11 +136,10 @@ class PixelCNN(nn.Module):
             )
         site = config.conditioning_layers  # numbers the places of dropout
         features = self.conditioning.width if self.conditioning else 0
+        widths = (config.residual, config.horizontal_residual or config.residual)
         self.blocks = nn.ModuleList()
         for n in range(1, config.layers + 1):
-            self.blocks.append(
-                GatedBlock(hidden, config.residual, config.filter, config.class_dim, features, p, site)
-            )
+            self.blocks.append(GatedBlock(hidden, widths, config.filter, config.class_dim, features, p, site))
             site += 2
             if config.attention_every and n % config.attention_every == 0:
                 self.blocks.append(AttentionBlock(hidden, config.heads, p, site))
@@ -156,11 +156,14 @@ class PixelCNN(nn.Module):
     ) -> Tensor:
         """codes: int64 [b, h, w] in 0 ... K - 1; label: int64 [b]; upper: int64 [b, h', w'] per level above, top
         first; dropout_key: int64 [b] from `dropout_key(seed, position)`, None = no dropout.  Logits [b, K, h, w].
+        `codes` may hold the first rows only: so do the logits.
         """
         if self.training:
             label = drop_labels(label, dropout_key, self.config.class_dropout, self.num_classes)
         features = self.conditioning(upper, dropout_key) if self.conditioning is not None else None
-        place = self.row.weight[:, None] + self.column.weight
+        rows = codes.shape[1]
+        features = None if features is None else features[:, :rows]
+        place = self.row.weight[:rows, None] + self.column.weight
         embedded, label = self.embedding(codes), self.label(label)
         vertical, horizontal = shift_down(embedded) + place, shift_right(embedded) + place
         for block in self.blocks:

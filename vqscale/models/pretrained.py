@@ -20,7 +20,7 @@ from torch import Tensor, nn
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 # Buffers of a codebook's learning: saved, but no part of what the model computes, so not of its fingerprint
-_LEARNING_STATE = {"cluster_size", "embedding_sum", "adam_mean", "adam_square", "adam_steps"}
+_LEARNING_STATE = {"cluster_size", "embedding_sum", "adam_mean", "adam_square", "updates"}
 
 Builder = Callable[[dict[str, Any]], nn.Module]  # config.json -> a model with the tensors' names and shapes
 

@@ -32,6 +32,7 @@ class QuantizerConfig:
     code_dim: int = 64  # D
     codebook: str = "ema"  # ema: moving averages (2017, appendix A.1) | gradient: the codebook loss (2017, equation 3)
     decay: float = 0.99  # gamma of the moving averages
+    decay_warmup: int = 10  # w: gamma is at most (1 + t) / (w + t) in update t, for encoder vectors that still move fast
     commitment: float = 0.25  # beta
     restart_below: float = 0.1  # a code used less than this share of the mean code's use is replaced; 0 = never
 
@@ -44,6 +45,8 @@ class QuantizerConfig:
             raise ValueError(f"codebook={self.codebook!r}: one of 'ema', 'gradient'")
         if not 0 <= self.decay < 1:
             raise ValueError(f"decay={self.decay}: from 0 up to but not including 1")
+        if self.decay_warmup < 0:
+            raise ValueError(f"decay_warmup={self.decay_warmup}: not negative (0 = the same decay from the start)")
         if self.commitment < 0:
             raise ValueError(f"commitment={self.commitment}: not negative")
         if not 0 <= self.restart_below < 1:
@@ -68,11 +71,11 @@ class VectorQuantizer(nn.Module):
     embedding: Tensor
     cluster_size: Tensor
     embedding_sum: Tensor
+    updates: Tensor
     counts: Tensor
     sums: Tensor
     adam_mean: Tensor
     adam_square: Tensor
-    adam_steps: Tensor
 
     def __init__(self, config: QuantizerConfig):
         super().__init__()
@@ -81,12 +84,12 @@ class VectorQuantizer(nn.Module):
         self.register_buffer("embedding", torch.zeros(shape))
         self.register_buffer("cluster_size", torch.zeros(shape[0]))
         self.register_buffer("embedding_sum", torch.zeros(shape))
+        self.register_buffer("updates", torch.zeros(()))  # t, a float like all of its state
         self.register_buffer("counts", torch.zeros(shape[0]), persistent=False)
         self.register_buffer("sums", torch.zeros(shape), persistent=False)
         if config.codebook == "gradient":
             self.register_buffer("adam_mean", torch.zeros(shape))
             self.register_buffer("adam_square", torch.zeros(shape))
-            self.register_buffer("adam_steps", torch.zeros(()))
         self.candidates = Candidates()
         self.images = 0  # images behind the statistics, on this rank
         self.vectors_per_image = 0
@@ -101,9 +104,10 @@ class VectorQuantizer(nn.Module):
         self.embedding.copy_(embedding)
         self.cluster_size.fill_(1)
         self.embedding_sum.copy_(self.embedding)
+        self.updates.zero_()
         if self.config.codebook == "gradient":
-            for buffer in (self.adam_mean, self.adam_square, self.adam_steps):
-                buffer.zero_()
+            self.adam_mean.zero_()
+            self.adam_square.zero_()
         self.discard_statistics()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "VectorQuantizer":
@@ -178,6 +182,7 @@ class VectorQuantizer(nn.Module):
         agree = counts.double().sum() == expected  # a recomputed forward would have counted twice
         torch._assert_async(agree, f"codebook statistics do not hold {expected} vectors once each")
         sums = sums.view(codes, dim)
+        self.updates.add_(1)
         if self.config.codebook == "gradient":
             self._gradient_step(counts, sums, expected, learning_rate)
         self._average(counts, sums)
@@ -188,26 +193,30 @@ class VectorQuantizer(nn.Module):
 
     def _average(self, counts: Tensor, sums: Tensor) -> None:
         """N <- gN + (1-g)n;  m <- gm + (1-g) sum z;  e = m / N;  g the decay (2017, appendix A.1, equations 6-8)."""
-        decay = self.config.decay
-        self.cluster_size.mul_(decay).add_(counts, alpha=1 - decay)
+        new = 1 - self._decay()
+        self.cluster_size.lerp_(counts, new)
         if self.config.codebook == "gradient":  # the codes follow the gradient; the averages only measure their use
             self.cluster_size.clamp_min_(_TINY)
             self.embedding_sum.copy_(self.embedding * self.cluster_size[:, None])
             return
-        self.embedding_sum.mul_(decay).add_(sums, alpha=1 - decay)
+        self.embedding_sum.lerp_(sums, new)
         faded = (self.cluster_size < _TINY)[:, None]
         self.cluster_size.clamp_min_(_TINY)
         self.embedding_sum.copy_(torch.where(faded, self.embedding * _TINY, self.embedding_sum))
         self.embedding.copy_(self.embedding_sum / self.cluster_size[:, None])
 
+    def _decay(self) -> Tensor:
+        """gamma of this update, a scalar on the device."""
+        rising = self.updates / (self.config.decay_warmup - 1 + self.updates)  # updates counts this one already
+        return rising.clamp_max(self.config.decay)
+
     def _gradient_step(self, counts: Tensor, sums: Tensor, vectors: int, learning_rate: float) -> None:
         """Adam on the codebook loss, the mean of (sg[z] - e)^2 over the N x D elements (2017, equation 3)."""
         gradient = 2 * (counts[:, None] * self.embedding - sums) / (vectors * self.embedding.shape[1])
         beta1, beta2 = _ADAM_BETAS
-        self.adam_steps.add_(1)
         self.adam_mean.mul_(beta1).add_(gradient, alpha=1 - beta1)
         self.adam_square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        steps = self.adam_steps.double()
+        steps = self.updates.double()
         mean = self.adam_mean / (1 - beta1**steps).to(gradient.dtype)
         square = self.adam_square / (1 - beta2**steps).to(gradient.dtype)
         self.embedding.sub_(learning_rate * mean / (square.sqrt() + _ADAM_EPS))

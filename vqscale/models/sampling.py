@@ -18,7 +18,7 @@ from vqscale.seeding import key_of, mix, uniform_array
 
 
 class Prior(Protocol):
-    """What sampling needs of a prior."""
+    """What sampling needs of a prior. Calling it with the first rows of codes gives the logits of those rows."""
 
     num_codes: int
     num_classes: int
@@ -73,7 +73,11 @@ def sample_codes(
         label = torch.cat((label, torch.full_like(label, prior.num_classes)))
         upper = [codes.repeat(2, 1, 1) for codes in upper]
     codes = torch.zeros(batch * copies, height, width, dtype=torch.int64, device=weight.device)
-    way = prior.incremental(codes, label, upper, dtype or weight.dtype) if cached else _forwards(prior, codes, label, upper)
+    way = (
+        prior.incremental(codes, label, upper, dtype or weight.dtype)
+        if cached
+        else _forwards(prior, codes, label, upper)
+    )
     uniforms = draw_uniforms(seed, len(prior.upper_grids), sample_ids, height * width).to(weight.device)
     for row in range(height):
         if stop is not None and stop():
@@ -140,9 +144,10 @@ def _truncate(probability: Tensor, top_k: int, top_p: float) -> Tensor:
 
 
 def _forwards(prior: Prior, codes: Tensor, label: Tensor, upper: Sequence[Tensor]) -> Callable[[int], Tensor]:
-    """The reference: the whole prefix again for every code."""
+    """The reference: a full forward over the rows so far, again for every code."""
 
     def logits(place: int) -> Tensor:
-        return prior(codes, label, upper).flatten(2)[:, :, place]
+        row, column = divmod(place, codes.shape[2])
+        return prior(codes[:, : row + 1], label, upper)[:, :, row, column]
 
     return logits

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from vqscale import runtime
-from vqscale.config import as_dict, local_batching, run_of
+from vqscale.config import as_dict, run_of
 from vqscale.data.codes import CodeReader
-from vqscale.data.loader import build_loader, sequential_batches
+from vqscale.data.loader import build_loader
+from vqscale.data.sequential import sequential_batches
 from vqscale.data.shards import Manifest, resolve
-from vqscale.engine.loop import Batch, FitConfig, fit
+from vqscale.engine.loop import Batch, FitConfig, fit, loader_options
 from vqscale.engine.parallel import compile_units, make_engine
 from vqscale.models.dropout import dropout_key
 from vqscale.models.init import initialise
@@ -41,26 +42,16 @@ def main(config: TrainPriorConfig) -> None:
         place = run.topology
         folder = resolve(config.data, "train", made_by="extract_codes")
         description = describe(config, Manifest.load(folder))
-        _, _, accumulation = local_batching(config.global_batch, place.world_size, config.micro_batch)
         loader = build_loader(
             folder,
             read=reader(config, Manifest.load(folder), flip=config.flip),
-            global_batch=config.global_batch,
-            micro_batch=config.micro_batch,
-            rank=place.rank,
-            world_size=place.world_size,
-            seed=config.seed,
-            shuffle_window=config.shuffle_window,
-            workers=config.workers,
-            max_bad_fraction=config.max_bad_fraction,
-            pin_memory=place.device.type == "cuda",
-            bad_path=run.run_dir / "bad.jsonl" if place.is_main else None,
+            **loader_options(config, run),
         )
         model: Any = build(description)
         initialise(model, config.seed)
         if config.compile:
             compile_units(model)
-        engine = make_engine(model, place, config, accumulation)
+        engine = make_engine(model, place, config, loader.micro_batches_per_step)
         fit(
             engine,
             loader,

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from torchvision.utils import make_grid, save_image
 
 from vqscale import runtime
-from vqscale.config import as_dict, level_names, local_batching, run_of
+from vqscale.config import as_dict, level_names, run_of
 from vqscale.data.images import ImageReader, to_float
-from vqscale.data.loader import build_loader, sequential_batches
+from vqscale.data.loader import build_loader
+from vqscale.data.sequential import sequential_batches
 from vqscale.data.shards import Manifest, resolve
 from vqscale.engine.checkpoint import has_checkpoint
-from vqscale.engine.loop import Batch, FitConfig, fit
+from vqscale.engine.loop import Batch, FitConfig, fit, loader_options
 from vqscale.engine.parallel import assert_same_everywhere, compile_units, make_engine
 from vqscale.models.init import initialise
 from vqscale.models.vqvae import VQVAE, VQVAEConfig
@@ -46,20 +47,10 @@ def main(config: TrainVQVAEConfig) -> None:
         folder = resolve(config.data, "train")
         description = describe(config, Manifest.load(folder))
         reader = ImageReader(description["resolution"], flip=config.flip, crop=config.crop, seed=config.seed)
-        _, _, accumulation = local_batching(config.global_batch, place.world_size, config.micro_batch)
         loader = build_loader(
             folder,
             read=reader,
-            global_batch=config.global_batch,
-            micro_batch=config.micro_batch,
-            rank=place.rank,
-            world_size=place.world_size,
-            seed=config.seed,
-            shuffle_window=config.shuffle_window,
-            workers=config.workers,
-            max_bad_fraction=config.max_bad_fraction,
-            pin_memory=place.device.type == "cuda",
-            bad_path=run.run_dir / "bad.jsonl" if place.is_main else None,
+            **loader_options(config, run),
         )
         model: Any = build(description)
         initialise(model, config.seed)
@@ -68,7 +59,7 @@ def main(config: TrainVQVAEConfig) -> None:
         model.to(memory_format=torch.channels_last)
         if config.compile:
             compile_units(model)
-        engine = make_engine(model, place, config, accumulation)
+        engine = make_engine(model, place, config, loader.micro_batches_per_step)
 
         def after_step(applied: bool, learning_rate: float, images_seen: int) -> dict[str, Tensor]:
             return model.update_codebooks(

@@ -1,0 +1,183 @@
+"""Cached sampling of a prior, in units of one teacher-forced forward over the same batch.
+
+    python benchmarks/sampling.py [--json FILE] [--quick] [--levels top bottom] [--batches 8 32] [--dtype fp32|bf16]
+
+In: nothing. Out: a table, and with --json {"top": {"8": {"cost_in_forwards", "prefix_cost_in_forwards", ...}}, ...}.
+The priors have random weights, at least 80M parameters in convolutions and linear layers, the paper's kernel, attention
+placement (every 5 layers, top only) and stacks at about half its widths; K = 512. Within one row all costs are
+measured in one run, forward and sampling in turns, so that a slower hour of the machine moves both.
+
+Also printed: what one forward's arithmetic and one reading of the per-code weights per code would cost at the matrix
+product rate and memory bandwidth measured here (`floor_seconds`), and the share of it that sampling reaches.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vqscale.models.causal import GatedBlock
+from vqscale.models.init import initialise
+from vqscale.models.pixelcnn import PixelCNN, PriorConfig
+from vqscale.models.sampling import choose, draw_uniforms
+
+K, CLASSES = 512, 1000
+TOP = PriorConfig(hidden=256, residual=768, layers=10, attention_every=5, heads=8, filter=5, output_layers=10)
+BOTTOM = PriorConfig(hidden=256, residual=512, layers=12, filter=5, output_layers=4, conditioning_layers=12)
+QUICK = PriorConfig(hidden=64, residual=128, layers=4, attention_every=2, output_layers=2, conditioning_layers=2)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def build(level: str, quick: bool) -> PixelCNN:
+    """The level's prior with random weights: nothing in the arithmetic is zero."""
+    side = (16 if quick else 64) if level == "bottom" else (8 if quick else 32)
+    config = QUICK if quick else TOP if level == "top" else BOTTOM
+    upper = [(side // 2, side // 2)] if level == "bottom" else []
+    prior = PixelCNN(config, num_codes=K, grid=(side, side), num_classes=CLASSES, upper_grids=upper).eval()
+    initialise(prior, seed=0)
+    return prior
+
+
+def timed(action: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+class Case:
+    """One prior at one batch size: its inputs, and the three ways of computing."""
+
+    def __init__(self, prior: PixelCNN, batch: int, dtype: torch.dtype):
+        rng = torch.Generator().manual_seed(0)
+        self.prior, self.batch, self.dtype = prior, batch, dtype
+        self.height, self.width = prior.grid
+        self.codes = torch.randint(K, (batch, *prior.grid), generator=rng)
+        self.label = torch.randint(CLASSES, (batch,), generator=rng)
+        self.upper = [torch.randint(K, (batch, *grid), generator=rng) for grid in prior.upper_grids]
+
+    def forward(self, rows: int | None = None) -> float:
+        """Seconds of one teacher-forced forward over the first `rows` rows."""
+        with torch.inference_mode(), torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
+            return timed(lambda: self.prior(self.codes[:, :rows], self.label, self.upper))
+
+    def prefix(self) -> float:
+        """Seconds to draw all codes by running all rows so far again for each, from two of the codes."""
+        quarters = [self.height // 4, self.height - self.height // 4]
+        return statistics.mean(self.forward(rows) for rows in quarters) * self.height * self.width
+
+    def sample(self, rows: Sequence[int]) -> float:
+        """Seconds to draw `rows`, scaled to the whole grid; the preparation of weights included once.
+
+        A row left out keeps its random codes: later rows do the same arithmetic on them.
+        """
+        uniforms = draw_uniforms(0, len(self.upper), torch.arange(self.batch), self.height * self.width)
+        codes = self.codes.clone()
+        with torch.inference_mode():
+            start = time.perf_counter()
+            step = self.prior.incremental(codes, self.label, self.upper, self.dtype)
+            prepared = time.perf_counter() - start
+            drawn = timed(lambda: self._draw(step, codes, uniforms, rows))
+        return prepared + drawn * self.height / len(rows)
+
+    def _draw(self, step: Callable[[int], Tensor], codes: Tensor, uniforms: Tensor, rows: Sequence[int]) -> None:
+        for place in (row * self.width + column for row in rows for column in range(self.width)):
+            codes.flatten(1)[:, place] = choose(step(place), uniforms[place])
+
+
+def evenly(height: int, count: int) -> list[int]:
+    """`count` rows spread over the grid, centred: attention's cost grows along it."""
+    return [(2 * n + 1) * height // (2 * count) for n in range(count)]
+
+
+def code_weights(prior: PixelCNN) -> int:
+    """Weights that every single code needs: horizontal stack, attention, output stack, logits."""
+    total = sum(p.numel() for p in [*prior.output.parameters(), *prior.logits.parameters()])
+    for block in prior.blocks:
+        parts = [block.horizontal, block.horizontal_out] if isinstance(block, GatedBlock) else [block]
+        total += sum(p.numel() for part in parts for p in part.parameters())
+    return total
+
+
+def machine() -> tuple[float, float]:
+    """(FLOP/s of a 2048^3 matrix product, bytes/s of reading 256 MB), best of five."""
+    square, long = torch.randn(2048, 2048), torch.randn(1 << 26)
+    product = min(timed(lambda: square @ square) for _ in range(5))
+    return 2 * 2048**3 / product, long.numel() * 4 / min(timed(long.sum) for _ in range(5))
+
+
+def floor_seconds(case: Case, flops: float, bandwidth: float) -> float:
+    """What no implementation of this model goes below here: rows at the product's rate, codes at the slower of two."""
+    per_code, places = code_weights(case.prior), case.height * case.width
+    size = torch.finfo(case.dtype).bits // 8
+    per_row = (case.prior.num_parameters()["layers"] - per_code) * 2 * case.batch * places / flops
+    return per_row + places * max(per_code * size / bandwidth, per_code * 2 * case.batch / flops)
+
+
+def measure(case: Case, seconds: float, rates: tuple[float, float]) -> dict[str, Any]:
+    """One cell of the table in about `seconds`: they decide how often a forward and how many rows are measured."""
+    case.forward(1)  # allocations and thread pools
+    first = case.forward()
+    repeats = max(0, min(4, int(seconds / first / 10)))
+    prefix = case.prefix()
+    rows = max(2, min(case.height, int(case.height * (seconds / first - 2 - repeats) / 1.5)))
+    sample = case.sample(evenly(case.height, rows))
+    forward, floor = statistics.median([first, *(case.forward() for _ in range(repeats))]), floor_seconds(case, *rates)
+    cell = {
+        "cost_in_forwards": sample / forward,
+        "prefix_cost_in_forwards": prefix / forward,
+        "parameters": case.prior.num_parameters()["layers"],
+        "forward_seconds": forward,
+        "sample_seconds": sample,
+        "images_per_second": case.batch / sample,
+        "floor_seconds": floor,
+        "share_of_floor": floor / sample,
+        "prefix_extrapolated_from_codes": 2,
+    }
+    return cell | ({"extrapolated_from_rows": rows} if rows < case.height else {})
+
+
+def show(level: str, batch: str, cell: dict[str, Any]) -> None:
+    rows = cell.get("extrapolated_from_rows")
+    print(
+        f"{level:6} batch {batch:>3}  {cell['parameters'] / 1e6:6.1f}M  forward {cell['forward_seconds']:7.2f} s  "
+        f"sampling {cell['sample_seconds']:7.2f} s = {cell['cost_in_forwards']:5.2f} forwards"
+        f"{f' (extrapolated from {rows} rows)' if rows else ''}, {cell['images_per_second']:.3f} images/s; "
+        f"floor {cell['floor_seconds']:.2f} s ({cell['share_of_floor']:.0%} reached); re-running the prefix "
+        f"{cell['prefix_cost_in_forwards']:.0f} forwards (extrapolated from 2 codes)",
+        flush=True,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the numbers here")
+    parser.add_argument("--quick", action="store_true", help="small priors: seconds instead of minutes")
+    parser.add_argument("--levels", nargs="+", choices=("top", "bottom"), default=["top", "bottom"])
+    parser.add_argument("--batches", nargs="+", type=int, default=[8, 32])
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="arithmetic; bf16 pays on hardware that has it")
+    parser.add_argument("--minutes", type=float, default=20, help="when short, fewer rows are drawn and scaled")
+    args = parser.parse_args(argv)
+    rates = machine()
+    print(f"matrix product {rates[0] / 1e9:.0f} GFLOP/s, memory {rates[1] / 1e9:.1f} GB/s, {args.dtype}")
+    results: dict[str, Any] = {level: {} for level in args.levels}
+    # a bottom cell has four times the codes of a top one, and a batch of 32 four times the work of 8
+    shares = {
+        (level, batch): batch * (4 if level == "bottom" else 1) for level in args.levels for batch in args.batches
+    }
+    for (level, batch), share in shares.items():
+        case = Case(build(level, args.quick), batch, DTYPES[args.dtype])
+        results[level][str(batch)] = measure(case, args.minutes * 60 * share / sum(shares.values()), rates)
+        show(level, str(batch), results[level][str(batch)])
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1) + "\n")
+    return results
+
+
+if __name__ == "__main__":
+    main()

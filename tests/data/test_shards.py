@@ -1,0 +1,158 @@
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vqscale.data.shards import Manifest, ShardIndex, ShardInfo, ShardWriter, iterate, resolve, shard_info
+
+SAMPLES = {
+    "a/0001": {"jpg": b"x" * 700, "cls": b"3", "json": b"{}"},
+    "b/" + "long" * 60: {"jpg": b"", "cls": b"0"},
+    "ü/ключ 1": {"png": bytes(range(256)) * 2, "cls": b"12"},
+}
+
+
+def write(path: Path) -> ShardInfo:
+    with ShardWriter(path) as writer:
+        for key, parts in SAMPLES.items():
+            writer.write(key, parts)
+    assert writer.info is not None
+    return writer.info
+
+
+def test_webdataset_reads_what_we_write(tmp_path: Path, read_as_webdataset: Callable) -> None:
+    write(tmp_path / "000000.tar")
+    read = read_as_webdataset(tmp_path / "000000.tar")
+    assert [sample["__key__"] for sample in read] == list(SAMPLES)
+    for sample, parts in zip(read, SAMPLES.values(), strict=True):
+        assert {name: sample[name] for name in parts} == parts
+
+
+def test_the_index_points_at_every_part(tmp_path: Path) -> None:
+    info = write(tmp_path / "000000.tar")
+    data = (tmp_path / "000000.tar").read_bytes()
+    index = ShardIndex.load(tmp_path / info.index_name)
+    assert index.keys == list(SAMPLES) and index.labels.tolist() == [3, 0, 12]
+    for row, parts in enumerate(SAMPLES.values()):
+        for name in index.part_names:
+            offset, size = int(index.offset[name][row]), int(index.size[name][row])
+            assert (data[offset : offset + size] if offset >= 0 else None) == parts.get(name)
+    assert (info.bytes, info.sha256) == (len(data), hashlib.sha256(data).hexdigest())
+
+
+def test_bytes_are_reproducible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "again").mkdir()
+    write(tmp_path / "000000.tar")
+    monkeypatch.setattr("time.time", lambda: 2e9)
+    write(tmp_path / "again" / "000000.tar")
+    for name in ("000000.tar", "000000.index.safetensors"):
+        assert (tmp_path / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+def test_an_error_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), ShardWriter(tmp_path / "000000.tar") as writer:
+        writer.write("a", {"cls": b"0"})
+        raise KeyError
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_kill_at_any_moment_leaves_no_tar_without_its_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stop at each rename in turn: what can be seen is nothing, or an index alone, or both."""
+    renames = os.replace
+    for allowed in range(3):
+        calls = iter(range(10))
+
+        def replace(source: str, target: str, allowed: int = allowed, calls=calls) -> None:
+            if next(calls) >= allowed:
+                raise OSError("killed")
+            renames(source, target)
+
+        monkeypatch.setattr(os, "replace", replace)
+        folder = tmp_path / str(allowed)
+        folder.mkdir()
+        if allowed < 2:
+            with pytest.raises(OSError, match="killed"):
+                write(folder / "000000.tar")
+        else:
+            write(folder / "000000.tar")
+        seen = {path.suffix for path in folder.iterdir()}
+        assert seen == [set(), {".safetensors"}, {".safetensors", ".tar"}][allowed]
+        assert (shard_info(folder / "000000.tar") is not None) == (allowed == 2)
+
+
+@pytest.mark.parametrize(
+    ("key", "parts", "message"),
+    [
+        ("../x", {"cls": b"0"}, "leads out"),
+        ("/x", {"cls": b"0"}, "leads out"),
+        ("a/x.y", {"cls": b"0"}, "without dots"),
+        ("a", {"jpg": b""}, "no label"),
+        ("a", {"cls": b"cat"}, "'cat' is not a number"),
+        ("a", {"cls": b"-1"}, "negative"),
+        ("twice", {"cls": b"0"}, "written twice"),
+    ],
+)
+def test_unusable_samples_are_refused(tmp_path: Path, key: str, parts: dict[str, bytes], message: str) -> None:
+    with pytest.raises(ValueError, match=message), ShardWriter(tmp_path / "000000.tar") as writer:
+        writer.write("twice", {"cls": b"0"})
+        writer.write(key, parts)
+
+
+def test_a_damaged_index_is_refused(tmp_path: Path) -> None:
+    info = write(tmp_path / "000000.tar")
+    path = tmp_path / info.index_name
+    whole = path.read_bytes()
+    for cut in range(0, len(whole), 37):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(ValueError, match="not a whole shard index"):
+            ShardIndex.load(path)
+
+
+def test_manifest_round_trip_and_tampering(images: Path, tmp_path: Path) -> None:
+    manifest = Manifest.load(images)
+    manifest.save(tmp_path)
+    assert Manifest.load(tmp_path) == manifest
+    raw = json.loads((tmp_path / "dataset.json").read_text())
+    raw["classes"][0] = "another"
+    (tmp_path / "dataset.json").write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match="was edited"):
+        Manifest.load(tmp_path)
+    raw["version"] = 2
+    (tmp_path / "dataset.json").write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match="version 2"):
+        Manifest.load(tmp_path)
+
+
+def test_an_index_of_another_tar_is_refused(own_images: Path) -> None:
+    (own_images / "000000.index.safetensors").write_bytes((own_images / "000003.index.safetensors").read_bytes())
+    with pytest.raises(ValueError, match="another tar"):
+        Manifest.load(own_images).index(own_images, 0)
+
+
+def test_resolve(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "train").symlink_to(images)
+    assert resolve(images) == resolve(images, "holdout") == images
+    assert resolve(tmp_path / "run") == tmp_path / "run" / "train"
+    assert resolve(tmp_path / "run", "holdout") == tmp_path / "run" / "train"
+    assert "no holdout" in capsys.readouterr().out
+    with pytest.raises(FileNotFoundError, match="does not exist; `vqscale extract_codes` makes it"):
+        resolve(tmp_path / "nowhere", made_by="extract_codes")
+
+
+def test_iterate_sees_every_sample_and_a_flipped_byte(own_images: Path) -> None:
+    assert len(list(iterate(own_images, ["png"]))) == 37
+    index = Manifest.load(own_images).index(own_images, 2)
+    flip(own_images / "000002.tar", int(index.offset["png"][4]) + 20)
+    with pytest.raises(ValueError, match=rf"000002.tar: {index.key(4)}.png is damaged"):
+        list(iterate(own_images, ["png"]))
+
+
+def flip(path: Path, at: int) -> None:
+    data = np.fromfile(path, np.uint8)
+    data[at] ^= 1
+    data.tofile(path)

@@ -1,0 +1,297 @@
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.distributed import run_ranks
+from torch import Tensor
+
+from vqscale import topology
+from vqscale.config import StageConfig
+from vqscale.engine import checkpoint as checkpoints
+from vqscale.engine.checkpoint import Checkpointer, find_latest, verify
+from vqscale.topology import Topology
+
+STATE: dict[str, Any] = {"data": {"consumed_samples": 8}, "engine": {}}
+
+
+def some_tensors(seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "model.weight": torch.randn(7, 5, generator=generator),
+        "model.steps": torch.tensor(seed + 3),
+        "model.half": torch.randn(4, generator=generator).to(torch.bfloat16),
+        "ema.weight": torch.randn(7, 5, generator=generator, dtype=torch.float64),
+    }
+
+
+def zeros_like(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+
+
+def assert_same(one: dict[str, Tensor], two: dict[str, Tensor]) -> None:
+    assert one.keys() == two.keys()
+    assert [name for name in one if not torch.equal(one[name], two[name])] == []
+
+
+@pytest.fixture
+def folder(tmp_path: Path, place: Topology) -> Path:
+    """Three checkpoints, of the tensors of seeds 8, 16 and 24."""
+    keeper = Checkpointer(tmp_path / "checkpoints", place, keep=5)
+    for seen in (8, 16, 24):
+        keeper.save(seen, some_tensors(seen), {**STATE, "seed": seen})
+    keeper.wait()
+    return keeper.folder
+
+
+def loaded_seed(folder: Path) -> int:
+    """Which of the three saves the latest is, by its state and bit for bit by its tensors."""
+    latest = find_latest(folder)
+    assert latest is not None
+    seed = latest.state["seed"]
+    tensors = zeros_like(some_tensors())
+    latest.load_into(tensors)
+    assert_same(tensors, some_tensors(seed))
+    assert latest.images_seen == seed
+    return seed
+
+
+def test_what_is_saved_is_loaded(folder: Path) -> None:
+    assert loaded_seed(folder) == 24
+    latest = find_latest(folder)
+    assert latest is not None and latest.state["data"] == {"consumed_samples": 8}
+    assert_same(latest.read("ema."), {"weight": some_tensors(24)["ema.weight"]})
+    assert latest.read("nothing.") == {}
+
+
+def test_anyone_can_open_a_checkpoint(folder: Path) -> None:
+    files = {path.name for path in (folder / "000000000024").iterdir()}
+    (shard,) = [name for name in files if name.endswith(".safetensors")]
+    assert files - {shard} == {"state.json", "manifest.json"}
+    assert_same(load_file(folder / "000000000024" / shard), some_tensors(24))
+
+
+def test_nothing_there_is_no_checkpoint(tmp_path: Path, place: Topology) -> None:
+    assert find_latest(tmp_path / "nowhere") is None
+    assert Checkpointer(tmp_path / "new", place, keep=1).latest() is None
+
+
+def test_changes_after_save_do_not_reach_the_file(tmp_path: Path, place: Topology) -> None:
+    keeper = Checkpointer(tmp_path, place, keep=2)
+    tensors = {f"model.{i}": torch.full((256, 1024), float(i)) for i in range(8)}
+    state = {"data": {"consumed_samples": 1}}
+    keeper.save(8, tensors, state)
+    for tensor in tensors.values():
+        tensor.fill_(-1.0)
+    state["data"]["consumed_samples"] = 2
+    keeper.wait()
+    latest = keeper.latest()
+    assert latest is not None and latest.state["data"] == {"consumed_samples": 1}
+    read = latest.read("model.")
+    assert all((read[str(i)] == float(i)).all() for i in range(8))
+
+
+def test_only_the_newest_are_kept(tmp_path: Path, place: Topology) -> None:
+    keeper = Checkpointer(tmp_path, place, keep=2)
+    for seen in (8, 16, 24, 32):
+        keeper.save(seen, some_tensors(seen), STATE)
+        keeper.wait()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["000000000024", "000000000032"]
+
+
+def test_the_same_place_is_not_saved_twice(tmp_path: Path, place: Topology) -> None:
+    keeper = Checkpointer(tmp_path, place, keep=2)
+    keeper.save(8, some_tensors(1), STATE)
+    keeper.wait()
+    keeper.save(8, some_tensors(2), STATE)
+    keeper.wait()
+    latest = keeper.latest()
+    assert latest is not None
+    assert_same(latest.read("model."), {k[6:]: v for k, v in some_tensors(1).items() if k.startswith("model.")})
+
+
+def _flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+DAMAGES = {
+    "bit flip": lambda f: _flip_a_bit(next(f.glob("*.safetensors"))),
+    "bit flip in state": lambda f: _flip_a_bit(f / "state.json"),
+    "truncation": lambda f: os.truncate(next(f.glob("*.safetensors")), 100),
+    "a file missing": lambda f: next(f.glob("*.safetensors")).unlink(),
+    "a file too many": lambda f: (f / "stray").touch(),
+    "no manifest": lambda f: (f / "manifest.json").unlink(),
+    "an empty manifest": lambda f: (f / "manifest.json").write_text(""),
+    "a manifest of another kind": lambda f: (f / "manifest.json").write_text("[1]"),
+    "an empty folder": lambda f: [p.unlink() for p in f.iterdir()],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_set_aside_and_the_previous_used(
+    folder: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    DAMAGES[damage](folder / "000000000024")
+    assert loaded_seed(folder) == 16
+    assert "000000000024 IS DAMAGED" in caplog.text
+    assert len(list(folder.glob("damaged-000000000024-*"))) == 1
+    assert loaded_seed(folder) == 16
+
+
+def test_another_runs_checkpoints_are_not_touched(folder: Path) -> None:
+    _flip_a_bit(folder / "000000000024" / "state.json")
+    before = sorted(path.name for path in folder.iterdir())
+    latest = find_latest(folder, set_aside=False)
+    assert latest is not None and latest.images_seen == 16
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def test_when_all_are_damaged_nothing_starts_from_zero(folder: Path, place: Topology) -> None:
+    for path in folder.iterdir():
+        _flip_a_bit(path / "manifest.json")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="every checkpoint is damaged .*not starting again from zero"):
+            Checkpointer(folder, place, keep=2).latest()
+    assert checkpoints.has_checkpoint(folder)
+
+
+def test_half_written_and_odd_names_are_ignored(folder: Path, place: Topology) -> None:
+    shutil.copytree(folder / "000000000016", folder / ".saving-000000000032")
+    (folder / ".saving-000000000032" / "manifest.json").unlink()
+    for odd in ("latest", "00000000004x", "0000000000400", "000000000040.tmp"):
+        (folder / odd).mkdir()
+    assert loaded_seed(folder) == 24
+    Checkpointer(folder, place, keep=2)
+    assert not (folder / ".saving-000000000032").exists()
+
+
+def test_random_damage_is_never_loaded_silently(folder: Path) -> None:
+    chance = random.Random(1)
+    whole = folder / "000000000024"
+    for trial in range(60):
+        damaged = folder.parent / f"trial-{trial}"
+        shutil.copytree(whole, damaged)
+        victim = chance.choice(sorted(damaged.iterdir()))
+        data = bytearray(victim.read_bytes())
+        if chance.random() < 0.3:
+            data = data[: chance.randrange(len(data))]
+        else:
+            data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+        victim.write_bytes(data)
+        assert verify(damaged), f"trial {trial}: damage to {victim.name} was not seen"
+    assert verify(whole) == ""
+
+
+def test_every_byte_of_the_manifest_counts(folder: Path) -> None:
+    manifest = folder / "000000000024" / "manifest.json"
+    data = manifest.read_bytes()
+    for place in range(len(data)):
+        manifest.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        assert verify(manifest.parent), f"byte {place} ({data[place : place + 1]!r})"
+    manifest.write_bytes(data)
+    assert verify(manifest.parent) == ""
+
+
+def test_another_format_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "FORMAT", 99)
+    with pytest.raises(ValueError, match="000000000024: checkpoint format 1, this program reads 99"):
+        find_latest(folder)
+    assert (folder / "000000000024").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.pop("ema.weight"), "only the checkpoint has the tensor ema.weight"),
+        (lambda t: t.update(other=torch.zeros(1)), "only this run has the tensor other"),
+        (lambda t: t.update({"model.weight": torch.zeros(5, 7)}), r"model.weight is .*\[7, 5\].* and .*\[5, 7\]"),
+        (lambda t: t.update({"model.steps": torch.zeros(())}), "model.steps is .*int64.* and .*float32"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(folder: Path, change: Any, words: str) -> None:
+    tensors = zeros_like(some_tensors())
+    change(tensors)
+    latest = find_latest(folder)
+    assert latest is not None
+    with pytest.raises(ValueError, match=words):
+        latest.load_into(tensors)
+
+
+def test_nothing_in_a_checkpoint_is_a_pickle(folder: Path) -> None:
+    kinds = {path.suffix for path in folder.rglob("*") if path.is_file()}
+    assert kinds == {".safetensors", ".json"}
+
+
+def _save_where_it_fails(folder: str, fault: str) -> list[str]:
+    """Two saves, the second with a fault; returns what the run was told at each."""
+    place = topology.bring_up(StageConfig(device="cpu", threads=1))
+    keeper = Checkpointer(Path(folder), place, keep=1)
+    keeper.save(8, some_tensors(8), STATE)
+    keeper.wait()
+    told = []
+    if place.is_main and fault == "no space for a folder":
+        (Path(folder) / ".saving-000000000016").touch()
+        shutil.rmtree = lambda *a, **k: None  # what is in the way stays there
+    if place.is_main and fault == "commit":
+
+        def no_space(path: Path) -> str:
+            raise OSError(28, "No space left on device")
+
+        checkpoints._sha256 = no_space
+    if fault == "write":
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))
+        import signal
+
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        keeper.save(16, some_tensors(16), STATE)
+        keeper.wait()
+    except OSError as error:
+        told.append(str(error))
+    topology.take_down(orderly=True)
+    return told
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("fault", ["no space for a folder", "commit", "write"])
+def test_a_save_that_fails_is_an_error_on_all_ranks_and_the_old_one_stays(
+    tmp_path: Path, world: int, fault: str
+) -> None:
+    for (told,) in run_ranks(_save_where_it_fails, world, str(tmp_path), fault):
+        assert "a checkpoint could not be written to" in told
+        assert "\n" not in told
+    latest = find_latest(tmp_path)
+    assert latest is not None and latest.images_seen == 8
+
+
+def _save_in_time(folder: str) -> list[int]:
+    place = topology.bring_up(StageConfig(device="cpu", threads=1))
+    keeper = Checkpointer(Path(folder), place, keep=2)
+    noise = torch.zeros(1000)
+    for seen in range(8, 88, 8):
+        keeper.save(seen, some_tensors(seen), {**STATE, "seed": seen})
+        for _ in range(20):  # training's own collectives, while the save's run
+            place.all_reduce_(noise)
+    keeper.wait()
+    topology.take_down(orderly=True)
+    return [int(p.name) for p in sorted(Path(folder).iterdir())]
+
+
+def test_saves_of_two_ranks_beside_their_collectives(tmp_path: Path, place: Topology) -> None:
+    assert run_ranks(_save_in_time, 2, str(tmp_path))[0] == [72, 80]
+    assert loaded_seed(tmp_path) == 80
+
+
+def test_state_json_describes_the_tensors(folder: Path) -> None:
+    state = json.loads((folder / "000000000024" / "state.json").read_text())
+    assert state["tensors"]["model.weight"] == ["float32", [7, 5]]
+    assert (state["format"], state["images_seen"]) == (checkpoints.FORMAT, 24)

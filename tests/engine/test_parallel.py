@@ -1,0 +1,207 @@
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.distributed import run_ranks
+from support.training import WIDTH, MemoryLoader, TinyConfig, TinyModel, losses, sample, train, whole
+
+from vqscale import topology
+from vqscale.config import StageConfig
+from vqscale.engine.parallel import TorchEngine, assert_same_everywhere, compile_units, make_engine
+from vqscale.topology import Topology
+
+STEPS = 20
+OPTIMIZER = {"betas": (0.9, 0.999), "weight_decay": 0.01}
+
+
+def config(run_dir: Path | str, **changes: Any) -> TinyConfig:
+    base = TinyConfig(run_dir=str(run_dir), total_images=8 * STEPS, max_norm=0.5, weight_decay=0.01)
+    return replace(base, **{"trackers": [], **changes})
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The single process that every strategy must equal, in fp32 and fp64."""
+    found = {}
+    for precision in ("fp32", "fp64"):
+        run_dir = tmp_path_factory.mktemp(precision)
+        (result,) = run_ranks(train, 1, config(run_dir, precision=precision))
+        found[precision] = result | {"losses": losses(run_dir)}
+        assert len(losses(run_dir)) == STEPS and result["engine"] == "TinyModel"
+    return found
+
+
+@pytest.mark.parametrize(
+    ("strategy", "world", "micro", "precision"),
+    [
+        ("single", 1, 2, "fp32"),
+        ("ddp", 2, 0, "fp32"),
+        ("ddp", 2, 2, "fp32"),
+        ("ddp", 2, 2, "fp64"),
+        ("fsdp", 2, 0, "fp32"),
+        ("fsdp", 2, 2, "fp32"),
+        ("fsdp", 2, 2, "fp64"),
+        ("hsdp", 4, 1, "fp32"),
+    ],
+)
+def test_strategies_equal_a_single_process(
+    tmp_path: Path, alone: dict[str, Any], strategy: str, world: int, micro: int, precision: str
+) -> None:
+    asked = config(tmp_path, strategy=strategy, micro_batch=micro, precision=precision)
+    ranks = run_ranks(train, world, asked)
+    expected = alone[precision]
+    tolerance = 1e-9 if precision == "fp64" else 1e-5
+    ours = losses(tmp_path)
+    assert ours.keys() == expected["losses"].keys()
+    assert max(abs(ours[seen] - loss) for seen, loss in expected["losses"].items()) < tolerance
+    for name, tensor in expected["tensors"].items():
+        torch.testing.assert_close(ranks[0]["tensors"][name], tensor, rtol=0, atol=tolerance, msg=name)
+        assert all(torch.equal(rank["tensors"][name], ranks[0]["tensors"][name]) for rank in ranks), name
+    positions = sorted(position for rank in ranks for position in rank["consumed"])
+    assert positions == list(range(8 * STEPS))
+    wrapped = {"single": "TinyModel", "ddp": "DistributedDataParallel"}.get(strategy, "FSDPTinyModel")
+    assert {rank["engine"] for rank in ranks} == {wrapped}
+
+
+def test_clipping_was_active(alone: dict[str, Any], tmp_path: Path) -> None:
+    run_ranks(train, 1, config(tmp_path, max_norm=0.0))
+    assert abs(losses(tmp_path)[8 * STEPS] - alone["fp32"]["losses"][8 * STEPS]) > 1e-3
+
+
+def _with_engine(strategy: str) -> dict[str, Any]:
+    """Facts about an engine, from the inside of its rank."""
+    place = topology.bring_up(StageConfig(device="cpu", threads=1, strategy=strategy))
+    module = TinyModel()
+    engine = TorchEngine(module, place, precision="fp32", accumulation=1, optimizer=OPTIMIZER)
+    x = torch.stack([sample(p, 0) for p in range(4)])
+    model = module if strategy == "single" else engine.model
+    features = getattr(model, "module", model).features(x)
+    local = engine.local_weights()
+    laid_out = engine.like_weights({name: tensor * 2 for name, tensor in local.items()})
+    doubled = {name: torch.equal(whole(laid_out[name]), 2 * whole(p)) for name, p in module.named_parameters()}
+    facts = {
+        "bytes": engine.bytes_here(),
+        "features": features.detach(),
+        "doubled": all(doubled.values()),
+        "names": sorted(engine.tensors()),
+        "local": sorted(local),
+        "buffer": module.average.dtype,
+    }
+    engine.load_counters({"optimizer_steps": 41})
+    facts["steps"] = engine.counters()
+    topology.take_down(orderly=True)
+    return facts
+
+
+def test_what_each_rank_holds() -> None:
+    facts = {
+        "single": run_ranks(_with_engine, 1, "single"),
+        "ddp": run_ranks(_with_engine, 2, "ddp"),
+        "fsdp": run_ranks(_with_engine, 2, "fsdp"),
+    }
+    whole_model = sum(p.numel() for p in TinyModel().parameters()) * 4
+    for strategy, share in (("single", 1.0), ("ddp", 1.0), ("fsdp", 0.5)):
+        held = [rank["bytes"] for rank in facts[strategy]]
+        total = sum(rank["parameters"] for rank in held)
+        assert total == whole_model * len(held) * share
+        assert all(rank["optimizer"] == 2 * rank["parameters"] for rank in held)
+    (plain,) = facts["single"]
+    for ranks in facts.values():
+        for rank in ranks:
+            torch.testing.assert_close(rank["features"], plain["features"])
+            assert rank["doubled"] and rank["names"] == plain["names"] and rank["local"] == plain["local"]
+            assert rank["buffer"] == torch.float32 and rank["steps"] == {"optimizer_steps": 41}
+
+
+def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(place: Topology) -> None:
+    engine = TorchEngine(TinyModel(), place, precision="fp32", accumulation=1, optimizer=OPTIMIZER)
+    x = torch.ones(2, WIDTH)
+    for loss_scale, expected in ((1.0, True), (float("inf"), False), (float("nan"), False), (1.0, True)):
+        before = {name: tensor.clone() for name, tensor in engine.tensors().items()}
+        steps = engine.counters()["optimizer_steps"]
+        engine.begin(last=True)
+        engine.backward(engine.model(x).square().sum() * loss_scale)
+        applied, norm = engine.step(0.1, 1.0)
+        assert (applied, bool(norm.isfinite())) == (expected, expected)
+        changed = [name for name, tensor in engine.tensors().items() if not torch.equal(tensor, before[name])]
+        assert bool(changed) == expected
+        assert engine.counters()["optimizer_steps"] == steps + expected
+        assert all(p.grad is None for p in engine.module.parameters())
+
+
+def test_gradients_are_the_mean_over_micro_batches(place: Topology) -> None:
+    norms = []
+    for parts in (1, 4):
+        engine = TorchEngine(TinyModel(), place, precision="fp64", accumulation=parts, optimizer=OPTIMIZER)
+        for batch in torch.stack([sample(p, 0) for p in range(8)]).double().chunk(parts):
+            engine.backward(engine.model(batch).square().mean())
+        norms.append(engine.step(0.0, 0.0)[1].item())
+    assert norms[0] == pytest.approx(norms[1], rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("precision", "parameters", "arithmetic"),
+    [
+        ("fp32", torch.float32, torch.float32),
+        ("fp64", torch.float64, torch.float64),
+        ("bf16", torch.float32, torch.bfloat16),
+    ],
+)
+def test_precisions(place: Topology, precision: str, parameters: torch.dtype, arithmetic: torch.dtype) -> None:
+    engine = TorchEngine(TinyModel(), place, precision=precision, accumulation=1, optimizer=OPTIMIZER)
+    assert {p.dtype for p in engine.module.parameters()} == {parameters}
+    with engine.autocast():
+        assert engine.model.head(torch.ones(2, WIDTH, dtype=parameters)).dtype == arithmetic
+
+
+def test_what_cannot_be_had_is_refused(place: Topology) -> None:
+    with pytest.raises(ValueError, match="precision=fp16: choose fp32, bf16, fp64"):
+        TorchEngine(TinyModel(), place, precision="fp16", accumulation=1, optimizer=OPTIMIZER)
+    with pytest.raises(ValueError, match="zero2"):
+        make_engine(TinyModel(), replace(place, strategy="zero2"), TinyConfig(), 1)
+
+
+def _compare(values: list[float]) -> str:
+    place = topology.bring_up(StageConfig(device="cpu", threads=1))
+    try:
+        assert_same_everywhere({"fixed": torch.ones(2), "code": torch.tensor([values[place.rank]])}, place)
+        return ""
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        topology.take_down(orderly=True)
+
+
+def test_what_differs_between_ranks_is_named() -> None:
+    assert run_ranks(_compare, 2, [1.0, 1.0]) == ["", ""]
+    assert run_ranks(_compare, 2, [1.0, 1.0000001]) == ["code differs between ranks"] * 2
+
+
+@pytest.mark.slow
+def test_compiled_units_equal_eager_ones(place: Topology) -> None:
+    x = torch.stack([sample(p, 0) for p in range(4)])
+    found = []
+    for compiled in (False, True):
+        module = TinyModel()
+        names = [name for name, _ in module.named_parameters()]
+        if compiled:
+            compile_units(module)
+        engine = TorchEngine(module, place, precision="fp32", accumulation=1, optimizer=OPTIMIZER)
+        assert [name for name, _ in module.named_parameters()] == names
+        for _ in range(3):
+            engine.backward(engine.model(x).square().mean())
+            engine.step(0.01, 1.0)
+        found.append(engine.tensors())
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(found[1][name], tensor, rtol=0, atol=1e-6, msg=name)
+
+
+def test_the_memory_loader_of_these_tests_keeps_the_rules() -> None:
+    """Every position once, whatever the ranks: the comparison above would mean nothing otherwise."""
+    seen = []
+    for rank in range(2):
+        batches = iter(MemoryLoader(8, 2, rank, 2, 0, set()))
+        seen += [p for _ in range(4) for p in next(batches)["position"].tolist()]
+    assert sorted(seen) == list(range(16))

@@ -1,0 +1,135 @@
+"""Extractors: known networks only, strictly loaded, and sensitive to what they should see."""
+
+import builtins
+import hashlib
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from vqscale.evaluation import features
+from vqscale.evaluation.features import load_extractor, read_weights
+from vqscale.evaluation.metrics import precision_recall
+from vqscale.evaluation.moments import frechet_distance, moments_of
+
+
+@pytest.fixture(scope="module")
+def lite0() -> features.Extractor:
+    return load_extractor("lite0")
+
+
+def scenes(n: int, seed: int) -> Tensor:
+    """Smooth coloured pictures: uint8 [n, 3, 32, 32]."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(n, 3, 4, 4, generator=generator)
+    return (torch.nn.functional.interpolate(coarse, size=32, mode="bicubic").clamp(0, 1) * 255).byte()
+
+
+def noisy(images: Tensor, amount: float) -> Tensor:
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(1)) * amount
+    return (images.float() + noise).clamp(0, 255).byte()
+
+
+def test_lite0_is_the_network_it_says(lite0: features.Extractor) -> None:
+    found = lite0(scenes(2, 0))
+    assert found.pooled.shape == (2, 1280) and found.logits.shape == (2, 1000) and found.spatial is None
+    assert lite0.weights_sha256 == features.LITE0_SHA256 and lite0.verified
+    assert "224" in lite0.resize and "127" in lite0.preprocessing
+
+
+def test_the_input_of_lite0_follows_its_rule() -> None:
+    x = features.lite0_input(torch.full((1, 3, 224, 224), 255, dtype=torch.uint8))
+    assert x.unique().tolist() == [1.0]
+    assert features.lite0_input(scenes(1, 0)).shape == (1, 3, 224, 224)
+
+
+def test_the_batch_does_not_matter(lite0: features.Extractor) -> None:
+    images = scenes(9, 1)
+    together = lite0(images).pooled
+    apart = torch.cat([lite0(images[:4]).pooled, lite0(images[4:]).pooled])
+    torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-4)
+
+
+def test_distances_rise_with_noise_and_collapse_loses_recall(lite0: features.Extractor) -> None:
+    clean = lite0(scenes(10, 2)).pooled
+    reference = moments_of(clean)
+    ladder = [frechet_distance(reference, moments_of(lite0(noisy(scenes(10, 2), a)).pooled)) for a in (0, 3, 12)]
+    assert ladder[0] < 1e-6 < ladder[1] < ladder[2]
+    collapsed = lite0(noisy(scenes(10, 2)[:1].expand(10, -1, -1, -1), 1)).pooled
+    precision, recall = precision_recall(collapsed, clean)
+    assert precision > 0.9 and recall < 0.1
+
+
+def test_only_uint8_images_are_taken(lite0: features.Extractor) -> None:
+    with pytest.raises(ValueError, match="uint8"):
+        lite0(scenes(1, 0).float())
+
+
+def test_a_missing_package_is_one_line_with_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *rest: Any, **more: Any) -> Any:
+        if name.startswith("efficientnet"):
+            raise ImportError(name)
+        return real(name, *rest, **more)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(features.MissingPackage, match=r"vqscale\[lite0\]"):
+        load_extractor("lite0")
+
+
+def test_an_unknown_extractor_is_named() -> None:
+    with pytest.raises(ValueError, match="extractor=vgg: .*lite0, inception"):
+        load_extractor("vgg")
+
+
+def test_inception_needs_a_path() -> None:
+    with pytest.raises(ValueError, match="needs weights=PATH"):
+        load_extractor("inception")
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return (Path.touch, (Path("/tmp/vqscale-was-here"),))
+
+
+def test_weights_that_would_run_code_do_not(tmp_path: Path) -> None:
+    path = tmp_path / "evil.pth"
+    torch.save({"x": Evil()}, path)
+    with pytest.raises(ValueError, match="not a file of plain tensors"):
+        read_weights(path, "", True)
+    assert not Path("/tmp/vqscale-was-here").exists()
+
+
+def test_weights_are_refused_unless_known(tmp_path: Path) -> None:
+    path = tmp_path / "w.pth"
+    torch.save({"x": torch.ones(2)}, path)
+    with pytest.raises(ValueError, match="sha256 starts .*allow_unverified_weights"):
+        read_weights(path, "6726825d", False)
+    tensors, sha256, verified = read_weights(path, "6726825d", True)
+    assert not verified and sha256 == hashlib.sha256(path.read_bytes()).hexdigest() and tensors["x"].sum() == 2
+    assert read_weights(path, sha256[:8], False)[2]
+
+
+@pytest.mark.parametrize("content", [b"", b"not a file of tensors", pickle.dumps([1, 2])])
+def test_a_broken_weights_file_is_one_line(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "w.pth"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="w.pth"):
+        read_weights(path, "", True)
+
+
+def test_a_missing_weights_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere.pth"):
+        load_extractor("inception", weights=str(tmp_path / "nowhere.pth"))
+
+
+@pytest.mark.parametrize("name", ["lite0", "inception"])
+def test_weights_of_another_network_are_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "w.pth"
+    torch.save({"x": torch.ones(2)}, path)
+    with pytest.raises(ValueError, match="not the weights of"):
+        load_extractor(name, weights=str(path), allow_unverified_weights=True)

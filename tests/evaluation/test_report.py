@@ -1,0 +1,172 @@
+"""The page and the picture: complete, self-contained, and safe with any class name."""
+
+import io
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vqscale.evaluation.figures import curves_svg, error_map, grid_png, png_bytes, usage_svg
+from vqscale.evaluation.page import CSS
+from vqscale.evaluation.report import PAPER, Report, format_value, render
+from vqscale.evaluation.scores import Score
+
+SECTIONS = ["summary", "samples", "reconstructions", "code-usage", "curves", "the-papers", "provenance"]
+VOID = {"meta", "link", "img"}
+
+
+class Checker(HTMLParser):
+    """Balanced tags; collects addresses, ids and image descriptions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.addresses: list[str] = []
+        self.ids: set[str] = set()
+        self.alts: list[str | None] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in VOID:
+            self.open.append(tag)
+        values = dict(attrs)
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href")]
+        self.ids |= {values["id"] or ""} if "id" in values else set()
+        self.alts += [values.get("alt")] if tag == "img" else []
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def images(n: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (n, 3, 16, 16), dtype=torch.uint8, generator=generator)
+
+
+def full() -> Report:
+    lines = [
+        {"images_seen": n * 100, "nll/top": 3 - n / 10, "loss": 3 - n / 10, "held_out/nll/top": 3.1 - n / 10}
+        for n in range(1, 6)
+    ]
+    return Report(
+        title="demo",
+        subtitle="a test",
+        scores={
+            "fd_lite0": Score(12.345, 20, "real", "lite0", "ab" * 32, "bilinear", False, "too few images"),
+            "fid": Score(31.0, 50_000, "real", "inception", "cd" * 32, "bilinear", True, ""),
+            "kid": Score(None, 20, "real", "lite0", reason="KID needs at least 1000 images"),
+            "nll/top": Score(2.5, 20, "codes"),
+            "order0_entropy/top": Score(2.9, 20, "codes"),
+        },
+        left_out={"cas_top1": "no classifier", "cas_top5": "no classifier"},
+        samples={"<b>cats</b> & dogs": list(images(3)), "plain": list(images(2))},
+        reconstructions=(images(4), images(4, 1), ["a", "b", "c", "d"]),
+        usage={"top": np.array([5, 0, 3, 9])},
+        curves={"train_prior_top": lines},
+        provenance=[{"name": "vqvae", "fingerprint": "sha256:1", "config": "seed: 0\n<script>alert(1)</script>"}],
+        footer="the end",
+    )
+
+
+def check(text: str) -> Checker:
+    checker = Checker()
+    checker.feed(text)
+    assert checker.open == []
+    return checker
+
+
+def test_the_page_is_whole_and_needs_no_network() -> None:
+    text = render(full())
+    page = check(text)
+    assert set(SECTIONS) <= page.ids
+    assert all(address.startswith(("data:", "#")) for address in page.addresses)
+    assert not re.search(r"@import|url\((?!data:)", CSS)
+    without_data = re.sub(r"data:[a-z/+]+;base64,[A-Za-z0-9+/=]*", "", text)
+    assert "http" not in without_data.lower().replace("http-equiv", "")
+    assert all(alt is not None for alt in page.alts) and len(page.alts) == 5 + 3 * 4 + 1 + 1 + 1
+    assert {f"#{name}" for name in SECTIONS} <= set(page.addresses)
+
+
+def test_numbers_provenance_and_reasons_are_on_the_page() -> None:
+    text = render(full())
+    for expected in ("12.35", "KID needs at least 1000 images", "abababababab", "too few images", "sha256:1", "–"):
+        assert expected in text
+    assert re.search("CAS top-1, CAS top-5.*no classifier", text)
+
+
+def test_names_cannot_break_the_page() -> None:
+    text = render(full())
+    assert "&lt;b&gt;cats&lt;/b&gt; &amp; dogs" in text and "<b>cats" not in text and "<script>alert" not in text
+
+
+def test_an_empty_report_says_what_is_missing() -> None:
+    text = render(Report(title="empty", subtitle="", scores={}))
+    page = check(text)
+    assert set(SECTIONS) <= page.ids
+    assert text.count("No ") + text.count("Nothing ") >= 6
+
+
+def test_the_papers_figures_carry_grades_and_none_is_from_memory() -> None:
+    assert {grade for _, _, grade, _ in PAPER} == {"P", "S"}
+    assert not any("0.0047" in value or "0.0050" in value for _, value, _, _ in PAPER)
+    text = render(full())
+    assert "31.11" in text and "3.41 nats per code" in text
+
+
+@pytest.mark.parametrize(
+    "key, value, shown",
+    [
+        ("psnr", 23.456, "23.46"),
+        ("reconstruction_mse", 0.02468, "0.02468"),
+        ("nll/top", 3.4112, "3.411"),
+        ("fid", 131.06, "131.1"),
+        ("used_codes/top", 512.0, "512"),
+        ("recall", 0.0, "0"),
+        ("kid", None, "–"),
+    ],
+)
+def test_values_have_the_digits_they_deserve(key: str, value: float | None, shown: str) -> None:
+    assert format_value(key, value) == shown
+
+
+def test_png_is_exact_and_the_error_map_is_dark_where_images_agree() -> None:
+    image = images(1)[0]
+    back = torch.from_numpy(np.array(Image.open(io.BytesIO(png_bytes(image))))).permute(2, 0, 1)
+    assert torch.equal(back, image)
+    other = image.clone()
+    other[:, 0, 0] = 255 - other[:, 0, 0] // 2
+    shown = error_map(image, other)
+    assert int(shown[:, 5, 5].sum()) < 10 < int(shown[:, 0, 0].sum())
+
+
+def test_charts_are_svg_of_the_same_bytes_each_time() -> None:
+    def chart() -> bytes:
+        return curves_svg("t", {"nll/top": ([1, 2], [3, 2]), "held_out/nll/top": ([2], [2.5])}, log=True, level=4.0)
+
+    assert chart() == chart() and b"<svg" in chart()
+    assert b"<svg" in usage_svg("top level", np.array([3, 0, 1]))
+
+
+def test_the_grid_shows_every_pixel_enlarged_and_not_smoothed(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "samples.png"
+    originals, decoded = images(3), images(3, 1)
+    grid_png(path, originals=originals, reconstructions=decoded, samples={"a class": list(images(2, 2))})
+    picture = np.array(Image.open(path))
+    enlarged = originals[0].permute(1, 2, 0).numpy().repeat(8, 0).repeat(8, 1)  # 16 px -> 128
+    side = enlarged.shape[0]
+    found = [
+        (y, x)
+        for y in range(picture.shape[0] - side)
+        for x in range(picture.shape[1] - side)
+        if (picture[y, x] == enlarged[0, 0]).all() and (picture[y : y + side, x : x + side] == enlarged).all()
+    ]
+    assert len(found) == 1
+    assert list(tmp_path.joinpath("deep").iterdir()) == [path]
+
+
+def test_a_grid_of_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no images"):
+        grid_png(tmp_path / "x.png")

@@ -1,0 +1,75 @@
+"""scores.json: the fields, the order, what is asked for and what is left out."""
+
+import dataclasses
+
+import pytest
+
+from vqscale.evaluation.families import score_or_null
+from vqscale.evaluation.features import Extractor, Features
+from vqscale.evaluation.metrics import TooFew
+from vqscale.evaluation.scores import METRICS, Score, Scores, metric_of, why_not_comparable
+
+FIELDS = ["value", "n", "reference", "extractor", "weights_sha256", "resize", "comparable_with_papers", "reason"]
+
+
+def extractor(name: str, verified: bool = True) -> Extractor:
+    return Extractor(name, "ab" * 32, verified, "bilinear", "p", lambda images: Features(images, images))
+
+
+def test_a_score_has_the_fields_of_the_contract_in_order() -> None:
+    scores = Scores()
+    scores.put("used_codes/top", Score(3.0, 10))
+    scores.put("fd_lite0", Score(1.5, 10, "real", "lite0", "ab", "bilinear", False, "why"))
+    written = scores.as_json()
+    assert list(written) == ["fd_lite0", "used_codes/top"]  # the table's order, not that of computing
+    assert all(list(entry) == FIELDS for entry in written.values())
+    assert [field.name for field in dataclasses.fields(Score)] == FIELDS
+
+
+def test_the_names_that_scripts_rely_on_are_there() -> None:
+    promised = (
+        "fid sfid kid inception_score precision recall density coverage fd_lite0 reconstruction_mse reconstruction_fid "
+        "psnr ssim nll order0_entropy perplexity used_codes bits_per_dim cas_top1 cas_top5"
+    )
+    assert set(promised.split()) <= set(METRICS)
+    assert metric_of("nll/top").unit == "nats per code"
+
+
+def test_a_misspelt_metric_names_the_nearest() -> None:
+    with pytest.raises(ValueError, match="unknown metric presicion; did you mean precision"):
+        Scores(["presicion"])
+
+
+def test_only_what_was_asked_for_is_kept() -> None:
+    scores = Scores(["kid"])
+    scores.put("psnr", Score(1.0, 2))
+    assert scores.found == {} and scores.wants("kid", "psnr") and not scores.wants("psnr")
+
+
+def test_a_missing_input_is_an_error_only_for_what_was_asked_by_name() -> None:
+    everything = Scores()
+    everything.leave_out(["fid", "kid"], "no samples")
+    assert everything.left_out == {"fid": "no samples", "kid": "no samples"}
+    with pytest.raises(ValueError, match="metrics=fid cannot be computed: no samples"):
+        Scores(["fid"]).leave_out(["fid", "kid"], "no samples")
+    Scores(["psnr"]).leave_out(["fid", "kid"], "no samples")
+
+
+def test_too_few_images_give_null_and_the_reason() -> None:
+    def fails() -> float:
+        raise TooFew("KID needs at least 1000 images, there are 3 samples")
+
+    score = score_or_null(fails, 3, "real", extractor("inception"), "")
+    assert score.value is None and not score.comparable_with_papers and "1000" in score.reason
+    assert score.extractor == "inception" and score.weights_sha256 == "ab" * 32
+
+
+def test_comparable_means_published_weights_enough_images_and_a_published_reference() -> None:
+    good = {"n": 50_000, "published_reference": True}
+    assert why_not_comparable(extractor("inception"), **good) == ""
+    assert "EfficientNet-Lite0" in why_not_comparable(extractor("lite0"), **good)
+    assert "unknown origin" in why_not_comparable(extractor("inception", verified=False), **good)
+    assert "100 images" in why_not_comparable(extractor("inception"), n=100, published_reference=True)
+    assert "reference" in why_not_comparable(extractor("inception"), n=50_000, published_reference=False)
+    assert "protocol" in why_not_comparable(extractor("inception"), **good, standard=False)
+    assert score_or_null(lambda: 2.0, 50_000, "real", extractor("inception"), "").comparable_with_papers

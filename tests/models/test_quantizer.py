@@ -1,0 +1,446 @@
+"""The quantizer against independent oracles: vector-quantize-pytorch, torch.optim.Adam, brute force, known answers."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+import vector_quantize_pytorch
+from torch import Tensor, nn
+
+from vqscale.models.quantizer import (
+    Quantized,
+    QuantizerConfig,
+    VectorQuantizer,
+    nearest_codes,
+    perplexity,
+    search_rows,
+    update_quantizers,
+)
+
+K, D = 8, 4
+
+
+def quantizer(**options) -> VectorQuantizer:
+    options = {"num_codes": K, "code_dim": D, "restart_below": 0.0} | options
+    made = VectorQuantizer(QuantizerConfig(**options))
+    made.set_codebook(torch.randn(made.embedding.shape, generator=torch.Generator().manual_seed(1)))
+    return made
+
+
+def inputs(images: int = 6, side: int = 4, seed: int = 2, dim: int = D) -> Tensor:
+    return torch.randn(images, dim, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+def update(q: VectorQuantizer, images: int, **options) -> dict[str, Tensor]:
+    options = {"key": 7, "applied": True, "learning_rate": 1e-2, "rank": 0, "world_size": 1} | options
+    all_reduce = options.pop("all_reduce", lambda total: None)
+    return update_quantizers({"top": q}, all_reduce, images=images, **options)
+
+
+def learn(q: VectorQuantizer, z: Tensor) -> dict[str, Tensor]:
+    q(z, torch.arange(len(z)))
+    return update(q, len(z))
+
+
+def state(q: VectorQuantizer) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in q.state_dict().items()}
+
+
+# ---- nearest code, value, gradient
+
+
+def test_nearest_is_the_brute_force_nearest():
+    z, embedding = torch.randn(300, 16), torch.randn(50, 16)
+    assert torch.equal(nearest_codes(z, embedding), torch.cdist(z.double(), embedding.double()).argmin(1))
+
+
+def test_ties_go_to_the_lowest_index():
+    assert nearest_codes(torch.zeros(3, 2), torch.tensor([[2.0, 0], [1.0, 0], [0.0, 1], [1.0, 0]])).tolist() == [1] * 3
+
+
+def test_a_search_over_65536_codes_never_holds_more_than_the_stated_block(monkeypatch):
+    made: list[int] = []
+    addmm = torch.addmm
+
+    def watch(*args, **kwargs):
+        out = addmm(*args, **kwargs)
+        made.append(out.numel())
+        return out
+
+    monkeypatch.setattr(torch, "addmm", watch)
+    codebook = torch.randn(65536, 2)
+    codes = nearest_codes(codebook[1000:1100].clone(), codebook)
+    assert codes.tolist() == list(range(1000, 1100))
+    assert max(made) <= 2**20 and sum(made) == 100 * 65536
+    assert search_rows(65536, torch.device("cuda")) * 65536 <= 2**25
+    assert search_rows(2**30, torch.device("cpu")) == 1
+
+
+def test_straight_through_gradient_and_value_match_the_reference_library():
+    oracle = vector_quantize_pytorch.VectorQuantize(
+        dim=D, codebook_size=K, commitment_weight=0.25, accept_image_fmap=True, rotation_trick=False
+    )
+    q = quantizer().eval()
+    oracle._codebook.embed.copy_(q.embedding[None])
+    oracle.eval()
+    ours, theirs = inputs().requires_grad_(), inputs().requires_grad_()
+    weight = torch.randn(ours.shape)
+    mine = q(ours)
+    (mine.vectors * weight).sum().backward()
+    vectors, codes, _ = oracle(theirs)
+    assert torch.equal(mine.codes, codes)
+    torch.testing.assert_close(mine.vectors, vectors)
+    assert torch.equal(ours.grad, weight)
+    # the library's own straight-through, in training, without learning
+    oracle.train()
+    trained, _, commitment = oracle(theirs, freeze_codebook=True)
+    (trained * weight).sum().backward(retain_graph=True)
+    torch.testing.assert_close(theirs.grad, ours.grad)
+    torch.testing.assert_close(mine.commitment, commitment.squeeze())
+
+
+def test_the_value_is_the_code_to_the_last_bit():
+    q = quantizer()
+    out = q((inputs() * 1e3).requires_grad_())
+    assert torch.equal(out.vectors, q.lookup(out.codes))
+
+
+def test_commitment_moves_z_towards_its_code_and_codebook_loss_has_no_gradient():
+    q, z = quantizer(commitment=0.5), inputs().requires_grad_()
+    out = q(z)
+    out.commitment.backward()
+    expected = 0.5 * 2 * (z - q.lookup(out.codes)) / z.numel()
+    torch.testing.assert_close(z.grad, expected.detach())
+    assert not out.codebook_loss.requires_grad
+    torch.testing.assert_close(out.commitment.detach(), 0.5 * out.codebook_loss)
+
+
+# ---- moving averages
+
+
+def test_one_ema_step_matches_the_reference_library():
+    oracle = vector_quantize_pytorch.VectorQuantize(
+        dim=D, codebook_size=K, decay=0.9, eps=1e-12, accept_image_fmap=True, threshold_ema_dead_code=0
+    )
+    q = quantizer(decay=0.9)
+    oracle._codebook.embed.copy_(q.embedding[None])
+    oracle._codebook.embed_avg.copy_(q.embedding_sum[None])
+    oracle._codebook.cluster_size.copy_(q.cluster_size[None])
+    for seed in (2, 3):
+        oracle.train()(inputs(seed=seed))
+        learn(q, inputs(seed=seed))
+        torch.testing.assert_close(q.embedding, oracle._codebook.embed[0])
+        torch.testing.assert_close(q.cluster_size, oracle._codebook.cluster_size[0])
+        torch.testing.assert_close(q.embedding_sum, oracle._codebook.embed_avg[0])
+
+
+def test_forward_never_changes_the_codebook_and_evaluation_leaves_no_trace():
+    q = quantizer(restart_below=0.1)
+    before = state(q)
+    q.train()(inputs())
+    assert all(torch.equal(before[name], value) for name, value in q.state_dict().items())
+    update(q, 6, applied=False)
+    q.eval()(inputs())
+    assert q.counts.sum() == 0 and q.images == 0
+
+
+def test_a_skipped_step_discards_its_statistics():
+    q, fresh = quantizer(restart_below=0.1), quantizer(restart_below=0.1)
+    q(inputs(seed=5))
+    before = state(q)
+    assert update(q, 6, applied=False) == {}
+    assert all(torch.equal(before[name], value) for name, value in q.state_dict().items())
+    learn(q, inputs())
+    learn(fresh, inputs())
+    assert torch.equal(q.embedding, fresh.embedding)
+
+
+def test_an_unused_code_keeps_its_place_however_long():
+    q = quantizer(decay=0.5)
+    far = torch.full((D,), 50.0)
+    q.embedding[3] = far
+    q.embedding_sum[3] = far
+    for _ in range(200):  # 0.5 ** 200 is below float32's smallest number
+        learn(q, inputs(images=2))
+    torch.testing.assert_close(q.embedding[3], far)
+    torch.testing.assert_close(q.embedding, q.embedding_sum / q.cluster_size[:, None])
+
+
+def test_counting_twice_is_caught():
+    q = quantizer()
+    q(inputs())
+    q(inputs())  # a recomputed forward
+    with pytest.raises(AssertionError, match="12 images after 6"):
+        update(q, 6)
+    q.discard_statistics()
+    q(inputs())
+    q.counts += 1
+    with pytest.raises(RuntimeError, match="96 vectors once each"):
+        update(q, 6)
+
+
+def test_metrics_have_known_answers():
+    assert perplexity(torch.tensor([5.0, 5, 5, 5])).item() == pytest.approx(4)
+    assert perplexity(torch.tensor([9.0, 0, 0, 0])).item() == pytest.approx(1)
+    assert perplexity(torch.tensor([1.0, 3])).item() == pytest.approx(4 / 3**0.75)
+    q = quantizer()
+    q.set_codebook(torch.eye(K, D) * 10)
+    z = torch.zeros(1, D, 1, 2)
+    z[0, 0, 0, 0] = z[0, 1, 0, 1] = 10
+    metrics = learn(q, z)
+    assert metrics["perplexity/top"].item() == pytest.approx(2)
+    assert metrics["used_codes/top"] == 2 and metrics["restarts/top"] == 0
+
+
+# ---- restarts
+
+
+def with_dead_codes(**options) -> VectorQuantizer:
+    q = quantizer(restart_below=0.2, **options)
+    q.embedding[[2, 5]] += 100
+    q.embedding_sum.copy_(q.embedding)
+    q.cluster_size.fill_(6)
+    q.cluster_size[[2, 5]] = 0.1
+    q.embedding_sum.copy_(q.embedding * q.cluster_size[:, None])
+    return q
+
+
+@pytest.mark.parametrize("codebook", ["ema", "gradient"])
+def test_dead_codes_restart_at_encoder_vectors_and_stay(codebook):
+    q = with_dead_codes(codebook=codebook)
+    z = inputs()
+    assert learn(q, z)["restarts/top"] == 2
+    vectors = z.permute(0, 2, 3, 1).reshape(-1, D)
+    restarted = q.embedding[[2, 5]].clone()
+    assert (
+        torch.cdist(restarted.double(), vectors.double()).min(1).values.max() < 1e-6
+    )  # both are vectors of the batch,
+    assert not torch.equal(restarted[0], restarted[1])  # and not the same one
+    torch.testing.assert_close(q.embedding_sum, q.embedding * q.cluster_size[:, None])
+    metrics = learn(q, z)  # neither undone, nor dead again
+    assert metrics["restarts/top"] == 0
+    assert q.counts.sum() == 0 and q.cluster_size[[2, 5]].min() > 0.1
+    assert torch.cdist(q.embedding[[2, 5]], restarted).diagonal().max() < 1.0
+    assert q.eval()(z).codes.unique().tolist() == sorted({*q(z).codes.unique().tolist(), 2, 5})
+
+
+def test_a_restart_resets_the_codes_own_adam_state():
+    q = with_dead_codes(codebook="gradient")
+    q.adam_mean.fill_(1)
+    q.adam_square.fill_(1)
+    learn(q, inputs())
+    assert q.adam_mean[[2, 5]].abs().max() == 0 and q.adam_square[[2, 5]].abs().max() == 0
+    assert q.adam_mean[0].abs().min() > 0.5
+
+
+def test_codes_in_use_are_not_restarted_and_zero_switches_restarts_off():
+    assert learn(quantizer(restart_below=0.01), inputs())["restarts/top"] == 0
+    q = with_dead_codes()
+    q.config = QuantizerConfig(num_codes=K, code_dim=D, restart_below=0.0)
+    before = q.embedding[2].clone()
+    assert learn(q, inputs())["restarts/top"] == 0
+    torch.testing.assert_close(q.embedding[2], before)
+
+
+def test_restarts_prefer_badly_quantized_vectors():
+    q = with_dead_codes()
+    z = q.lookup(torch.zeros(6, 4, 4, dtype=torch.int64))  # a background that code 0 hits exactly,
+    z[:, :, ::2, ::2] += 3.0  # and a few cells that it misses
+    learn(q, z)
+    assert (q.embedding[[2, 5]] - q.embedding[0]).abs().min() > 1
+
+
+# ---- distribution
+
+
+class Ranks:
+    """Calls a function per rank in turn, with a sum over all of them, as an all_reduce gives it."""
+
+    def __init__(self, world: int):
+        self.world = world
+        self.totals: list[Tensor] = []
+
+    def run(self, quantizers: list[VectorQuantizer], images: int, **options) -> list[dict[str, Tensor]]:
+        parts: list[Tensor] = []
+
+        class Collected(Exception):
+            pass
+
+        def collect(total: Tensor) -> None:
+            parts.append(total.clone())
+            raise Collected
+
+        for rank, q in enumerate(quantizers):
+            with pytest.raises(Collected):
+                update(q, images, rank=rank, world_size=self.world, all_reduce=collect, **options)
+        total = torch.stack(parts).sum(0)
+        return [
+            update(q, images, rank=rank, world_size=self.world, all_reduce=lambda t: t.copy_(total), **options)
+            for rank, q in enumerate(quantizers)
+        ]
+
+
+@pytest.mark.parametrize("codebook", ["ema", "gradient"])
+@pytest.mark.parametrize(("world", "micro"), [(2, 4), (2, 2), (4, 1)])
+def test_ranks_and_accumulation_do_not_change_the_codebook(codebook, world, micro):
+    one, ranks = with_dead_codes(codebook=codebook), [with_dead_codes(codebook=codebook) for _ in range(world)]
+    z, first = inputs(images=8), 8 * 1234567890123  # a global batch of 8 far into the run
+    position = torch.arange(first, first + 8)
+    for step in range(3):
+        one(z, position + 8 * step)
+        alone = update(one, 8, key=step)
+        for rank, q in enumerate(ranks):
+            for start in range(rank * 8 // world, (rank + 1) * 8 // world, micro):
+                part = slice(start, start + micro)
+                q(z[part], (position + 8 * step)[part])
+        shared = Ranks(world).run(ranks, 8 // world, key=step)
+        if step == 0:
+            assert alone["restarts/top"] == 2
+        for q, metrics in zip(ranks, shared, strict=True):
+            assert all(torch.equal(q.state_dict()[name], ranks[0].state_dict()[name]) for name in state(q))
+            torch.testing.assert_close(q.embedding, one.embedding)
+            torch.testing.assert_close(q.cluster_size, one.cluster_size)
+            for name, value in alone.items():
+                torch.testing.assert_close(metrics[name], value)
+        z = z.flip(0) * 1.1
+
+
+def test_without_positions_ranks_still_agree():
+    ranks = [with_dead_codes(), with_dead_codes()]
+    for q, part in zip(ranks, inputs(images=8).chunk(2), strict=True):
+        q(part)
+    metrics = Ranks(2).run(ranks, 4)
+    assert metrics[0]["restarts/top"] == 2
+    assert torch.equal(ranks[0].embedding, ranks[1].embedding)
+
+
+def test_a_sample_seen_by_two_ranks_is_caught():
+    ranks = [with_dead_codes(), with_dead_codes()]
+    for q, part in zip(ranks, inputs(images=8).chunk(2), strict=True):
+        q(part, torch.arange(4))
+    with pytest.raises(RuntimeError, match="held by no rank, or by two"):
+        Ranks(2).run(ranks, 4)
+
+
+def test_restarts_differ_with_the_key():
+    made = []
+    for key in (1, 2, 1):
+        q = with_dead_codes()
+        q(inputs(), torch.arange(6))
+        update(q, 6, key=key)
+        made.append(q.embedding[[2, 5]])
+    assert torch.equal(made[0], made[2]) and not torch.equal(made[0], made[1])
+
+
+# ---- the gradient codebook
+
+
+def test_gradient_codebook_is_adam_on_the_codebook_loss():
+    q = quantizer(codebook="gradient")
+    oracle = nn.Parameter(q.embedding.clone())
+    adam = torch.optim.Adam([oracle], lr=1e-2)
+    for step in range(4):
+        z = inputs(seed=step)
+        codes = q(z).codes
+        loss = F.mse_loss(F.embedding(codes, oracle), z.permute(0, 2, 3, 1))
+        torch.testing.assert_close(loss.detach(), q(z, track=False).codebook_loss)
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        update(q, 6, learning_rate=1e-2)
+        torch.testing.assert_close(q.embedding, oracle.detach())
+    assert {"adam_mean", "adam_square", "adam_steps"} <= q.state_dict().keys()
+
+
+# ---- precision
+
+
+def test_float32_under_autocast_and_after_a_cast():
+    z = inputs() * 20 + 100  # distances that bfloat16 can't tell apart
+    q = quantizer()
+    q.set_codebook(z.permute(0, 2, 3, 1).reshape(-1, D)[:K])
+    expected = q(z)
+    sums, counts = q.sums.clone(), q.counts.clone()
+    q.discard_statistics()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = q(z)
+    assert torch.equal(out.codes, expected.codes) and torch.equal(out.commitment, expected.commitment)
+    assert torch.equal(q.sums, sums) and torch.equal(q.counts, counts)
+    before = q.embedding.clone()
+    q.to(torch.bfloat16).half()
+    assert all(b.dtype == torch.float32 for b in q.buffers()) and torch.equal(q.embedding, before)
+    assert q(z.bfloat16()).vectors.dtype == torch.bfloat16
+
+
+def test_float64_model_has_a_float64_quantizer():
+    q = quantizer(codebook="gradient", restart_below=0.2).double()
+    out = q(inputs().double(), torch.arange(6))
+    update(q, 6)
+    assert out.vectors.dtype == out.commitment.dtype == torch.float64
+    assert all(b.dtype == torch.float64 for b in q.buffers())
+
+
+def test_the_search_is_exact_whatever_the_matmul_setting():
+    before = torch.get_float32_matmul_precision()
+    seen: list[str] = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.addmm.default:
+                seen.append(torch.backends.cuda.matmul.fp32_precision)
+            return func(*args, **(kwargs or {}))
+
+    try:
+        torch.set_float32_matmul_precision("high")
+        with Watch():
+            nearest_codes(torch.randn(10, 4), torch.randn(6, 4))
+        assert seen == ["ieee"] and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+# ---- state
+
+
+def test_statistics_are_not_in_the_state_dict_and_a_reload_continues_exactly():
+    q = with_dead_codes()
+    learn(q, inputs(seed=3))
+    assert set(q.state_dict()) == {"embedding", "cluster_size", "embedding_sum"}
+    copy = VectorQuantizer(q.config)
+    copy.load_state_dict(q.state_dict())
+    for model in (q, copy):
+        learn(model, inputs(seed=4))
+    assert torch.equal(q.embedding, copy.embedding)
+
+
+def test_a_step_leaves_the_global_generator_alone():
+    q = with_dead_codes()
+    before = torch.get_rng_state()
+    learn(q, inputs())
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_decode_of_codes_and_the_mean_vector():
+    q = quantizer()
+    out: Quantized = q(inputs())
+    assert torch.equal(q.lookup(out.codes.int()), q.embedding[out.codes].permute(0, 3, 1, 2))
+    q.cluster_size.copy_(torch.arange(K) + 1.0)
+    q.embedding_sum.copy_(q.embedding * q.cluster_size[:, None])
+    weights = q.cluster_size / q.cluster_size.sum()
+    torch.testing.assert_close(q.mean_vector(), weights @ q.embedding)
+
+
+@pytest.mark.parametrize(
+    ("option", "match"),
+    [
+        ({"num_codes": 1}, "num_codes=1"),
+        ({"num_codes": 70000}, "70000.*65536"),
+        ({"code_dim": 0}, "code_dim=0"),
+        ({"codebook": "emma"}, "emma.*'ema', 'gradient'"),
+        ({"decay": 1.0}, "decay=1.0"),
+        ({"commitment": -1.0}, "commitment=-1.0"),
+        ({"restart_below": 1.5}, "restart_below=1.5"),
+    ],
+)
+def test_bad_options_are_refused(option, match):
+    with pytest.raises(ValueError, match=match):
+        QuantizerConfig(**option)

@@ -1,0 +1,202 @@
+"""Sampling: the cached way draws the reference's codes, whatever the batch; the draw itself is right."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from vqscale.models.pixelcnn import PixelCNN, PriorConfig
+from vqscale.models.sampling import SamplingStopped, choose, draw_uniforms, sample_codes
+from vqscale.seeding import key_of, uniform
+
+CONFIG = PriorConfig(
+    hidden=16, residual=20, layers=3, attention_every=2, heads=4, output_layers=2, conditioning_layers=1, class_dim=8
+)
+K, CLASSES = 13, 3
+
+
+def build(grid, upper=(), dtype: torch.dtype = torch.float64, **changes) -> PixelCNN:
+    config = dataclasses.replace(CONFIG, **changes)
+    model = PixelCNN(config, num_codes=K, grid=grid, num_classes=CLASSES, upper_grids=upper)
+    rng = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=rng) * 1.5 / max(1, parameter[0].numel()) ** 0.5)
+    return model.to(dtype)
+
+
+def inputs(batch: int, upper) -> tuple[Tensor, list[Tensor], Tensor]:
+    rng = torch.Generator().manual_seed(4)
+    label = torch.arange(batch) % (CLASSES + 1)
+    return label, [torch.randint(K, (batch, *grid), generator=rng) for grid in upper], torch.arange(batch) * 7 + 1000
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    "grid, upper, changes",
+    [
+        ((6, 6), [], {}),
+        ((5, 7), [], {"attention_every": 0, "filter": 3, "horizontal_residual": 6}),
+        ((3, 1), [], {"filter": 7}),
+        ((1, 5), [], {"residual": 256}),
+        ((6, 4), [(3, 2)], {"conditioning_hidden": 24}),
+        ((4, 4), [(1, 2), (2, 2)], {"attention_every": 1}),
+    ],
+)
+def test_cached_equals_reference(grid, upper, changes, dtype):
+    """Code for code, and the logits to rounding. Training mode must not matter: there is no key, so no dropout."""
+    model = build(grid, upper, dtype, dropout=0.5, class_dropout=0.5, **changes)
+    label, above, ids = inputs(5, upper)
+    cached = sample_codes(model, label, above, seed=3, sample_ids=ids)
+    assert torch.equal(cached, sample_codes(model, label, above, seed=3, sample_ids=ids, cached=False))
+    assert cached.shape == (5, *grid) and cached.unique().numel() > 2
+    with torch.inference_mode():
+        step = model.incremental(cached, label, above, dtype)
+        logits = torch.stack([step(place) for place in range(grid[0] * grid[1])], dim=-1)
+        wanted = model(cached, label, above).flatten(2)
+    assert (logits - wanted).abs().max() < (1e-11 if dtype == torch.float64 else 1e-3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.7},
+        {"temperature": 0.0},
+        {"top_k": 3},
+        {"top_p": 0.6},
+        {"temperature": 1.3, "top_k": 9, "top_p": 0.8},
+        {"guidance": 1.5},
+    ],
+)
+def test_cached_equals_reference_with_options(options):
+    model = build((5, 4), [(2, 2)])
+    label, above, ids = inputs(4, [(2, 2)])
+    plain = sample_codes(model, label, above, seed=3, sample_ids=ids)
+    cached = sample_codes(model, label, above, seed=3, sample_ids=ids, **options)
+    assert torch.equal(cached, sample_codes(model, label, above, seed=3, sample_ids=ids, cached=False, **options))
+    assert not torch.equal(cached, plain)  # the option is read
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_sample_is_the_same_in_any_batch(dtype):
+    model = build((6, 5), [(3, 3)], dtype)
+    label, above, ids = inputs(8, [(3, 3)])
+    whole = sample_codes(model, label, above, seed=1, sample_ids=ids)
+    for cut in ([1] * 8, [3, 3, 2]):
+        parts = [
+            sample_codes(model, part, [above_part], seed=1, sample_ids=part_ids)
+            for part, above_part, part_ids in zip(label.split(cut), above[0].split(cut), ids.split(cut), strict=True)
+        ]
+        assert torch.equal(whole, torch.cat(parts))
+    other = sample_codes(model, label, above, seed=2, sample_ids=ids)
+    moved = sample_codes(model, label, above, seed=1, sample_ids=ids + 1)
+    assert not torch.equal(whole, other) and not torch.equal(whole, moved)
+
+
+def test_class_and_guidance_move_the_samples():
+    model, ids = build((6, 6)), torch.arange(4)
+    codes = [sample_codes(model, torch.full((4,), c), seed=0, sample_ids=ids) for c in range(CLASSES + 1)]
+    assert all(not torch.equal(codes[0], other) for other in codes[1:])
+    unconditional = sample_codes(model, torch.full((4,), 1), seed=0, sample_ids=ids, guidance=-1.0)
+    assert torch.equal(unconditional, codes[CLASSES])  # (1 + w) c - w u at w = -1 is u
+
+
+def test_low_precision_runs():
+    model = build((3, 3), dtype=torch.float32)
+    codes = sample_codes(model, torch.tensor([0, 1]), seed=0, sample_ids=torch.arange(2), dtype=torch.bfloat16)
+    assert codes.shape == (2, 3, 3) and 0 <= codes.min() and codes.max() < K
+    assert next(model.parameters()).dtype == torch.float32
+
+
+def test_uniforms_are_addressed():
+    ids = torch.tensor([5, 2**40])
+    drawn = draw_uniforms(9, 1, ids, 6)
+    assert drawn.shape == (6, 2)
+    assert drawn[4, 1].item() == uniform(9, key_of("sample"), 1, 2**40, 4)
+    assert torch.equal(drawn[:, :1], draw_uniforms(9, 1, ids[:1], 6))
+    assert not torch.equal(drawn, draw_uniforms(9, 0, ids, 6))
+
+
+def test_draw_follows_the_distribution():
+    logits = torch.tensor([[2.0, 0.0, 1.0, -1.0]])
+    grid = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
+    drawn = choose(logits.expand(4000, -1), grid)
+    share = torch.bincount(drawn, minlength=4) / 4000
+    assert torch.allclose(share.double(), torch.softmax(logits[0].double(), 0), atol=1e-3)
+    cold = choose(logits.expand(4000, -1), grid, temperature=0.5)
+    assert torch.allclose(
+        torch.bincount(cold, minlength=4).double() / 4000, torch.softmax(2 * logits[0].double(), 0), atol=1e-3
+    )
+
+
+def test_truncation_keeps_the_likeliest():
+    logits = torch.tensor([[0.1, 0.4, 0.3, 0.2]]).log()
+    grid = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    rows = logits.expand(1000, -1)
+    assert set(choose(rows, grid, top_k=2).tolist()) == {1, 2}
+    assert set(choose(rows, grid, top_p=0.65).tolist()) == {1, 2}  # 0.4 + 0.3 is the first to reach it
+    assert set(choose(rows, grid, top_p=0.75).tolist()) == {1, 2, 3}
+    assert set(choose(rows, grid, top_p=1e-9).tolist()) == {1}
+    assert set(choose(rows, grid, top_k=9).tolist()) == {0, 1, 2, 3}
+    ties = torch.zeros(1, 4)
+    assert set(choose(ties.expand(1000, -1), grid, top_k=2).tolist()) == {0, 1}
+
+
+def test_draw_at_the_edges():
+    logits = torch.tensor([[0.0, 0.0, -torch.inf]])
+    last = torch.tensor([1 - 2.0**-53], dtype=torch.float64)
+    assert choose(logits, last).item() == 1 and choose(logits, torch.zeros(1, dtype=torch.float64)).item() == 0
+    assert choose(logits.flip(1), torch.zeros(1, dtype=torch.float64)).item() == 1  # never a code of probability 0
+
+
+def test_progress_and_stop():
+    model, seen = build((4, 3)), []
+    label, ids = torch.tensor([0]), torch.tensor([0])
+    threads = torch.get_num_threads()
+    sample_codes(model, label, seed=0, sample_ids=ids, progress=lambda done, rows: seen.append((done, rows)))
+    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)] and torch.get_num_threads() == threads
+    seen.clear()
+    with pytest.raises(SamplingStopped, match="row 2 of 4"):
+        sample_codes(
+            model,
+            label,
+            seed=0,
+            sample_ids=ids,
+            progress=lambda done, rows: seen.append(done),
+            stop=lambda: len(seen) == 2,
+        )
+
+
+def test_leaves_the_global_generator_alone():
+    model = build((3, 3))
+    before = torch.get_rng_state()
+    sample_codes(model, torch.tensor([0]), seed=0, sample_ids=torch.tensor([0]))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_memory_per_sample_counts_what_is_held():
+    model = build((6, 4), [(3, 2)])
+    label, above, _ = inputs(3, [(3, 2)])
+    with torch.inference_mode():
+        small = model.incremental(torch.zeros(3, 6, 4, dtype=torch.int64), label, above, torch.float64)
+    keys_and_values = 2 * 16 * 24 * 8  # one attention block: two, of hidden 16 at 24 places in float64
+    assert keys_and_values < small.bytes_per_sample() < 100 * keys_and_values
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"label": torch.tensor([0, 4])}, r"labels 0 \.\.\. 4 do not fit a prior of 3 classes"),
+        ({"label": torch.tensor([-1, 0])}, r"labels -1 \.\.\. 0"),
+        ({"sample_ids": torch.arange(3)}, r"label has shape \(2,\), sample_ids \(3,\)"),
+        ({"upper": []}, r"codes above have shapes \[\], the prior needs \[\(2, 2, 2\)\]"),
+        ({"temperature": -1.0}, "temperature=-1.0 must be >= 0"),
+        ({"top_p": 0.0}, r"top_p=0.0 in \(0, 1\]"),
+    ],
+)
+def test_refuses_what_does_not_fit(change, message):
+    good = {"label": torch.tensor([0, 1]), "upper": [torch.zeros(2, 2, 2, dtype=torch.int64)]}
+    good |= {"seed": 0, "sample_ids": torch.arange(2)}
+    with pytest.raises(ValueError, match=message):
+        sample_codes(build((4, 4), [(2, 2)]), **(good | change))

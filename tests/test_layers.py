@@ -1,0 +1,69 @@
+"""Imports go one way, and every third-party library with a door has one."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1] / "vqscale"
+BASE = {"config", "seeding", "topology", "runtime"}
+MAY_IMPORT = {part: BASE | {part} for part in ("data", "models", "engine")}
+MAY_IMPORT["sources"] = BASE | {"data", "models", "engine"}
+MAY_IMPORT["evaluation"] = MAY_IMPORT["sources"] | {"sources", "evaluation"}
+MAY_IMPORT["stages"] = MAY_IMPORT["evaluation"]
+MAY_IMPORT |= {"config": set(), "seeding": set(), "topology": {"config"}, "runtime": {"config", "topology"}}
+MAY_IMPORT |= {"cli": BASE | {"stages"}, "__main__": {"cli"}, "__init__": set()}
+DOORS = {
+    "accelerate": "runtime.py",
+    "deepspeed": "engine/zero.py",
+    "webdataset": "data/",
+    "torch_fidelity": "evaluation/",
+}
+
+
+def modules() -> Iterator[tuple[str, ast.Module]]:
+    for path in sorted(PACKAGE.rglob("*.py")):
+        yield path.relative_to(PACKAGE).as_posix(), ast.parse(path.read_text())
+
+
+def imports(tree: ast.AST) -> set[str]:
+    """Dotted names of imported modules; `from vqscale import config` counts as vqscale.config."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: a relative import"
+            found |= {f"vqscale.{a.name}" for a in node.names} if node.module == "vqscale" else {node.module or ""}
+    return found - {"vqscale.__version__"}
+
+
+def test_imports_go_one_way() -> None:
+    wrong = []
+    for path, tree in modules():
+        part = path.split("/")[0].removesuffix(".py")
+        for name in sorted(name for name in imports(tree) if name.startswith("vqscale.")):
+            if name.split(".")[1] not in MAY_IMPORT[part]:
+                wrong.append(f"{path} imports {name}")
+    assert wrong == []
+
+
+def test_every_library_comes_in_through_its_door() -> None:
+    wrong = [
+        f"{path} imports {name}"
+        for path, tree in modules()
+        for name in imports(tree)
+        if not path.startswith(DOORS.get(name.split(".")[0], path))
+    ]
+    assert wrong == []
+
+
+def test_no_function_imports_the_package() -> None:
+    wrong = [
+        f"{path}, {node.name}: {name}"
+        for path, tree in modules()
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        for name in imports(node)
+        if name.startswith("vqscale")
+    ]
+    assert wrong == []

@@ -1,0 +1,113 @@
+"""What the repository says about itself is true."""
+
+import ast
+import dataclasses
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vqscale import cli, config, topology
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+MAX_LINES = 420
+
+
+def fields_of(cls: Any) -> Iterator[tuple[str, str]]:
+    """(class, field) of a config and the configs within it."""
+    for f in dataclasses.fields(cls):
+        yield cls.__name__, f.name
+        if dataclasses.is_dataclass(f.type):
+            yield from fields_of(f.type)
+
+
+def test_every_config_field_is_read_somewhere() -> None:
+    read = {
+        node.attr
+        for path in (ROOT / "vqscale").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+    }
+    fields = {found for stage in cli.STAGES for found in fields_of(cli.stage_module(stage).Config)}
+    assert len(fields) > 40
+    assert sorted(f"{cls}.{name}" for cls, name in fields if name not in read) == []
+
+
+def test_every_config_field_is_explained_in_the_help() -> None:
+    for stage in cli.STAGES:
+        for line in config.help_lines(cli.stage_module(stage).Config):
+            assert " " in line.strip(), f"{stage}: no comment beside {line.strip()}"
+
+
+def written_tree() -> dict[str, str]:
+    """The README's tree: path -> description. Folders end with a slash; two blanks indent."""
+    block = re.search(r"^## The tree\n.*?^```\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    assert block, "README.md has no tree under '## The tree'"
+    found: dict[str, str] = {}
+    parents: list[str] = []
+    for line in block[1].splitlines():
+        name, _, words = line.strip().partition(" ")
+        depth = (len(line) - len(line.lstrip())) // 2
+        parents = [*parents[:depth], name]
+        found["".join(parents)] = words.strip()
+    return found
+
+
+def real_tree() -> set[str]:
+    """What the README's tree must hold: the package whole, the top level, one level of what users open."""
+    expected = {"vqscale/"}
+    for path in (ROOT / "vqscale").rglob("*"):
+        if "__pycache__" not in path.parts and path.name != "__init__.py" and (path.is_dir() or path.suffix == ".py"):
+            expected.add(path.relative_to(ROOT).as_posix() + "/" * path.is_dir())
+    for folder in ("configs", "benchmarks", "docs", "examples"):
+        inside = [path for path in (ROOT / folder).glob("*") if path.name not in ("__pycache__", "results")]
+        expected |= {path.relative_to(ROOT).as_posix() + "/" * path.is_dir() for path in inside}
+    return expected
+
+
+def test_the_tree_of_the_readme_is_the_real_tree() -> None:
+    written = written_tree()
+    assert sorted(path for path in written if not (ROOT / path).exists()) == []
+    assert sorted(real_tree() - written.keys()) == []
+    assert sorted(path for path, words in written.items() if not words) == []
+    top = {path.name + "/" * path.is_dir() for path in ROOT.iterdir() if not path.name.startswith(".")}
+    ignored = set((ROOT / ".gitignore").read_text().replace("/\n", "\n").split())
+    shown = {name for name in top if not any(Path(name.strip("/")).match(word.strip("/")) for word in ignored)}
+    assert sorted(name for name in shown if name not in written and not name.endswith((".md", "LICENSE"))) == []
+
+
+def test_links_and_commands_of_the_documents_exist() -> None:
+    for document in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+        text = document.read_text()
+        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
+            assert (document.parent / target).exists(), f"{document.name} links to {target}"
+        for path in re.findall(r"\b((?:configs|launch|tests|docs|benchmarks|slurm)/[\w/]+\.(?:yaml|py|md|sh))", text):
+            assert (ROOT / path).exists(), f"{document.name} names {path}"
+        for target in re.findall(r"`make ([\w-]+)`", text):
+            assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), f"make {target}"
+
+
+def test_every_module_says_what_it_is_for() -> None:
+    for path in (ROOT / "vqscale").rglob("*.py"):
+        if path.name != "__init__.py":
+            assert ast.get_docstring(ast.parse(path.read_text())), f"{path} has no docstring"
+
+
+def test_no_file_is_too_long_to_read() -> None:
+    sources = [path for folder in ("vqscale", "tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+    assert {str(path): count for path in sources if (count := len(path.read_text().splitlines())) > MAX_LINES} == {}
+
+
+def test_one_launch_file_per_strategy() -> None:
+    files = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / "launch").iterdir()}
+    assert files.keys() == set(topology.STRATEGIES)
+    assert not any("use_cpu" in content or "mixed_precision" in content for content in files.values())
+
+
+def test_the_test_tree_mirrors_the_package() -> None:
+    """A folder of tests for each folder of the package, and no test file twice in one."""
+    folders = {path.name for path in (ROOT / "vqscale").iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert folders <= {path.name for path in (ROOT / "tests").iterdir() if list(path.glob("test_*.py"))}

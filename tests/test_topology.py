@@ -1,0 +1,150 @@
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+from support.distributed import run_ranks
+
+from vqscale import topology
+from vqscale.config import StageConfig
+from vqscale.topology import Topology
+
+ACCELERATE = {"ACCELERATE_MIXED_PRECISION": "no"}
+FSDP = ACCELERATE | {"ACCELERATE_USE_FSDP": "true", "FSDP_SHARDING_STRATEGY": "FULL_SHARD"}
+HSDP = FSDP | {"FSDP_SHARDING_STRATEGY": "HYBRID_SHARD"}
+ZERO2 = ACCELERATE | {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
+CPU = StageConfig(device="cpu", threads=1)
+
+
+@pytest.mark.parametrize(
+    ("asked", "launcher", "world", "strategy"),
+    [
+        ("", {}, 1, "single"),
+        ("single", {}, 1, "single"),
+        ("", ACCELERATE, 1, "single"),
+        ("", {}, 2, "ddp"),
+        ("", ACCELERATE, 2, "ddp"),
+        ("ddp", ACCELERATE, 2, "ddp"),
+        ("fsdp", {}, 2, "fsdp"),
+        ("", FSDP, 2, "fsdp"),
+        ("", HSDP, 4, "hsdp"),
+        ("", FSDP | {"FSDP_SHARDING_STRATEGY": "4"}, 4, "hsdp"),
+        ("", ZERO2, 2, "zero2"),
+        ("zero3", {}, 1, "zero3"),
+    ],
+)
+def test_strategy(asked: str, launcher: dict[str, str], world: int, strategy: str) -> None:
+    assert topology.resolve_strategy(asked, launcher | {"WORLD_SIZE": str(world)}) == strategy
+
+
+@pytest.mark.parametrize(
+    ("asked", "launcher", "world", "words"),
+    [
+        ("dpp", {}, 2, "strategy=dpp: there is no such strategy"),
+        ("fsdp", ACCELERATE, 2, "strategy=fsdp, but the launcher says ddp"),
+        ("ddp", HSDP, 4, "strategy=ddp, but the launcher says hsdp"),
+        ("single", {}, 2, "strategy=single on 2 processes: it takes exactly 1"),
+        ("ddp", {}, 1, "strategy=ddp on 1 process: it needs at least 2"),
+        ("", FSDP, 1, "strategy=fsdp on 1 process: it needs at least 2"),
+        ("", HSDP, 2, "strategy=hsdp on 2 processes: it needs at least 4"),
+        ("", ZERO2 | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"}, 2, "the launcher asks for zero0"),
+    ],
+)
+def test_what_was_asked_for_is_never_silently_less(
+    asked: str, launcher: dict[str, str], world: int, words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        topology.resolve_strategy(asked, launcher | {"WORLD_SIZE": str(world)})
+
+
+def test_one_process_is_a_group_of_one(place: Topology) -> None:
+    assert (place.rank, place.world_size, place.nodes, place.strategy) == (0, 1, 1, "single")
+    assert place.is_main and place.engine == "torch" and dist.is_initialized()
+    assert place.all_reduce_(torch.tensor(3)) == 3 and place.gather("x") == ["x"]
+
+
+def _talk(shift: int) -> dict[str, object]:
+    here = topology.bring_up(CPU)
+    try:
+        return {
+            "place": (here.rank, here.world_size, here.local_rank, here.local_world_size, here.nodes, here.strategy),
+            "sum": here.all_reduce_(torch.tensor([here.rank + shift])).tolist(),
+            "from 1": here.broadcast_(torch.tensor([here.rank * 10]), 1).tolist(),
+            "gathered": here.gather(f"rank {here.rank}"),
+            "main": here.is_main,
+        }
+    finally:
+        topology.take_down(orderly=True)
+
+
+def test_two_ranks_talk() -> None:
+    answers = run_ranks(_talk, 2, 100)
+    assert [a["place"] for a in answers] == [(0, 2, 0, 2, 1, "ddp"), (1, 2, 1, 2, 1, "ddp")]
+    assert [a["main"] for a in answers] == [True, False]
+    for answer in answers:
+        assert (answer["sum"], answer["from 1"]) == ([201], [10])
+        assert answer["gathered"] == ["rank 0", "rank 1"]
+
+
+def test_a_slurm_job_seen_in_part_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
+    with pytest.raises(ValueError, match="the Slurm job has 2 nodes, but this program sees 1 process"):
+        topology.bring_up(CPU)
+
+
+def test_devices_that_are_not_there() -> None:
+    with pytest.raises(ValueError, match="device=tpu: choose auto, cpu or cuda"):
+        topology.bring_up(StageConfig(device="tpu"))
+    assert not dist.is_initialized()
+
+
+def test_threads_are_set() -> None:
+    before = torch.get_num_threads()
+    try:
+        topology.bring_up(StageConfig(device="cpu", threads=3))
+        assert torch.get_num_threads() == 3
+    finally:
+        topology.take_down(orderly=True)
+        torch.set_num_threads(before)
+
+
+def _outlive_the_launcher(pid_file: str) -> None:
+    """A launcher that starts one rank and is killed."""
+    import time
+
+    child = os.fork()
+    if child == 0:
+        os.environ.update({"RANK": "0", "WORLD_SIZE": "1"})
+        topology.bring_up(CPU)
+        with open(pid_file, "w") as file:
+            file.write(str(os.getpid()))
+        time.sleep(600)
+    time.sleep(600)
+
+
+def test_a_rank_ends_with_its_launcher(tmp_path) -> None:
+    import signal
+    import time
+
+    from support.distributed import started
+
+    pid_file = tmp_path / "pid"
+    with started(_outlive_the_launcher, 1, str(pid_file)) as launcher:
+        until = time.monotonic() + 60
+        while not (pid_file.exists() and pid_file.read_text()) and time.monotonic() < until:
+            time.sleep(0.02)
+        rank = int(pid_file.read_text())
+        os.kill(rank, 0)
+        launcher.signal(signal.SIGKILL)
+        until = time.monotonic() + 10
+        while time.monotonic() < until and _runs(rank):
+            time.sleep(0.02)
+        assert not _runs(rank)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

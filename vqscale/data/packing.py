@@ -1,0 +1,114 @@
+"""One shard of images, packed: the unit of work of `pack`, and of its resume.
+
+In: a `ShardJob`.  Out: the tar with its index, and a list of the images that did not decode. A job's result depends on
+the job alone, so any number of processes writes the same bytes.
+"""
+
+import io
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from vqscale.data.drawn import draw
+from vqscale.data.images import decode_image, read_header, resize_center_crop
+from vqscale.data.listing import Item
+from vqscale.data.shards import ShardInfo, ShardWriter, shard_info, write_atomically
+
+_DRAWN_AT_ONCE = 50
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How images are stored. `format`: png | jpg; `quality`: of jpg, 1 to 100."""
+
+    resolution: int
+    format: str
+    quality: int
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """Pack `items` of `folder` ("" = drawn with `seed`) into `tar`; name the bad ones in `bad_path`."""
+
+    tar: Path
+    bad_path: Path
+    folder: str
+    items: tuple[Item, ...]
+    encoding: Encoding
+    seed: int
+
+
+def finished(job: ShardJob) -> ShardInfo | None:
+    """What an earlier run made of this job, or None."""
+    info = shard_info(job.tar)
+    if info is None or info.num_samples + len(read_bad(job.bad_path)) != len(job.items):
+        return None
+    return info
+
+
+def read_bad(path: Path) -> list[dict[str, str]]:
+    """The bad images that a job named: {"file", "error"} each."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def pack_shard(job: ShardJob) -> ShardInfo:
+    """Do the job. Images that do not decode are left out and named; other errors leave nothing behind."""
+    bad: list[dict[str, str]] = []
+    with ShardWriter(job.tar) as writer:
+        for item, data in _drawn(job) if not job.folder else _from_files(job, bad):
+            writer.write(item.key, {job.encoding.format: data, "cls": str(item.label).encode()})
+        _name_bad(job.bad_path, bad)  # before the tar appears: a finished shard has its list
+    assert writer.info is not None
+    return writer.info
+
+
+def _name_bad(path: Path, bad: list[dict[str, str]]) -> None:
+    if bad:
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in bad).encode())
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _drawn(job: ShardJob):
+    for first in range(0, len(job.items), _DRAWN_AT_ONCE):
+        items = job.items[first : first + _DRAWN_AT_ONCE]
+        images, _ = draw(job.seed, np.array([item.index for item in items]), job.encoding.resolution)
+        for item, image in zip(items, images, strict=True):
+            yield item, encode_image(image, job.encoding)
+
+
+def _from_files(job: ShardJob, bad: list[dict[str, str]]):
+    for item in job.items:
+        path = os.path.join(job.folder, item.path)
+        try:
+            yield item, store_image(Path(path).read_bytes(), job.encoding)
+        except (ValueError, OSError) as error:
+            bad.append({"file": path, "error": str(error)})
+
+
+def store_image(data: bytes, encoding: Encoding) -> bytes:
+    """The stored form of an image file: its own bytes if they fit, else decoded, resized, cropped and encoded.
+
+    Raises DecodeError (a ValueError) for bytes that do not decode, even if they would be stored as they are.
+    """
+    image = decode_image(data)
+    header = read_header(data)
+    fits = tuple(image.shape[-2:]) == (encoding.resolution, encoding.resolution)
+    if fits and header.plain and header.format == encoding.format:
+        return data
+    return encode_image(resize_center_crop(image, encoding.resolution).numpy(), encoding)
+
+
+def encode_image(image: np.ndarray, encoding: Encoding) -> bytes:
+    """uint8 [3, h, w] -> the bytes of a PNG, or of a JPEG with full-resolution colour."""
+    out = io.BytesIO()
+    picture = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
+    if encoding.format == "png":
+        picture.save(out, "PNG", compress_level=6)
+    else:
+        picture.save(out, "JPEG", quality=encoding.quality, subsampling=0)
+    return out.getvalue()

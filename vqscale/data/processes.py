@@ -1,0 +1,67 @@
+"""Independent jobs over processes, ended early on request.
+
+In: a function of a module, and jobs that pickle.  Out: results as they come. A worker ends with the process that
+started it, and leaves the signals of a job's end to it.
+"""
+
+import ctypes
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from typing import Any, TypeVar
+
+import torch
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+_PR_SET_PDEATHSIG = 1
+_POLL_SECONDS = 0.5
+
+
+def run_jobs(
+    function: Callable[[Job], Result], jobs: Sequence[Job], workers: int, stop: Callable[[], Any] = lambda: False
+) -> Iterator[tuple[Job, Result]]:
+    """(job, result) in the order of completion. workers: processes; 0 = one per core, 1 = this process itself.
+
+    When `stop()` becomes true no further job is begun, and the results of those under way are the last. A job's error
+    is raised after the others under way have ended.
+    """
+    workers = min(workers or len(os.sched_getaffinity(0)), len(jobs))
+    if workers <= 1:
+        for job in jobs:
+            if stop():
+                return
+            yield job, function(job)
+        return
+    yield from _over_processes(function, jobs, workers, stop)
+
+
+def _over_processes(
+    function: Callable[[Job], Result], jobs: Sequence[Job], workers: int, stop: Callable[[], Any]
+) -> Iterator[tuple[Job, Result]]:
+    # Not fork: the parent runs threads (torch, gloo) whose locks a forked child would inherit.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([function.__module__])
+    pending = iter(jobs)
+    running: dict[Future[Result], Job] = {}
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
+        while True:
+            while len(running) < 2 * workers and not stop() and (job := next(pending, None)) is not None:
+                running[pool.submit(function, job)] = job
+            if not running:
+                return
+            done, _ = wait(running, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield running.pop(future), future.result()
+            if stop():
+                for future in [future for future in running if future.cancel()]:
+                    del running[future]
+
+
+def _start_worker() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    torch.set_num_threads(1)

@@ -1,0 +1,187 @@
+"""Pictures: tensors and numbers -> PNG and SVG bytes, and the labelled grid as a file.
+
+In: images uint8 [n, 3, h, w], histograms, lines of metrics.jsonl.  Out: bytes that a page can hold inside itself.
+"""
+
+import io
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+INK, MUTED, PAPER = "#1f2a37", "#6b7280", "#ffffff"
+SERIES = ("#2b5c8a", "#c2703d", "#4d8060", "#8a5a8f", "#9a8430")
+ERROR_FULL = 64  # mean absolute difference, of 255, at which an error map is brightest
+_GAP, _MARGIN = 6, 20
+
+
+def to_pil(image: Tensor, scale: int = 1) -> Image.Image:
+    """uint8 [3, h, w] -> PIL, each pixel a square of `scale`: crisp, never smoothed."""
+    picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+
+
+def png_bytes(image: Tensor) -> bytes:
+    """PNG of uint8 [3, h, w]."""
+    out = io.BytesIO()
+    to_pil(image).save(out, "PNG", optimize=True)
+    return out.getvalue()
+
+
+def error_map(original: Tensor, reconstruction: Tensor) -> Tensor:
+    """Where they differ: uint8 [3, h, w] twice -> uint8 [3, h, w], dark = equal, bright = off by ERROR_FULL or more."""
+    from matplotlib import colormaps
+
+    difference = (original.float() - reconstruction.float()).abs().mean(0) / ERROR_FULL
+    colours = colormaps["magma"](difference.clamp(0, 1).numpy())[..., :3]
+    return torch.from_numpy((colours * 255).round().astype(np.uint8)).permute(2, 0, 1)
+
+
+def upscale_for(resolution: int) -> int:
+    """How often to enlarge small images: 64 px and below become at least 128."""
+    return max(1, 128 // resolution)
+
+
+def font(size: int) -> Any:
+    """The sans-serif font that comes with matplotlib: the same on every machine."""
+    import matplotlib
+
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)
+
+
+Rows = Sequence[tuple[str, Sequence[Tensor]]]  # (label, images uint8 [3, h, w])
+
+
+def grid_png(
+    path: str | Path,
+    *,
+    originals: Sequence[Tensor] = (),
+    reconstructions: Sequence[Tensor] = (),
+    samples: Mapping[str, Sequence[Tensor]] | None = None,
+    title: str = "",
+) -> None:
+    """Write the labelled grid atomically: reconstructions beside originals, then samples, one class per row.
+
+    Images are uint8 [3, R, R]; `samples` maps class names to images. Small images are enlarged without smoothing.
+    Raises ValueError without any image.
+    """
+    blocks: list[tuple[str, Rows]] = []
+    if len(originals):
+        blocks.append(
+            ("Held-out images and their reconstructions", [("original", originals), ("decoded", reconstructions)])
+        )
+    if samples:
+        blocks.append(("Samples by class", list(samples.items())))
+    if not blocks:
+        raise ValueError(f"{path}: no images for a grid")
+    picture = _compose(blocks, title)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    picture.save(temporary, "PNG", optimize=True)
+    os.replace(temporary, path)
+
+
+def _compose(blocks: Sequence[tuple[str, Rows]], title: str) -> Image.Image:
+    first = blocks[0][1][0][1][0]
+    scale = upscale_for(first.shape[-1])
+    side = first.shape[-1] * scale
+    text, heading = font(max(13, side // 9)), font(max(16, side // 7))
+    rows = [row for _, block in blocks for row in block]
+    left = _MARGIN + max(int(text.getlength(_short(label))) for label, _ in rows) + 14
+    columns = max(len(images) for _, images in rows)
+    headings = [title] * bool(title) + [name for name, _ in blocks]
+    line = 2 * heading.size
+    width = left + columns * (side + _GAP) - _GAP + _MARGIN
+    width = max(width, 2 * _MARGIN + max(int(heading.getlength(name)) for name in headings))
+    height = 2 * _MARGIN + len(headings) * line + len(rows) * (side + _GAP) + (len(blocks) - 1) * _MARGIN
+    canvas = Image.new("RGB", (width, height), PAPER)
+    draw, y = ImageDraw.Draw(canvas), _MARGIN
+    if title:
+        draw.text((_MARGIN, y), title, INK, heading)
+        y += line
+    for name, block in blocks:
+        draw.text((_MARGIN, y), name, INK, heading)
+        y += line
+        for label, images in block:
+            draw.text((left - 14, y + side // 2), _short(label), MUTED, text, anchor="rm")
+            for column, image in enumerate(images):
+                canvas.paste(to_pil(image, scale), (left + column * (side + _GAP), y))
+            y += side + _GAP
+        y += _MARGIN
+    return canvas
+
+
+def _short(label: str, most: int = 22) -> str:
+    return label if len(label) <= most else label[: most - 1] + "…"
+
+
+def usage_svg(name: str, counts: np.ndarray) -> bytes:
+    """How often each code is used, codes sorted by use: counts [K] -> SVG."""
+    figure, axes = _axes(5.2, 2.6)
+    share = np.sort(counts)[::-1] / max(1, counts.sum()) * len(counts)
+    # One filled outline: a bar per code would make thousands of shapes at K = 65,536.
+    axes.fill_between(np.arange(len(share)), share, step="mid", color=SERIES[0], alpha=0.85, linewidth=0)
+    axes.axhline(1, color=MUTED, linewidth=0.8, linestyle="--")
+    axes.set(
+        title=name,
+        xlabel=f"codes, most used first (K = {len(counts)})",
+        ylabel="use / uniform use",
+        xlim=(0, max(1, len(share) - 1)),
+        ylim=(0, None),
+    )
+    return _svg(figure)
+
+
+def curves_svg(
+    title: str, series: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, log: bool, level: float | None = None
+) -> bytes:
+    """Curves over images seen: name -> (x, y). level: a horizontal line, the order-0 entropy."""
+    figure, axes = _axes(5.2, 3.0)
+    colours: dict[str, str] = {}  # a curve and its held-out twin share a colour
+    for name, (x, y) in sorted(series.items(), key=lambda item: item[0].startswith("held_out/")):
+        held_out = name.startswith("held_out/")
+        colour = colours.setdefault(name.removeprefix("held_out/"), SERIES[len(colours) % len(SERIES)])
+        style: dict[str, Any] = (
+            {"linestyle": "--", "marker": "o"} if held_out else {"marker": "o" if len(x) < 2 else ""}
+        )
+        axes.plot(x, y, color=colour, linewidth=1.5, markersize=3.5, label=name, **style)
+    if level is not None:
+        axes.axhline(level, color=MUTED, linewidth=0.9, linestyle=":", label="order-0 entropy")
+    axes.set(title=title, xlabel="images seen")
+    values = [value for _, y in series.values() for value in y]
+    if log and min(values) > 0 and max(values) > 10 * min(values):  # over less than a decade, log ticks only confuse
+        axes.set_yscale("log")
+    axes.ticklabel_format(axis="x", style="sci", scilimits=(-3, 5))
+    axes.legend(frameon=False, fontsize=8)
+    return _svg(figure)
+
+
+def _axes(width: float, height: float) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor=PAPER)
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#b6bcc6")
+    axes.tick_params(colors=MUTED, labelsize=8)
+    axes.grid(axis="y", color="#e7eaee", linewidth=0.8)
+    axes.set_axisbelow(True)
+    for text in (axes.title, axes.xaxis.label, axes.yaxis.label):
+        text.set_color(INK)
+        text.set_fontsize(9)
+    return figure, axes
+
+
+def _svg(figure: Any) -> bytes:
+    from matplotlib import rc_context
+
+    out = io.BytesIO()
+    with rc_context({"svg.hashsalt": "vqscale"}):  # ids drawn from this, so that the same numbers give the same bytes
+        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+    return out.getvalue()

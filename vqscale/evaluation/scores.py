@@ -1,0 +1,150 @@
+"""scores.json: every number with what must be known to trust it.
+
+In: values as they are computed.  Out: one object per metric, in a fixed order; what was left out, and why.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vqscale.data.shards import Manifest
+from vqscale.evaluation.features import Extractor
+
+PAPERS_SAMPLES = 50_000  # generated images behind the FID, IS, precision and recall of the papers
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric's name on the page, what it is measured in, which way is better, and the inputs it stands on."""
+
+    key: str
+    label: str
+    unit: str
+    better: str  # lower | higher | ""
+    family: str  # samples | reconstruction | codes | nll | cas
+
+
+_TABLE = (
+    ("fid", "FID", "", "lower", "samples"),
+    ("sfid", "sFID (spatial features)", "", "lower", "samples"),
+    ("fd_lite0", "FD-lite0", "", "lower", "samples"),
+    ("kid", "KID", "", "lower", "samples"),
+    ("inception_score", "Inception score", "", "higher", "samples"),
+    ("precision", "Precision", "", "higher", "samples"),
+    ("recall", "Recall", "", "higher", "samples"),
+    ("density", "Density", "", "higher", "samples"),
+    ("coverage", "Coverage", "", "higher", "samples"),
+    ("reconstruction_mse", "Reconstruction MSE", "in [-1, 1] units", "lower", "reconstruction"),
+    ("psnr", "Reconstruction PSNR", "dB", "higher", "reconstruction"),
+    ("ssim", "Reconstruction SSIM", "", "higher", "reconstruction"),
+    ("reconstruction_fid", "Reconstruction FID", "", "lower", "reconstruction"),
+    ("reconstruction_fd_lite0", "Reconstruction FD-lite0", "", "lower", "reconstruction"),
+    ("nll", "NLL", "nats per code", "lower", "nll"),
+    ("nll_shuffled_class", "NLL with shuffled classes", "nats per code", "", "nll"),
+    ("nll_shuffled_upper", "NLL with shuffled upper codes", "nats per code", "", "nll"),
+    ("nll_train", "NLL on training codes", "nats per code", "", "nll"),
+    ("order0_entropy", "Order-0 entropy", "nats per code", "", "codes"),
+    ("perplexity", "Code perplexity", "codes", "higher", "codes"),
+    ("used_codes", "Used codes", "codes", "higher", "codes"),
+    ("bits_per_dim", "Bits per dimension, codes only", "bits", "lower", "nll"),
+    ("cas_top1", "CAS top-1", "", "higher", "cas"),
+    ("cas_top5", "CAS top-5", "", "higher", "cas"),
+)
+METRICS = {row[0]: Metric(*row) for row in _TABLE}
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number. `value` is None where it is not defined, and then `reason` says why.
+
+    n: images it is computed from. reference: the set it is measured against. extractor, weights_sha256, resize: the
+    network behind it, None without one. reason: why value is null, or why it can't be compared with papers.
+    """
+
+    value: float | None
+    n: int
+    reference: str | None = None
+    extractor: str | None = None
+    weights_sha256: str | None = None
+    resize: str | None = None
+    comparable_with_papers: bool = False
+    reason: str = ""
+
+
+def metric_of(key: str) -> Metric:
+    """The metric behind a key of scores.json, its level left away."""
+    return METRICS[key.split("/")[0]]
+
+
+def chosen_metrics(asked: Sequence[str]) -> set[str]:
+    """The names to compute; all of them for an empty list. Raises ValueError naming the nearest known one."""
+    for name in asked:
+        if name not in METRICS:
+            near = difflib.get_close_matches(name.split("/")[0], METRICS, n=1, cutoff=0.0)[0]
+            raise ValueError(f"metrics: unknown metric {name}; did you mean {near}?")
+    return set(asked or METRICS)
+
+
+class Scores:
+    """Collects scores; knows which metrics were asked for by name, so that a missing input is an error for those."""
+
+    def __init__(self, asked: Sequence[str] = ()):
+        self.wanted = chosen_metrics(asked)
+        self._by_name = bool(asked)
+        self.found: dict[str, Score] = {}
+        self.left_out: dict[str, str] = {}
+
+    def wants(self, *names: str) -> bool:
+        """Whether any of these metrics is to be computed."""
+        return any(name in self.wanted for name in names)
+
+    def put(self, key: str, score: Score) -> None:
+        """Record a score if it is wanted; `key` may end in a level."""
+        if self.wants(key.split("/")[0]):
+            self.found[key] = score
+
+    def leave_out(self, names: Iterable[str], reason: str) -> None:
+        """These can't be computed. Raises ValueError if one of them was asked for by name."""
+        for name in (name for name in names if name in self.wanted):
+            if self._by_name:
+                raise ValueError(f"metrics={name} cannot be computed: {reason}")
+            self.left_out[name] = reason
+
+    def leave_out_level(self, name: str, level: str, reason: str) -> None:
+        """One level of a metric can't be computed, while others can: never an error."""
+        if self.wants(name):
+            self.left_out[f"{name}/{level}"] = reason
+
+    def as_json(self) -> dict[str, Any]:
+        """The content of scores.json, in the order of the table of metrics."""
+        order = list(METRICS)
+        keys = sorted(self.found, key=lambda key: order.index(key.split("/")[0]))  # stable: levels stay top first
+        return {key: dataclasses.asdict(self.found[key]) for key in keys}
+
+
+def describe_set(manifest: Manifest, path: str, n: int) -> str:
+    """A data set in one phrase: where, what and how many."""
+    return f"{path}, {manifest.fingerprint[:19]}, {n} {manifest.kind}"
+
+
+def is_published_set(manifest: Manifest | None, n: int) -> bool:
+    """Whether the reference is a whole ImageNet split (1000 classes, 50,000 images or more), or a published file."""
+    return manifest is None or (len(manifest.classes) == 1000 and n >= PAPERS_SAMPLES and n == manifest.num_samples)
+
+
+def why_not_comparable(extractor: Extractor | None, *, n: int, published_reference: bool, standard: bool = True) -> str:
+    """Why a number can't stand beside the papers' ones, or "". `standard`: the usual protocol was followed."""
+    reasons = []
+    if extractor is not None and extractor.name != "inception":
+        reasons.append("features of EfficientNet-Lite0, papers use Inception v3")
+    if extractor is not None and not extractor.verified:
+        reasons.append("weights of unknown origin")
+    if n < PAPERS_SAMPLES:
+        reasons.append(f"{n} images, papers use {PAPERS_SAMPLES}")
+    if not published_reference:
+        reasons.append("the reference is not a published benchmark's")
+    if not standard:
+        reasons.append("not the usual protocol")
+    return "; ".join(reasons)
