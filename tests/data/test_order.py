@@ -17,9 +17,9 @@ def test_permute_is_a_bijection(size: int) -> None:
 def test_permute_reaches_every_place_evenly() -> None:
     """Over keys, each of 5 items stands in each of 5 places about equally often (chi-squared, 16 degrees)."""
     counts = np.zeros((5, 5))
-    for key in range(4000):
+    for key in range(1000):
         counts[np.arange(5), permute(np.arange(5), 5, key)] += 1
-    assert ((counts - 800) ** 2 / 800).sum() < 45  # p = 1e-4
+    assert ((counts - 200) ** 2 / 200).sum() < 45  # p = 1e-4
 
 
 def test_neighbours_do_not_stay_neighbours() -> None:

@@ -106,7 +106,9 @@ def _save_prior(folder: Path, model: VQVAE, level: str, tokenizer: str) -> None:
     upper = [] if level == "top" else [grids["top"]]
     prior = PixelCNN(config, num_codes=model.num_codes, grid=grids[level], num_classes=len(CLASSES), upper_grids=upper)
     initialise(prior, 5)
-    nn.init.normal_(prior.logits.weight, generator=torch.Generator().manual_seed(0))  # so that conditioning shows
+    generator = torch.Generator().manual_seed(0)
+    for parameter in prior.parameters():  # nothing at 0, as an untrained prior has it, so that conditioning shows
+        nn.init.normal_(parameter, std=0.3, generator=generator)
     facts = {"level": level, "num_codes": model.num_codes, "grid": list(grids[level]), "upper_grids": upper}
     extra = facts | {"classes": CLASSES, "tokenizer": tokenizer, "data": "sha256:0"}
     save_pretrained(folder, prior, kind="prior", config=as_dict(config), extra=extra)

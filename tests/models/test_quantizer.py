@@ -20,7 +20,7 @@ K, D = 8, 4
 
 
 def quantizer(**options) -> VectorQuantizer:
-    options = {"num_codes": K, "code_dim": D, "restart_below": 0.0} | options
+    options = {"num_codes": K, "code_dim": D, "restart_below": 0.0, "decay_warmup": 0} | options
     made = VectorQuantizer(QuantizerConfig(**options))
     made.set_codebook(torch.randn(made.embedding.shape, generator=torch.Generator().manual_seed(1)))
     return made
@@ -131,6 +131,29 @@ def test_one_ema_step_matches_the_reference_library():
         torch.testing.assert_close(q.embedding, oracle._codebook.embed[0])
         torch.testing.assert_close(q.cluster_size, oracle._codebook.cluster_size[0])
         torch.testing.assert_close(q.embedding_sum, oracle._codebook.embed_avg[0])
+
+
+def test_the_decay_rises_to_its_value_and_a_resume_goes_on_from_there():
+    q = quantizer(decay_warmup=10, decay=0.9)
+    expected = q.cluster_size.clone()
+    for t in range(120):
+        if t == 5:
+            q.load_state_dict(quantizer(decay_warmup=10, decay=0.9).state_dict() | state(q))
+        counts = q(inputs(seed=t), track=False).codes.flatten().bincount(minlength=K)
+        decay = min(0.9, (1 + t) / (10 + t))
+        expected = decay * expected + (1 - decay) * counts
+        learn(q, inputs(seed=t))
+        torch.testing.assert_close(q.cluster_size, expected)
+    assert decay == 0.9
+
+
+def test_codes_follow_encoder_vectors_that_shrink_early():
+    q = quantizer(decay_warmup=10, restart_below=0.1)
+    vectors = q.embedding.repeat_interleave(4, dim=0).view(2, 4, 4, D).permute(0, 3, 1, 2)
+    for t in range(20):
+        z = vectors * 0.8**t + 0.01 * inputs(2, seed=t)
+        metrics = learn(q, z)
+    assert metrics["used_codes/top"] >= K - 1  # a constant decay of 0.99 leaves the codes behind, and one or two in use
 
 
 def test_forward_never_changes_the_codebook_and_evaluation_leaves_no_trace():
@@ -348,7 +371,7 @@ def test_gradient_codebook_is_adam_on_the_codebook_loss():
         adam.step()
         update(q, 6, learning_rate=1e-2)
         torch.testing.assert_close(q.embedding, oracle.detach())
-    assert {"adam_mean", "adam_square", "adam_steps"} <= q.state_dict().keys()
+    assert {"adam_mean", "adam_square", "updates"} <= q.state_dict().keys()
 
 
 # ---- precision
@@ -404,7 +427,7 @@ def test_the_search_is_exact_whatever_the_matmul_setting():
 def test_statistics_are_not_in_the_state_dict_and_a_reload_continues_exactly():
     q = with_dead_codes()
     learn(q, inputs(seed=3))
-    assert set(q.state_dict()) == {"embedding", "cluster_size", "embedding_sum"}
+    assert set(q.state_dict()) == {"embedding", "cluster_size", "embedding_sum", "updates"}
     copy = VectorQuantizer(q.config)
     copy.load_state_dict(q.state_dict())
     for model in (q, copy):
@@ -437,6 +460,7 @@ def test_decode_of_codes_and_the_mean_vector():
         ({"code_dim": 0}, "code_dim=0"),
         ({"codebook": "emma"}, "emma.*'ema', 'gradient'"),
         ({"decay": 1.0}, "decay=1.0"),
+        ({"decay_warmup": -1}, "decay_warmup=-1"),
         ({"commitment": -1.0}, "commitment=-1.0"),
         ({"restart_below": 1.5}, "restart_below=1.5"),
     ],

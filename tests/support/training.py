@@ -122,12 +122,12 @@ def train(
         engine = make_engine(module, place, config, loader.micro_batches_per_step)
         consumed: list[int] = []
         applied_steps: list[bool] = []
-        inputs = torch.zeros(WIDTH)
+        inputs = torch.zeros(WIDTH, dtype=torch.float64)
 
         def step(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
             x = batch["x"].to(next(module.parameters()).dtype)
             consumed.extend(batch["position"].tolist())
-            inputs.add_(batch["x"].sum(0))
+            inputs.add_(batch["x"].sum(0, dtype=torch.float64))
             loss = (model(x) - x[:, :3]).square().mean()
             if set(batch["position"].tolist()) & set(nan_at):
                 loss = loss * float("nan")

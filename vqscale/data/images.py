@@ -1,7 +1,7 @@
 """Encoded images -> RGB uint8, resized, cropped, flipped; uint8 <-> [-1, 1].
 
-In: the bytes of a file.  Out: uint8 [3, h, w]. Ordinary 8-bit JPEGs go through torchvision, all else through PIL with its
-traps handled: 16-bit, alpha, EXIF rotation, CMYK, palettes, animations, decompression bombs.
+In: the bytes of a file.  Out: uint8 [3, h, w]. Ordinary 8-bit JPEGs go through torchvision, all else through PIL with
+its traps handled: 16-bit, alpha, EXIF rotation, CMYK, palettes, animations, decompression bombs.
 """
 
 import io
@@ -67,6 +67,8 @@ def check_size(width: int, height: int) -> None:
 def _png_header(data: bytes) -> Header:
     if len(data) < 33 or data[12:16] != b"IHDR":
         raise DecodeError("a PNG without a header")
+    if b"IEND" not in data[-64:] and data.rfind(b"IEND") < 0:
+        raise DecodeError("a PNG that is cut short: it has no end mark")
     width, height, depth, colour = struct.unpack(">IIBB", data[16:26])
     plain = depth == 8 and colour in (0, 2) and not _png_has_transparency(data)
     return Header("png", width, height, plain)

@@ -297,20 +297,20 @@ def run_workers(
     options: dict[str, Any] = {}
     if workers:
         options = {"prefetch_factor": prefetch, "persistent_workers": True, "worker_init_fn": _leave_signals_alone}
-    loader = DataLoader(
-        dataset,
-        batch_sampler=batches,
-        collate_fn=_as_is,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        in_order=True,
-        generator=torch.Generator(),  # else every start draws from the global one
-        **options,
-    )
     with warnings.catch_warnings():
         # Workers mostly wait for storage, so more of them than cores is a choice, not a mistake.
         warnings.filterwarnings("ignore", message="This DataLoader will create")
         warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
+        loader = DataLoader(
+            dataset,
+            batch_sampler=batches,
+            collate_fn=_as_is,
+            num_workers=workers,
+            pin_memory=pin_memory,
+            in_order=True,
+            generator=torch.Generator(),  # else every start draws from the global one
+            **options,
+        )
         iterator = iter(loader)
     yield from iterator
 

@@ -182,6 +182,7 @@ def _samples(config: EvaluateConfig, bench: Bench, found: Inputs) -> None:
 
 def _reconstructions(config: EvaluateConfig, bench: Bench, found: Inputs) -> Reconstructions | None:
     wanted = [name for name in _RECONSTRUCTION if bench.scores.wants(name) and name not in bench.scores.left_out]
+    count_codes = found.codes is None and bench.scores.wants(*_USAGE)
     if found.vqvae is None:
         bench.scores.leave_out(wanted, found.absent["vqvae"])
         return None
@@ -190,7 +191,7 @@ def _reconstructions(config: EvaluateConfig, bench: Bench, found: Inputs) -> Rec
         bench.scores.leave_out(wanted, why)
         return None
     data = found.reference
-    if not wanted:  # only pictures for the report
+    if not wanted and not count_codes:  # only pictures for the report
         data = DataSet(data.name, data.folder, data.manifest, max(1, config.num_reconstructions))
     return families.score_reconstructions(bench, found.vqvae, data, config.num_reconstructions)
 

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.io import encode_png
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 from vqscale import runtime
 from vqscale.config import StageConfig, run_of
 from vqscale.data.images import decode_image, to_uint8
+from vqscale.data.packing import Encoding, encode_image
 from vqscale.data.shards import Manifest, ShardInfo, ShardWriter, iterate, shard_info
 from vqscale.models.sampling import sample_codes
 from vqscale.sources import Source, load_prior, load_vqvae
@@ -124,6 +124,7 @@ def _drawn(
     config: SampleConfig, chain: Chain, labels: list[int], ids: range, run: runtime.Run
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
     """(key, parts) of the samples `ids`, one fixed block at a time; the last block is padded with its last sample."""
+    encoding = Encoding(chain.vqvae.description["resolution"], "png", quality=0)
     for first in range(ids.start, ids.stop, config.batch):
         run.poll()
         block = [min(i, ids.stop - 1) for i in range(first, first + config.batch)]
@@ -131,7 +132,8 @@ def _drawn(
         images = draw(config, chain, label, torch.tensor(block, device=run.topology.device))
         for i in range(first, min(first + config.batch, ids.stop)):
             about = json.dumps({"sample": i, "seed": config.seed}).encode()
-            yield f"{i:09d}", {"png": png(images[i - first]), "cls": str(labels[i]).encode(), "json": about}
+            pixels = encode_image(images[i - first].numpy(), encoding)
+            yield f"{i:09d}", {"png": pixels, "cls": str(labels[i]).encode(), "json": about}
 
 
 @torch.inference_mode()
@@ -154,11 +156,6 @@ def draw(config: SampleConfig, chain: Chain, label: Tensor, sample_ids: Tensor) 
             )
         )
     return to_uint8(chain.vqvae.model.decode(codes)).cpu()
-
-
-def png(image: Tensor) -> bytes:
-    """A PNG of an image uint8 [3, h, w]."""
-    return encode_png(image, compression_level=6).numpy().tobytes()
 
 
 def _finish(config: SampleConfig, chain: Chain, run_dir: Path, shards: list[ShardInfo]) -> None:

@@ -101,7 +101,8 @@ def reader(config: TrainPriorConfig, manifest: Manifest, *, flip: bool) -> CodeR
     """Reads this level's codes and those of all levels above."""
     names, grids = levels_of(config, manifest)
     levels = {name: (grid[0], grid[1]) for name, grid in zip(names, grids, strict=True)}
-    return CodeReader(levels, views=manifest.extra["views"], flip=flip, seed=config.seed)
+    views, num_codes = manifest.extra["views"], manifest.extra["num_codes"]
+    return CodeReader(levels, views=views, flip=flip, seed=config.seed, num_codes=num_codes)
 
 
 def inputs(batch: Batch, level: str) -> tuple[Tensor, list[Tensor]]:

@@ -146,6 +146,7 @@ class HeldOutReconstruction:
         """Yields held_out/… figures, each over the whole held-out subset."""
         place, vqvae = self._run.topology, model
         assert isinstance(vqvae, VQVAE)
+        assert_same_everywhere(dict(vqvae.named_buffers()), place)  # the codebooks, under any strategy
         names = level_names(len(vqvae.grids))
         used = torch.zeros(len(names), vqvae.num_codes, dtype=torch.float64, device=place.device)
         sums = torch.zeros(3, dtype=torch.float64, device=place.device)  # squared error, PSNR, images

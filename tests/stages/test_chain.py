@@ -1,0 +1,177 @@
+"""pack -> train -> extract -> priors -> sample -> evaluate: what is on disk, what a rerun does, what a stop leaves."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from support.distributed import run_ranks
+from support.stages import CHAIN, run_stage
+
+from vqscale.data.shards import Manifest
+from vqscale.engine.checkpoint import find_latest
+
+Files = Callable[[Path], dict[str, bytes]]
+
+
+def lines(run_dir: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def tensors(run_dir: Path) -> dict[str, torch.Tensor]:
+    latest = find_latest(run_dir / "checkpoints")
+    assert latest is not None
+    return latest.read("")
+
+
+def assert_same_tensors(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+def test_every_stage_is_done_and_says_what_ran(whole_chain: Path) -> None:
+    for _, name in CHAIN:
+        status = json.loads((whole_chain / name / "status.json").read_text())
+        command = json.loads((whole_chain / name / "command.json").read_text())
+        assert status["state"] == "done", name
+        assert (command["strategy"], command["engine"], command["world_size"]) == ("single", "torch", 1)
+    command = json.loads((whole_chain / "train_vqvae" / "command.json").read_text())
+    checkpoint = tensors(whole_chain / "train_vqvae")
+    trained = [t for name, t in checkpoint.items() if name.startswith("optimizer.exp_avg.")]
+    assert command["bytes_per_rank"]["parameters"] == [sum(t.numel() * 4 for t in trained)]
+    assert command["bytes_per_rank"]["optimizer"] == [2 * sum(t.numel() * 4 for t in trained)]
+    assert (command["precision"], command["resumed_from"], command["restarts"]) == ("fp32", 0, 0)
+
+
+def test_metrics_rise_with_images_and_hold_what_is_promised(whole_chain: Path) -> None:
+    for name, own in (("train_vqvae", "reconstruction_mse"), ("train_prior_bottom", "nll/bottom")):
+        found = lines(whole_chain / name)
+        seen = [line["images_seen"] for line in found]
+        assert seen == sorted(seen)
+        for key in ("loss", own, "images_per_second", "data_wait_fraction", "gradient_norm", "learning_rate"):
+            assert any(key in line for line in found), (name, key)
+        losses = [line["loss"] for line in found if "loss" in line]
+        assert losses[-1] < 0.9 * losses[0], name
+    assert any("perplexity/top" in line for line in lines(whole_chain / "train_vqvae"))
+    assert any("held_out/nll/top" in line for line in lines(whole_chain / "train_prior_top"))
+    assert list((whole_chain / "train_vqvae" / "tensorboard").glob("events*"))
+    assert list((whole_chain / "train_vqvae" / "samples").glob("*.png"))
+
+
+def test_priors_learn_less_than_a_uniform_code(whole_chain: Path) -> None:
+    for level in ("top", "bottom"):
+        nll = [v for line in lines(whole_chain / f"train_prior_{level}") for k, v in line.items() if "held_out" in k]
+        assert nll[-1] < math.log(32) - 0.2, level
+
+
+def test_code_shards_mirror_the_images(whole_chain: Path) -> None:
+    for split in ("train", "holdout"):
+        images, codes = (
+            Manifest.load(whole_chain / "pack" / split),
+            Manifest.load(whole_chain / "extract_codes" / split),
+        )
+        assert [s.name for s in images.shards] == [s.name for s in codes.shards]
+        assert [s.num_samples for s in images.shards] == [s.num_samples for s in codes.shards]
+        for number in range(len(images.shards)):
+            source, made = (
+                images.index(whole_chain / "pack" / split, number),
+                codes.index(whole_chain / "extract_codes" / split, number),
+            )
+            assert [source.key(i) for i in range(len(source))] == [made.key(i) for i in range(len(made))]
+            assert source.labels.tolist() == made.labels.tolist()
+        assert codes.extra["source"] == images.fingerprint
+        cells = {"top": 16, "bottom": 64}
+        assert {n: sum(u) for n, u in codes.extra["usage"].items()} == {
+            n: c * images.num_samples for n, c in cells.items()
+        }
+
+
+def test_running_again_changes_nothing(chain: Path, files: Files) -> None:
+    before = files(chain)
+    for stage, name in CHAIN:
+        assert run_stage(stage, name) == 0, name
+        assert json.loads((chain / name / "status.json").read_text())["state"] == "done"
+    assert files(chain) == before
+
+
+@pytest.mark.parametrize(("stage", "name"), [("train_vqvae", "train_vqvae"), ("train_prior", "train_prior_bottom")])
+def test_stopping_twice_ends_at_the_same_bits(chain: Path, stage: str, name: str) -> None:
+    run_dir = chain.parent / "again"
+    for _ in range(2):
+        run_dir.mkdir(exist_ok=True)
+        (run_dir / "STOP").touch()
+        assert run_stage(stage, name, f"run_dir={run_dir}") == 75
+        status = json.loads((run_dir / "status.json").read_text())
+        assert status["state"] == "stopped" and 0 < status["images_seen"] < 1280
+        assert not (run_dir / "STOP").exists()
+    assert run_stage(stage, name, f"run_dir={run_dir}") == 0
+    assert_same_tensors(tensors(run_dir), tensors(chain / name))
+    seen = [line["images_seen"] for line in lines(run_dir)]
+    assert seen == sorted(seen)
+
+
+def test_more_images_may_be_asked_for_later(chain: Path) -> None:
+    assert run_stage("train_prior", "train_prior_top", "total_images=1600") == 0
+    assert json.loads((chain / "train_prior_top" / "status.json").read_text())["images_seen"] == 1600
+    assert json.loads((chain / "train_prior_top" / "command.json").read_text())["resumed_from"] == 1280
+
+
+def test_a_shard_that_is_missing_is_made_again_alike(chain: Path, files: Files) -> None:
+    before = files(chain)
+    (chain / "extract_codes" / "train" / "000003.tar").unlink()
+    (chain / "sample" / "000001.tar").unlink()
+    for stage in ("extract_codes", "sample"):
+        status = json.loads((chain / stage / "status.json").read_text())
+        (chain / stage / "status.json").write_text(json.dumps(status | {"state": "stopped"}))
+        assert run_stage(stage, stage) == 0
+    assert files(chain) == before
+
+
+@pytest.mark.parametrize("stage", ["extract_codes", "sample"])
+def test_a_stop_in_the_middle_leaves_only_whole_shards(chain: Path, files: Files, stage: str) -> None:
+    run_dir = chain.parent / "again"
+    run_dir.mkdir()
+    (run_dir / "STOP").touch()
+    assert run_stage(stage, stage, f"run_dir={run_dir}") == 75
+    assert not list(run_dir.rglob("*.tmp"))
+    assert run_stage(stage, stage, f"run_dir={run_dir}") == 0
+    mine, theirs = files(run_dir), files(chain / stage)
+    assert mine == theirs
+
+
+def rank_of_stage(stage: str, overrides: list[str]) -> int:
+    return run_stage(stage, stage, *overrides)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("stage", ["extract_codes", "sample"])
+def test_bytes_do_not_depend_on_the_number_of_ranks(chain: Path, files: Files, stage: str, world: int) -> None:
+    run_dir = chain.parent / "many"
+    workers = ["workers=0"] if stage == "extract_codes" else []  # the ranks of tests may not have children
+    assert run_ranks(rank_of_stage, world, stage, [f"run_dir={run_dir}", *workers]) == [0] * world
+    assert files(run_dir) == files(chain / stage)
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp64", 1e-9), ("fp32", 1e-5)])
+def test_two_ddp_ranks_train_as_one(chain: Path, precision: str, tolerance: float) -> None:
+    """20 steps; codebooks are asserted to be bit-identical on both ranks at every evaluation, and at the end."""
+    common = [
+        f"precision={precision}",
+        "workers=0",
+        "total_images=640",
+        "log_every=32",
+        "evaluate_every=320",
+        "save_every=640",
+    ]
+    losses = {}
+    for world, micro in ((1, 0), (2, 8)):
+        run_dir = chain.parent / f"ddp{world}"
+        overrides = [*common, f"run_dir={run_dir}", f"micro_batch={micro}"]
+        assert run_ranks(rank_of_stage, world, "train_vqvae", overrides) == [0] * world
+        losses[world] = [line["loss"] for line in lines(run_dir) if "loss" in line]
+        command = json.loads((run_dir / "command.json").read_text())
+        assert (command["world_size"], command["strategy"]) == (world, "single" if world == 1 else "ddp")
+    assert len(losses[1]) == 20
+    assert losses[2] == pytest.approx(losses[1], rel=tolerance, abs=0)
