@@ -5,7 +5,6 @@ Exit codes of the bare program: 0 done, 1 error (one line on stderr), 75 saved a
 
 import argparse
 import importlib
-import logging
 import sys
 import traceback
 from collections.abc import Sequence
@@ -71,7 +70,8 @@ def main(argv: Sequence[str]) -> int:
         else:
             stage.main(stage_config)
     except runtime.Stopped as stopped:
-        logging.getLogger("vqscale").info("stopped: %s; run the same command again to go on", stopped)
+        if runtime.is_first_rank():
+            print(f"vqscale: stopped: {stopped}; run the same command again to go on", file=sys.stderr)
         return 0 if runtime.under_launcher() else EXIT_UNFINISHED
     except Exception as error:
         _report(error, arguments.debug)
@@ -81,7 +81,6 @@ def main(argv: Sequence[str]) -> int:
 
 def _report(error: Exception, debug: bool) -> None:
     expected = isinstance(error, (ValueError, OSError))
-    logging.getLogger("vqscale").debug("%s", traceback.format_exc())
     if debug:
         traceback.print_exc()
     if runtime.is_first_rank() or not expected:

@@ -183,11 +183,11 @@ def help_lines(cls: Any, prefix: str = "") -> list[str]:
     return lines
 
 
-def _comments(cls: Any) -> dict[str, str]:
+def _comments(cls: type[Any]) -> dict[str, str]:
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         if dataclasses.is_dataclass(base):
-            source = inspect.getsource(base)
+            source = inspect.getsource(base)  # type: ignore[arg-type]  # dataclasses are classes
             found.update(re.findall(r"^    (\w+): [^#\n]*#\s*(.+)$", source, re.MULTILINE))
     return found
 

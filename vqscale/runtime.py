@@ -80,6 +80,7 @@ class Run:
         self.was_done = False
         self.resumed = False
         self.trackers: list[Any] = []
+        self._handlers: list[logging.Handler] = []
 
     # --- the folder -------------------------------------------------------------------------------------------------
 
@@ -127,11 +128,23 @@ class Run:
         log.propagate = False
         file = logging.FileHandler(self.run_dir / "log" / f"{self.topology.rank}.log")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        log.addHandler(file)
+        self._handlers = [file]
         if self.topology.is_main:
             screen = logging.StreamHandler(sys.stderr)
             screen.setLevel(logging.INFO)
-            log.addHandler(screen)
+            self._handlers.append(screen)
+        for handler in self._handlers:
+            log.addHandler(handler)
+
+    def _close(self) -> None:
+        for tracker in self.trackers:
+            with contextlib.suppress(Exception):  # as in `start_trackers`
+                tracker.finish()
+        for handler in self._handlers:
+            log.removeHandler(handler)
+            handler.close()
+        if self._lock is not None:
+            self._lock.close()
 
     def describe(self, **facts: Any) -> None:
         """Add facts about what really runs to command.json; called by all ranks."""
@@ -291,23 +304,14 @@ def run(config: StageConfig, stage: str) -> Iterator[Run]:
             raise
         except BaseException as error:
             current.write_status("failed", f"{type(error).__name__}: {' '.join(str(error).split())}")
+            log.debug("failed", exc_info=True)  # the traceback, for the log file alone
             raise
         current.write_status("done")
         orderly = True
     finally:
-        for tracker in current.trackers:
-            with contextlib.suppress(Exception):
-                tracker.finish()
         for number, handler in previous.items():
             signal.signal(number, handler)
-        for handler in list(log.handlers):
-            if isinstance(handler, logging.FileHandler):
-                log.removeHandler(handler)
-                handler.close()
-            elif isinstance(handler, logging.StreamHandler):
-                log.removeHandler(handler)
-        if current._lock is not None:
-            current._lock.close()
+        current._close()
         topology.take_down(orderly)
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from vqscale.data.images import ImageReader
-from vqscale.data.loader import GlobalBatchSampler, Loader, build_loader, count_bad
+from vqscale.data.loader import GlobalBatchSampler, Loader, build_loader
 from vqscale.data.parts import OpenFiles
 from vqscale.data.shards import Manifest
 
@@ -106,7 +106,7 @@ def test_resume_at_another_number_of_ranks(images: Path, expected: Any, steps_do
     batches = iter(first)
     for _ in range(steps_done):
         next(batches)
-        first.advance([0, 0, 0])
+        first.advance()
     batches.close()
     state = json.loads(json.dumps(first.state_dict()))
     assert state["consumed_samples"] == 12 * steps_done
@@ -213,20 +213,24 @@ def test_bad_samples_are_flagged_named_and_replaced_alike_everywhere(own_images:
 
 def test_the_budget(own_images: Path) -> None:
     loader = build(own_images, max_bad_fraction=0.05, bad_path=Path("bad.jsonl"))  # 1.85 of 37
-    loader.advance({"decode": 1})
+    loader.advance()
+    loader.count_bad({"decode": 1, "io": 0, "crc": 0})
+    loader.advance()
     with pytest.raises(ValueError, match=r"2 of 24 samples .*decode 1, io 0, crc 1.*more than the 1 .*bad.jsonl"):
-        loader.advance(torch.tensor([0, 0, 1]))
+        loader.count_bad({"decode": 0, "io": 0, "crc": 1})
+    assert loader.state_dict()["bad_samples"] == {"decode": 1, "io": 0, "crc": 1}
+
+
+def test_the_budget_of_one_per_epoch(own_images: Path) -> None:
     lenient = build(own_images, max_bad_fraction=0.001)
-    lenient.advance([1, 0, 0])  # one is always allowed …
-    for _ in range(4):
+    lenient.count_bad({"decode": 1})
+    for _ in range(7):
         lenient.advance()
-    assert lenient.state.bad_samples["decode"] == 1 and lenient.state.consumed_samples == 60
-    with pytest.raises(ValueError, match="1 of 12"):
-        build(own_images, max_bad_fraction=0).advance([1, 0, 0])  # … unless none is
-
-
-def test_count_bad() -> None:
-    assert count_bad(torch.tensor([0, 1, 3, 3, 0], dtype=torch.uint8)).tolist() == [1, 0, 2]
+    lenient.count_bad({"io": 1})  # the third epoch has begun
+    with pytest.raises(ValueError, match="3 of 84"):
+        lenient.count_bad({"crc": 1})
+    with pytest.raises(ValueError, match="1 of 0"):
+        build(own_images, max_bad_fraction=0).count_bad({"decode": 1})
 
 
 def test_shards_that_are_not_what_was_indexed(own_images: Path) -> None:

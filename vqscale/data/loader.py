@@ -325,11 +325,6 @@ def _leave_signals_alone(_worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def count_bad(bad: Tensor) -> Tensor:
-    """`bad` uint8 [b] of a batch -> int64 [3]: how many (decode, io, crc)."""
-    return torch.bincount(bad.long(), minlength=len(BAD_KINDS) + 1)[1:]
-
-
 def name_bad_samples(batch: Batch, dataset: TarDataset, path: Path | None) -> None:
     """Take the batch's errors out of it and append each to the JSONL file."""
     errors = batch.pop("errors")

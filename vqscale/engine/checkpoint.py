@@ -61,7 +61,7 @@ class Checkpointer:
         if exists:
             return
         writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
-        self._written = dcp.async_save(tensors, storage_writer=writer, process_group=self._group)
+        self._written = dcp.async_save(tensors, storage_writer=writer, process_group=self._group)  # type: ignore[arg-type]
         if self._place.is_main:
             described = {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()}
             whole = {"format": FORMAT, "images_seen": images_seen, "tensors": described, **state}

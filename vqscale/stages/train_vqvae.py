@@ -1,6 +1,6 @@
 """Image shards -> a trained VQ-VAE (1 level: 2017; 2 or 3 levels: VQ-VAE-2), in checkpoints."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -170,7 +170,7 @@ class HeldOutReconstruction:
             yield f"held_out/used_codes/{name}", float((used[level] > 0).sum())
             yield f"held_out/perplexity/{name}", float(torch.exp(-torch.xlogy(share, share).sum()))
 
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self) -> Iterable[Batch]:
         place, config = self._run.topology, self._config
         return sequential_batches(
             resolve(config.data, "holdout"),
