@@ -1,5 +1,6 @@
 """One pass over a data set: complete, and equal at any number of ranks."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from support.distributed import run_ranks
 from torch import Tensor
 
-from vqscale import topology
+from vqscale import cli, topology
 from vqscale.config import StageConfig
 from vqscale.data.images import ImageReader, to_float, to_uint8
 from vqscale.data.sequential import sequential_batches
@@ -19,6 +20,7 @@ from vqscale.evaluation.metrics import psnr, ssim
 from vqscale.evaluation.moments import frechet_distance, moments_of
 from vqscale.evaluation.nll import nll_per_code, read_codes
 from vqscale.sources import load_prior, load_vqvae
+from vqscale.stages import evaluate
 from vqscale.topology import Topology
 
 
@@ -29,7 +31,7 @@ def projection() -> Extractor:
         pooled = (images.float().flatten(1) / 255) @ weight
         return Features(pooled, pooled[:, :10], pooled[:, :7])
 
-    return Extractor("quick", "0" * 64, True, "none", "random projection", features)
+    return Extractor("lite0", "0" * 64, True, "none", "random projection", features)
 
 
 def batches(folder: Path, place: Topology, batch: int) -> Any:
@@ -110,3 +112,25 @@ def test_reconstruction_figures_are_the_models(world: Any, place: Topology) -> N
 def test_examples_are_spread_over_the_set() -> None:
     assert spread(10, 10).tolist() == list(range(10)) and spread(3, 8).tolist() == [0, 1, 2]
     assert spread(100, 4).tolist() == [12, 37, 62, 87]
+
+
+def evaluated(root: str, config: str, words: list[str]) -> dict[str, Any]:
+    """`vqscale evaluate` on one of the ranks; the scores as read from disk."""
+    evaluate.load_extractor = lambda *_args, **_more: projection()  # type: ignore[assignment]
+    assert cli.main(["evaluate", config, *words]) == 0
+    return json.loads((Path(root) / "scores.json").read_text())
+
+
+def test_the_stage_gives_the_same_scores_on_two_ranks(world: Any, tmp_path: Path) -> None:
+    config = tmp_path / "evaluate.yaml"
+    config.write_text("kid_subset_size: 12\nmetrics: [fd_lite0, kid, recall, psnr, nll, used_codes, bits_per_dim]\n")
+    found = []
+    for world_size in (1, 2):
+        folder = tmp_path / str(world_size)
+        words = world.overrides(run_dir=folder, batch=5)
+        found.append(run_ranks(evaluated, world_size, str(folder), str(config), words)[0])
+        assert (folder / "report.html").is_file()
+    one, two = ({key: score["value"] for key, score in scores.items()} for scores in found)
+    assert list(one) == list(two) and len(one) == 9
+    assert two == pytest.approx(one, rel=1e-6)
+    assert {key: score["n"] for key, score in found[0].items()} == {key: score["n"] for key, score in found[1].items()}

@@ -345,7 +345,7 @@ def allowed_bad(num_samples: int, max_bad_fraction: float) -> float:
 
 def check_budget(state: DataState, max_bad_fraction: float, bad_path: Path | None) -> None:
     """Raises ValueError when the bad samples so far are more than the epochs begun allow."""
-    epochs = max(1.0, state.consumed_samples / state.num_samples)
+    epochs = state.consumed_samples // state.num_samples + 1  # the same sample comes again early in the next one
     total, allowed = sum(state.bad_samples.values()), allowed_bad(state.num_samples, max_bad_fraction) * epochs
     if total > allowed:
         counts = ", ".join(f"{kind} {count}" for kind, count in state.bad_samples.items())

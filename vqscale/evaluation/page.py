@@ -43,7 +43,7 @@ code, .hash { font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace; 
 .class { display:grid; grid-template-columns:112px 1fr; gap:10px; align-items:center; padding:7px 0;
   border-bottom:1px solid var(--line); break-inside:avoid; }
 .class h3 { margin:0; font-weight:500; }
-.strip { display:grid; grid-template-columns:repeat(auto-fill,minmax(72px,1fr)); gap:5px; }
+.strip { display:grid; grid-template-columns:repeat(auto-fit,minmax(72px,96px)); gap:5px; }
 .trios { display:grid; grid-template-columns:repeat(auto-fill,minmax(250px,1fr)); gap:14px; margin-top:10px; }
 figure { margin:0; break-inside:avoid; } figcaption { font-size:.8rem; color:var(--muted); padding-top:3px; }
 .trio div { display:grid; grid-template-columns:repeat(3,1fr); gap:3px; }

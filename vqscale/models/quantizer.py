@@ -32,9 +32,7 @@ class QuantizerConfig:
     code_dim: int = 64  # D
     codebook: str = "ema"  # ema: moving averages (2017, appendix A.1) | gradient: the codebook loss (2017, equation 3)
     decay: float = 0.99  # gamma of the moving averages
-    decay_warmup: int = (
-        10  # w: gamma is at most (1 + t) / (w + t) in update t, for encoder vectors that still move fast
-    )
+    decay_warmup: int = 10  # w: gamma is at most (1 + t) / (w + t) in update t, while encoder vectors move fast
     commitment: float = 0.25  # beta
     restart_below: float = 0.1  # a code used less than this share of the mean code's use is replaced; 0 = never
 

@@ -1,0 +1,61 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from vqscale.data.processes import run_jobs
+
+
+def test_in_this_process() -> None:
+    assert list(run_jobs(abs, [-1, 2, -3], workers=1)) == [(-1, 1), (2, 2), (-3, 3)]
+
+
+def test_over_processes() -> None:
+    assert dict(run_jobs(abs, [-1, 2, -3, 4, -5], workers=2)) == {-1: 1, 2: 2, -3: 3, 4: 4, -5: 5}
+
+
+def test_the_error_of_a_job_is_raised() -> None:
+    with pytest.raises(ValueError, match="invalid literal"):
+        list(run_jobs(int, ["1", "x", "3"], workers=2))
+
+
+@pytest.mark.parametrize(("workers", "most"), [(1, 3), (2, 3 + 4)])
+def test_stop_begins_no_further_job(workers: int, most: int) -> None:
+    done: list[int] = []
+    for job, _ in run_jobs(abs, list(range(100)), workers, stop=lambda: len(done) >= 3):
+        done.append(job)
+    assert 3 <= len(done) <= most and sorted(done) == list(range(len(done)))
+
+
+def test_killed_outright_the_parent_leaves_no_orphans() -> None:
+    program = "import time; from vqscale.data.processes import run_jobs; list(run_jobs(time.sleep, [99.0] * 4, 2))"
+    parent = subprocess.Popen([sys.executable, "-c", program], start_new_session=True)
+    try:
+        wait_for(lambda: count_in_session(parent.pid) >= 4)  # itself, the fork server, two workers
+        time.sleep(1)
+    finally:
+        parent.send_signal(signal.SIGKILL)
+        parent.wait()
+    wait_for(lambda: count_in_session(parent.pid) == 0)
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.1)
+
+
+def count_in_session(session: int) -> int:
+    count = 0
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                count += os.getsid(int(entry.name)) == session and " Z " not in (entry / "stat").read_text()
+            except OSError:
+                continue  # it ended meanwhile
+    return count

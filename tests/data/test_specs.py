@@ -1,0 +1,35 @@
+from pathlib import Path
+
+import pytest
+
+from vqscale.data.specs import expand_spec
+
+
+def test_braces_globs_and_folders(tmp_path: Path) -> None:
+    paths = [tmp_path / f"data-{n:03d}.tar" for n in range(3)]
+    for path in paths:
+        path.touch()
+    (tmp_path / "readme.txt").touch()
+    assert expand_spec(f"{tmp_path}/data-{{000..002}}.tar") == paths
+    assert expand_spec(f"{tmp_path}/data-{{002,000}}.tar") == [paths[2], paths[0]]
+    assert expand_spec(f"{tmp_path}/*.tar") == expand_spec(str(tmp_path)) == paths
+
+
+@pytest.mark.parametrize("spec", ["pipe:touch ran", "https://host/x.tar", "s3://bucket/x.tar"])
+def test_nothing_is_run_or_fetched(spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="only local paths"):
+        expand_spec(spec)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "0.tar").touch()
+    for spec, message in (("{0..1}.tar", "no tar .*1.tar"), ("*.tgz", "nothing matches"), ("x.tar", "no tar")):
+        with pytest.raises(FileNotFoundError, match=message):
+            expand_spec(f"{tmp_path}/{spec}")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="holds no .tar files"):
+        expand_spec(f"{tmp_path}/empty")
+    with pytest.raises(ValueError, match="a tar twice"):
+        expand_spec(f"{tmp_path}/{{0,0}}.tar")
