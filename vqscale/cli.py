@@ -5,7 +5,9 @@ Exit codes of the bare program: 0 done, 1 error (one line on stderr), 75 saved a
 
 import argparse
 import importlib
+import os
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 
@@ -22,6 +24,7 @@ STAGES = {
     "evaluate": "samples, reconstructions, codes -> scores.json and report.html",
 }
 EXIT_UNFINISHED = 75
+HEAD_START = 3.0  # seconds that the first rank has to report an error before the others do
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -83,10 +86,13 @@ def _report(error: Exception, debug: bool) -> None:
     expected = isinstance(error, (ValueError, OSError))
     if debug:
         traceback.print_exc()
-    if runtime.is_first_rank() or not expected:
-        kind = "" if expected else f"{type(error).__name__}: "
-        hint = "" if debug or expected else " (again with --debug for the traceback)"
-        print(f"vqscale: error: {kind}{' '.join(str(error).split())}{hint}", file=sys.stderr)
+    where = ""
+    if not runtime.is_first_rank():
+        where = f" on rank {os.environ['RANK']}"
+        time.sleep(HEAD_START)  # an error of all ranks is told once: the launcher ends this one meanwhile
+    kind = "" if expected else f"{type(error).__name__}: "
+    hint = "" if debug or expected else " (again with --debug for the traceback)"
+    print(f"vqscale: error{where}: {kind}{' '.join(str(error).split())}{hint}", file=sys.stderr)
 
 
 def entry() -> None:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -21,7 +21,10 @@ from omegaconf.errors import OmegaConfBaseException
 RUNS = Path("runs")
 
 # Fields that a resumed run may change besides every `…_every` and the inputs: inputs are held by their fingerprints.
-_FREE_ON_RESUME = {"total_images", "micro_batch", "strategy", "device", "workers", "threads", "run_dir", "trackers"}
+_FREE_ON_RESUME = {
+    *("total_images", "micro_batch", "strategy", "device", "workers", "threads", "run_dir", "trackers"),
+    *("max_bad_fraction", "verify"),
+}
 
 
 def run_of(stage: str) -> Any:
@@ -32,6 +35,8 @@ def run_of(stage: str) -> Any:
 @dataclass(frozen=True)
 class StageConfig:
     """What every stage has."""
+
+    recomputes: ClassVar[bool] = False  # whether a rerun with another config replaces the results, not refuses
 
     run_dir: str = ""  # where this stage writes; default runs/<experiment>/<config file's stem>
     seed: int = 0  # addresses all randomness of the stage
@@ -54,6 +59,7 @@ def load(cls: type[C], path: str | Path, overrides: Sequence[str] = ()) -> C:
     dotted = _parse_overrides(overrides)
     _check_keys(cls, written, str(path))
     _check_keys(cls, dotted, "command line")
+    _check_given(written, dotted, path)
     merged = _merge(_merge(OmegaConf.structured(cls), written, str(path)), dotted, "command line")
     _fill_paths(merged, cls, path)
     try:
@@ -114,6 +120,13 @@ def _check_keys(cls: Any, node: DictConfig, where: str, prefix: str = "") -> Non
             _check_keys(child, value, where, f"{prefix}{key}.")
 
 
+def _check_given(written: DictConfig, dotted: DictConfig, path: Path) -> None:
+    given = OmegaConf.to_container(dotted)
+    assert isinstance(given, dict)
+    for key in sorted(OmegaConf.missing_keys(written) - dict(flatten(given)).keys()):  # type: ignore[arg-type]
+        raise ValueError(f"{path}: {key} is left to you: add {key}=… to the command")
+
+
 def _fill_paths(merged: DictConfig, cls: Any, path: Path) -> None:
     OmegaConf.set_readonly(merged, False)  # frozen dataclasses make it so
     experiment = RUNS / path.resolve().parent.name
@@ -163,6 +176,8 @@ def _free(cls: Any, key: str) -> bool:
 
 def refused_changes(config: StageConfig, path: Path) -> list[str]:
     """Differences between `config` and the one saved at `path` that a resumed run may not have, as readable lines."""
+    if config.recomputes:
+        return []
     saved = dict(flatten(OmegaConf.to_container(OmegaConf.load(path))))  # type: ignore[arg-type]
     now = dict(flatten(as_dict(config)))
     keys = [key for key in sorted(saved.keys() | now.keys()) if not _free(type(config), key)]

@@ -80,6 +80,7 @@ class Run:
         self.was_done = False
         self.resumed = False
         self.trackers: list[Any] = []
+        self.at_exit = contextlib.ExitStack()  # what must still be done, however the run ends, in the process group
         self._handlers: list[logging.Handler] = []
 
     # --- the folder -------------------------------------------------------------------------------------------------
@@ -137,6 +138,8 @@ class Run:
             log.addHandler(handler)
 
     def _close(self) -> None:
+        with contextlib.suppress(Exception):  # the error that ended the run matters more
+            self.at_exit.close()
         for tracker in self.trackers:
             with contextlib.suppress(Exception):  # as in `start_trackers`
                 tracker.finish()

@@ -37,7 +37,7 @@ def inputs(batch: int, upper) -> tuple[Tensor, list[Tensor], Tensor]:
     "grid, upper, changes",
     [
         ((6, 6), [], {}),
-        ((5, 7), [], {"attention_every": 0, "filter": 3, "horizontal_residual": 6}),
+        ((5, 7), [], {"attention_every": 0, "filter": 3}),
         ((3, 1), [], {"filter": 7}),
         ((1, 5), [], {"residual": 256}),
         ((6, 4), [(3, 2)], {"conditioning_hidden": 24}),

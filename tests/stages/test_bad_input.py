@@ -8,6 +8,7 @@ import pytest
 from support.stages import CONFIGS, run_stage
 
 from vqscale import cli
+from vqscale.data.shards import Manifest
 
 
 def error_of(capsys: pytest.CaptureFixture[str], stage: str, name: str, *overrides: str) -> str:
@@ -105,5 +106,10 @@ def test_dry_run_prints_sizes_and_writes_nothing(chain: Path, capsys: pytest.Cap
     path = str(CONFIGS / "train_prior_bottom.yaml")
     assert cli.main(["train_prior", path, "--dry-run", "run_dir=never"]) == 0
     out = capsys.readouterr().out
-    assert "576 samples in 9 shards" in out and "K = 32" in out and "steps: 40 of 32 images" in out
+    codes = Manifest.load(chain / "extract_codes" / "train")
+    assert (
+        f"{codes.num_samples} samples in {len(codes.shards)} shards" in out
+        and "K = 32" in out
+        and "steps: 40 of 32 images" in out
+    )
     assert not Path("never").exists()

@@ -37,7 +37,7 @@ class Ranks:
             variables = launcher_variables(rank, world, port) | dict(extra)
             reader, writer = _server.Pipe(duplex=False)
             task = (inspect.getfile(function), function.__name__, tuple(arguments), variables)
-            process = _server.Process(target=_rank_main, args=(task, writer, self._output.name), daemon=True)
+            process = _server.Process(target=_rank_main, args=(task, writer, self._output.name))
             process.start()
             writer.close()
             self._processes.append(process)
@@ -82,13 +82,16 @@ def run_ranks(
     variables: Mapping[str, str] | None = None,
 ) -> list[Any]:
     """`function(*arguments)` on `world` ranks; their results in rank order. world=1 is a process without a launcher."""
-    return Ranks(function, world, arguments, variables or {}).results(timeout)
+    with started(function, world, *arguments, variables=variables) as ranks:
+        return ranks.results(timeout)
 
 
 @contextlib.contextmanager
-def started(function: Callable[..., Any], world: int, *arguments: Any) -> Iterator[Ranks]:
+def started(
+    function: Callable[..., Any], world: int, *arguments: Any, variables: Mapping[str, str] | None = None
+) -> Iterator[Ranks]:
     """Ranks to do something to while they run; none is left afterwards."""
-    ranks = Ranks(function, world, arguments, {})
+    ranks = Ranks(function, world, arguments, variables or {})
     try:
         yield ranks
     finally:

@@ -2,7 +2,8 @@
 
 In: (seed, indices, resolution).  Out: uint8 images [n, 3, R, R] and their labels. Image i is the same wherever and with
 whichever others it is drawn. Shapes are large and nearly centred, colours come from a small palette and textures
-repeat every quarter of the image, so that a small codebook and a small prior can learn them in minutes.
+repeat every quarter of the image, in step with an 8x8 grid of codes, so that a small codebook and a small prior can
+learn them in minutes.
 """
 
 import numpy as np
@@ -11,21 +12,12 @@ from vqscale.seeding import key_of, mix, uniform_array
 
 CLASSES = ("circle", "square", "triangle", "star", "ring", "cross", "rows", "columns", "checkers", "dots")
 FOREGROUNDS = np.array(
-    [
-        (214, 40, 40),  # red
-        (240, 140, 30),  # orange
-        (232, 200, 40),  # yellow
-        (60, 160, 70),  # green
-        (40, 170, 180),  # teal
-        (50, 90, 200),  # blue
-        (130, 70, 170),  # purple
-        (225, 110, 170),  # pink
-    ],
-    np.float32,
-)
+    [(220, 50, 47), (235, 185, 40), (50, 150, 80), (45, 90, 200)], np.float32
+)  # red, yellow, green, blue
 BACKGROUNDS = np.array([(246, 246, 242), (24, 26, 34)], np.float32)  # paper, ink
 _PERIOD = 0.25  # of textures, in image widths
-_TURN = np.pi / 15  # shapes lean at most 12 degrees to either side
+_PHASES = 2  # a texture begins at one of so many places in its period, so that its bands fall on whole code cells
+_TURN = np.pi / 30  # shapes lean at most 6 degrees to either side
 
 
 def draw(seed: int, indices: np.ndarray, resolution: int) -> tuple[np.ndarray, np.ndarray]:
@@ -51,13 +43,18 @@ def _choice(seed: int, what: str, indices: np.ndarray, count: int) -> np.ndarray
     return _uniform(seed, what, indices, 0, count)[:, 0, 0].astype(np.int64)
 
 
+def _phase(seed: int, what: str, indices: np.ndarray) -> np.ndarray:
+    """A share of the period, float32 [n, 1, 1]."""
+    return _choice(seed, what, indices, _PHASES).astype(np.float32)[:, None, None] / _PHASES
+
+
 def _coverage(name: str, seed: int, indices: np.ndarray, resolution: int) -> np.ndarray:
     """How much of each pixel the figure covers: float32 [n, R, R] in [0, 1], from its signed distance in pixels."""
     centres = (np.arange(resolution, dtype=np.float32) + 0.5) / resolution  # pixel centres in image widths
     unit: float | np.ndarray = _PERIOD
     if name in _TEXTURES:
-        x = (centres[None, None, :] + _uniform(seed, "x phase", indices, 0, _PERIOD)) / _PERIOD
-        y = (centres[None, :, None] + _uniform(seed, "y phase", indices, 0, _PERIOD)) / _PERIOD
+        x = centres[None, None, :] / _PERIOD + 0.25 + _phase(seed, "x phase", indices)
+        y = centres[None, :, None] / _PERIOD + 0.25 + _phase(seed, "y phase", indices)
         distance = _TEXTURES[name](x, y)
     else:
         x, y, unit = _placed(seed, indices, centres)
@@ -67,9 +64,9 @@ def _coverage(name: str, seed: int, indices: np.ndarray, resolution: int) -> np.
 
 def _placed(seed: int, indices: np.ndarray, centres: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Coordinates [n, R, R] in which the figure is upright, centred and of radius 1; and the radius [n, 1, 1]."""
-    size = _uniform(seed, "size", indices, 0.32, 0.42)
-    x = (centres[None, None, :] - 0.5 - _uniform(seed, "x", indices, -0.05, 0.05)) / size
-    y = (centres[None, :, None] - 0.5 - _uniform(seed, "y", indices, -0.05, 0.05)) / size
+    size = _uniform(seed, "size", indices, 0.34, 0.42)
+    x = (centres[None, None, :] - 0.5 - _uniform(seed, "x", indices, -0.04, 0.04)) / size
+    y = (centres[None, :, None] - 0.5 - _uniform(seed, "y", indices, -0.04, 0.04)) / size
     turn = _uniform(seed, "turn", indices, -_TURN, _TURN)
     cos, sin = np.cos(turn), np.sin(turn)
     return cos * x - sin * y, sin * x + cos * y, size

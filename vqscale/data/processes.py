@@ -4,19 +4,17 @@ In: a function of a module, and jobs that pickle.  Out: results as they come. A 
 started it, and leaves the signals of a job's end to it.
 """
 
-import ctypes
 import multiprocessing
 import os
 import signal
+import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from typing import Any, TypeVar
 
-import torch
-
 Job = TypeVar("Job")
 Result = TypeVar("Result")
-_PR_SET_PDEATHSIG = 1
 _POLL_SECONDS = 0.5
 
 
@@ -43,7 +41,7 @@ def _over_processes(
 ) -> Iterator[tuple[Job, Result]]:
     # Not fork: the parent runs threads (torch, gloo) whose locks a forked child would inherit.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([function.__module__])
+    context.set_forkserver_preload([function.__module__, __name__])
     pending = iter(jobs)
     running: dict[Future[Result], Job] = {}
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
@@ -61,7 +59,16 @@ def _over_processes(
 
 
 def _start_worker() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    torch.set_num_threads(1)
+    if torch := sys.modules.get("torch"):  # not imported for jobs that do without
+        torch.set_num_threads(1)  # there are as many processes as cores
+
+
+def _end_with_parent() -> None:
+    """The kernel's own signal on a parent's death would not do: the fork server is the parent, and it lives on."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

@@ -30,6 +30,7 @@ log = logging.getLogger("vqscale")
 FORMAT = 1
 _NAME = re.compile(r"\d{12}")
 _TEMPORARY = ".saving-"
+_SETTLE_SECONDS = 60  # a rank that hangs must not keep the others from ending
 
 
 class Checkpointer:
@@ -111,6 +112,11 @@ class Checkpointer:
             if failures:
                 raise OSError(f"a checkpoint could not be written to {self.folder}: {failures[0]}")
         self._written = self._committed = None
+
+    def settle(self) -> None:
+        """For a run that ends by an error: let the save in flight be committed, without talking to other ranks."""
+        in_flight = [future for future in (self._written, self._committed) if future is not None]
+        concurrent.futures.wait(in_flight, timeout=_SETTLE_SECONDS)
 
     def latest(self) -> "Checkpoint | None":
         """The newest checkpoint that verifies, the same on all ranks; damaged ones are set aside and named.

@@ -123,6 +123,7 @@ def fit(
     if config.ema_halflife:
         ema = WeightEMA(engine.local_weights(), halflife=config.ema_halflife, rampup=config.ema_rampup)
     checkpoints = Checkpointer(run.run_dir / "checkpoints", place, keep=config.keep_checkpoints)
+    run.at_exit.callback(checkpoints.settle)
     seen = skipped = skipped_in_a_row = 0
     if latest := checkpoints.latest():
         _refuse_other_model(latest, description)

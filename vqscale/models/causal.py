@@ -79,27 +79,18 @@ class GatedBlock(Block):
     """
 
     def __init__(
-        self,
-        hidden: int,
-        residual: tuple[int, int],
-        filter: int,
-        class_dim: int,
-        conditioning: int,
-        dropout: float,
-        layer: int,
+        self, hidden: int, residual: int, filter: int, class_dim: int, conditioning: int, dropout: float, layer: int
     ):
-        """residual: widths of the vertical and the horizontal gate; conditioning: channels of the features, or 0."""
+        """residual: width of either gate; conditioning: channels of the features, or 0."""
         super().__init__()
         self.reach = filter // 2
-        gates = [2 * width for width in residual]
-        self.gates = gates
-        self.vertical = nn.Conv2d(hidden, gates[0], (self.reach + 1, filter))
-        self.horizontal = nn.Conv2d(hidden, gates[1], (1, self.reach + 1))
-        self.across = nn.Linear(hidden, gates[1], bias=False)  # vertical stream -> horizontal gate
-        self.class_bias = nn.Linear(class_dim, sum(gates), bias=False)  # vertical gate, then horizontal gate
-        self.condition = nn.Linear(conditioning, sum(gates), bias=False) if conditioning else None
-        self.vertical_out = BranchEnd(residual[0], hidden)
-        self.horizontal_out = BranchEnd(residual[1], hidden)
+        self.vertical = nn.Conv2d(hidden, 2 * residual, (self.reach + 1, filter))
+        self.horizontal = nn.Conv2d(hidden, 2 * residual, (1, self.reach + 1))
+        self.across = nn.Linear(hidden, 2 * residual, bias=False)  # vertical stream -> horizontal gate
+        self.class_bias = nn.Linear(class_dim, 4 * residual, bias=False)  # vertical gate, then horizontal gate
+        self.condition = nn.Linear(conditioning, 4 * residual, bias=False) if conditioning else None
+        self.vertical_out = BranchEnd(residual, hidden)
+        self.horizontal_out = BranchEnd(residual, hidden)
         self.vertical_dropout = Dropout(dropout, layer)
         self.horizontal_dropout = Dropout(dropout, layer + 1)
 
@@ -116,7 +107,7 @@ class GatedBlock(Block):
         bias = rearrange(self.class_bias(label), "b r -> b 1 1 r")
         if self.condition is not None:
             bias = bias + self.condition(features)
-        down, right = bias.split(self.gates, dim=-1)
+        down, right = bias.chunk(2, dim=-1)
         above = convolve(self.vertical, normalise(vertical), (reach, reach, reach, 0)) + down
         vertical = vertical + self.vertical_dropout(self.vertical_out(gate(above)), key)
         left = convolve(self.horizontal, normalise(horizontal), (reach, 0, 0, 0)) + right

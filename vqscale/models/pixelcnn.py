@@ -39,7 +39,6 @@ class PriorConfig:
     kind: str = "pixelcnn"  # which prior
     hidden: int = 128  # channels of both streams
     residual: int = 128  # channels inside a residual block: the width of the gate
-    horizontal_residual: int = 0  # the same in the horizontal stack, which is what sampling pays for; 0 = residual
     layers: int = 6  # gated blocks
     attention_every: int = 0  # a causal self-attention block after every so many gated blocks; 0 = none
     heads: int = 8  # heads of self-attention; divides hidden
@@ -136,10 +135,9 @@ class PixelCNN(nn.Module):
             )
         site = config.conditioning_layers  # numbers the places of dropout
         features = self.conditioning.width if self.conditioning else 0
-        widths = (config.residual, config.horizontal_residual or config.residual)
         self.blocks = nn.ModuleList()
         for n in range(1, config.layers + 1):
-            self.blocks.append(GatedBlock(hidden, widths, config.filter, config.class_dim, features, p, site))
+            self.blocks.append(GatedBlock(hidden, config.residual, config.filter, config.class_dim, features, p, site))
             site += 2
             if config.attention_every and n % config.attention_every == 0:
                 self.blocks.append(AttentionBlock(hidden, config.heads, p, site))

@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from vqscale.sources import Source
 class EvaluateConfig(StageConfig):
     """What to evaluate; an input that is absent, or `none`, leaves out the metrics that need it."""
 
+    recomputes: ClassVar[bool] = True
     samples: str = run_of("sample")  # sample shards, or any data set of images
     reference: str = run_of("pack")  # real images (the holdout part), or ADM's reference .npz
     vqvae: str = run_of("train_vqvae")

@@ -273,7 +273,8 @@ def _save_manifest(folder: Path, plan: _Plan, listing: Listing, infos: list[Shar
     if not sum(info.num_samples for info in infos):
         if folder.name == "train":
             raise ValueError("no image is left to train on: all are held out or do not decode")
-        folder.rmdir() if not any(folder.iterdir()) else None
+        if not any(folder.iterdir()):
+            folder.rmdir()
         return
     how = plan.encoding
     transform = {
