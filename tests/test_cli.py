@@ -37,17 +37,21 @@ cli.entry()
 """
 
 
-def put_pulse_in_place_of_pack() -> ModuleType:
+def pulse_stage() -> ModuleType:
     stage = ModuleType("vqscale.stages.pack")
     stage.Config, stage.main = PulseConfig, pulse  # type: ignore[attr-defined]
     stage.plan = lambda config: f"would end {config.ending}"  # type: ignore[attr-defined]
-    sys.modules["vqscale.stages.pack"] = stage
     return stage
+
+
+def put_pulse_in_place_of_pack() -> None:
+    """For a program of its own: there is nothing to give back."""
+    sys.modules["vqscale.stages.pack"] = pulse_stage()
 
 
 @pytest.fixture
 def words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    monkeypatch.setitem(sys.modules, "vqscale.stages.pack", put_pulse_in_place_of_pack())
+    monkeypatch.setitem(sys.modules, "vqscale.stages.pack", pulse_stage())
     (tmp_path / "pack.yaml").write_text("seed: 1\n")
     return ["pack", str(tmp_path / "pack.yaml"), f"run_dir={tmp_path / 'run'}", "threads=1"]
 

@@ -1,9 +1,12 @@
 import os
+import signal
+import time
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from support.distributed import run_ranks
+from support.distributed import free_port, run_ranks, started
 
 from vqscale import topology
 from vqscale.config import StageConfig
@@ -108,13 +111,11 @@ def test_threads_are_set() -> None:
         torch.set_num_threads(before)
 
 
-def _outlive_the_launcher(pid_file: str) -> None:
+def _outlive_the_launcher(pid_file: str, port: str) -> None:
     """A launcher that starts one rank and is killed."""
-    import time
-
     child = os.fork()
     if child == 0:
-        os.environ.update({"RANK": "0", "WORLD_SIZE": "1"})
+        os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
         topology.bring_up(CPU)
         with open(pid_file, "w") as file:
             file.write(str(os.getpid()))
@@ -122,14 +123,9 @@ def _outlive_the_launcher(pid_file: str) -> None:
     time.sleep(600)
 
 
-def test_a_rank_ends_with_its_launcher(tmp_path) -> None:
-    import signal
-    import time
-
-    from support.distributed import started
-
+def test_a_rank_ends_with_its_launcher(tmp_path: Path) -> None:
     pid_file = tmp_path / "pid"
-    with started(_outlive_the_launcher, 1, str(pid_file)) as launcher:
+    with started(_outlive_the_launcher, 1, str(pid_file), str(free_port())) as launcher:
         until = time.monotonic() + 60
         while not (pid_file.exists() and pid_file.read_text()) and time.monotonic() < until:
             time.sleep(0.02)

@@ -36,9 +36,9 @@ _RELU_GAIN = math.sqrt(2)  # He et al. 2015, equation 10
 
 @dataclass(frozen=True)
 class VQVAEConfig:
-    hidden: int = 128
-    residual_hidden: int = 64
-    residual_layers: int = 2
+    hidden: int = 128  # channels of encoders and decoders
+    residual_hidden: int = 64  # channels inside a residual block
+    residual_layers: int = 2  # residual blocks in each encoder and decoder
     downsample: list[int] = field(default_factory=lambda: [4, 2])  # bottom first, each from the grid below it
     quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
     activation_checkpointing: bool = False  # recompute residual blocks in the backward pass to save memory
