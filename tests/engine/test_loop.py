@@ -78,12 +78,14 @@ def test_a_run_goes_on_to_a_larger_total(uninterrupted: Path, tmp_path: Path) ->
 
 
 def run_until_done(settings: TinyConfig, world: int, kill: Any, most: int = 60) -> int:
-    """Start, let `kill(ranks)` do its worst, start again …; returns how many starts ended by a kill."""
+    """Start, let `kill` do its worst, start again …; returns how many starts ended by a kill.
+
+    Ranks that outlive a killed one are killed too, as a launcher would.
+    """
     kills = 0
     for _ in range(most):
         with started(train, world, settings) as ranks:
-            kill(ranks, kills)
-            codes = ranks.wait(60)
+            codes = ranks.wait(5 if kill(ranks, kills) else 120)
             if codes == [0] * world:
                 return kills
             assert -signal.SIGKILL in codes, ranks.output()
@@ -91,22 +93,23 @@ def run_until_done(settings: TinyConfig, world: int, kill: Any, most: int = 60) 
     raise AssertionError(f"not done after {most} starts")
 
 
-def kill_at_random(run_dir: Path, chance: random.Random, victims: list[int] | None = None) -> Any:
-    def kill(ranks: Ranks, kills: int) -> None:
-        if kills >= 12:
-            return  # the last one may finish
+def kill_at_random(run_dir: Path, chance: random.Random, most: int, victims: list[int] | None = None) -> Any:
+    def kill(ranks: Ranks, kills: int) -> bool:
+        if kills >= most:
+            return False  # the last one may finish
         until = time.monotonic() + 60
         while runtime.read_json(run_dir / "status.json").get("pid") != ranks.pids[0] and time.monotonic() < until:
             time.sleep(0.005)
-        time.sleep(chance.uniform(0.0, 0.6))
+        time.sleep(chance.uniform(0.0, 0.8))
         ranks.signal(signal.SIGKILL, victims)
+        return True
 
     return kill
 
 
 def test_killed_at_random_places_a_run_ends_bit_identical(uninterrupted: Path, tmp_path: Path) -> None:
     settings = config(tmp_path, step_seconds=0.05)
-    kills = run_until_done(settings, 1, kill_at_random(tmp_path, random.Random(2)))
+    kills = run_until_done(settings, 1, kill_at_random(tmp_path, random.Random(2), 12))
     assert kills >= 3
     assert_bit_identical(saved(tmp_path), saved(uninterrupted))
     assert losses(tmp_path) == losses(uninterrupted)
@@ -118,8 +121,8 @@ def test_killed_at_random_places_a_run_ends_bit_identical(uninterrupted: Path, t
 def test_a_killed_rank_ends_the_job_and_the_rerun_is_bit_identical(tmp_path: Path, strategy: str) -> None:
     for name in ("one", "other"):
         settings = config(tmp_path / name, strategy=strategy, step_seconds=0.05 if name == "other" else 0.0)
-        victim = kill_at_random(tmp_path / name, random.Random(3), [1])
-        kills = run_until_done(settings, 2, victim if name == "other" else lambda ranks, kills: None)
+        victim = kill_at_random(tmp_path / name, random.Random(3), 6, [1])
+        kills = run_until_done(settings, 2, victim if name == "other" else lambda ranks, kills: False)
     assert kills >= 2
     assert_bit_identical(saved(tmp_path / "other"), saved(tmp_path / "one"))
     assert losses(tmp_path / "other") == losses(tmp_path / "one")

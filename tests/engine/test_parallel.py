@@ -179,23 +179,27 @@ def test_what_differs_between_ranks_is_named() -> None:
     assert run_ranks(_compare, 2, [1.0, 1.0000001]) == ["code differs between ranks"] * 2
 
 
+def _train_compiled_or_not(compiled: bool) -> dict[str, torch.Tensor]:
+    place = topology.bring_up(StageConfig(device="cpu", threads=1))
+    module = TinyModel()
+    names = [name for name, _ in module.named_parameters()]
+    if compiled:
+        compile_units(module)
+    engine = TorchEngine(module, place, precision="fp32", accumulation=1, optimizer=OPTIMIZER)
+    assert [name for name, _ in module.named_parameters()] == names
+    for first in range(0, 12, 4):
+        engine.backward(engine.model(torch.stack([sample(p, 0) for p in range(first, first + 4)])).square().mean())
+        engine.step(0.01, 1.0)
+    if compiled:
+        assert sum(torch._dynamo.utils.counters["stats"].values()) > 0, "nothing was compiled"
+    return {name: whole(tensor) for name, tensor in engine.tensors().items()}
+
+
 @pytest.mark.slow
-def test_compiled_units_equal_eager_ones(place: Topology) -> None:
-    x = torch.stack([sample(p, 0) for p in range(4)])
-    found = []
-    for compiled in (False, True):
-        module = TinyModel()
-        names = [name for name, _ in module.named_parameters()]
-        if compiled:
-            compile_units(module)
-        engine = TorchEngine(module, place, precision="fp32", accumulation=1, optimizer=OPTIMIZER)
-        assert [name for name, _ in module.named_parameters()] == names
-        for _ in range(3):
-            engine.backward(engine.model(x).square().mean())
-            engine.step(0.01, 1.0)
-        found.append(engine.tensors())
-    for name, tensor in found[0].items():
-        torch.testing.assert_close(found[1][name], tensor, rtol=0, atol=1e-6, msg=name)
+def test_compiled_units_equal_eager_ones() -> None:
+    eager, compiled = (run_ranks(_train_compiled_or_not, 1, how, timeout=500)[0] for how in (False, True))
+    for name, tensor in eager.items():
+        torch.testing.assert_close(compiled[name], tensor, rtol=0, atol=1e-6, msg=name)
 
 
 def test_the_memory_loader_of_these_tests_keeps_the_rules() -> None:

@@ -69,6 +69,11 @@ class Ranks:
         assert not failures, "\n".join([f"exit codes {codes}", *failures, self.output()[-3000:]])
         return [value for _, value in answers]
 
+    def close(self) -> None:
+        for pipe in self._pipes:
+            pipe.close()
+        self._output.close()
+
     def output(self) -> str:
         """What the ranks have printed so far."""
         return Path(self._output.name).read_text(errors="replace")
@@ -96,6 +101,7 @@ def started(
         yield ranks
     finally:
         ranks.wait(0)
+        ranks.close()
 
 
 def launcher_variables(rank: int, world: int, port: str) -> dict[str, str]:
