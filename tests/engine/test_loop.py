@@ -14,7 +14,7 @@ from support.training import TinyConfig, TinyModel, losses, metrics, train
 
 from vqscale import runtime
 from vqscale.engine import checkpoint as checkpoints
-from vqscale.engine.checkpoint import find_latest
+from vqscale.engine.checkpoint import find_latest, verify
 
 
 def config(run_dir: Path | str, **changes: Any) -> TinyConfig:
@@ -116,6 +116,19 @@ def test_killed_at_random_places_a_run_ends_bit_identical(uninterrupted: Path, t
     assert runtime.read_json(tmp_path / "command.json")["restarts"] == kills
 
 
+def _train_and_die_at(settings: TinyConfig, at: int) -> None:
+    train(settings, on_step=lambda run, seen: os.kill(os.getpid(), signal.SIGKILL) if seen == at else None)
+
+
+def test_lines_of_steps_that_were_lost_are_lost_too(uninterrupted: Path, tmp_path: Path) -> None:
+    with started(_train_and_die_at, 1, config(tmp_path), 80) as ranks:
+        assert ranks.wait(60) == [-signal.SIGKILL], ranks.output()
+    assert [line["images_seen"] for line in metrics(tmp_path)] == list(range(8, 80, 8))
+    run_ranks(train, 1, config(tmp_path))
+    assert [line["images_seen"] for line in metrics(tmp_path)] == list(range(8, 168, 8))
+    assert losses(tmp_path) == losses(uninterrupted)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_a_killed_rank_ends_the_job_and_the_rerun_is_bit_identical(tmp_path: Path, strategy: str) -> None:
@@ -148,6 +161,8 @@ def _train_and_die_in_save(settings: TinyConfig, point: str, call: int) -> None:
         nonlocal passed
         passed += 1
         if passed == call:
+            if point == "in retention":
+                next(arguments[0].iterdir()).unlink()
             _die()
         return real(*arguments, **options)
 
@@ -173,6 +188,7 @@ def test_killed_inside_a_save_a_whole_checkpoint_is_always_there(
         assert ranks.wait(60) == [-signal.SIGKILL], ranks.output()
     latest = find_latest(tmp_path / "checkpoints", set_aside=False)
     assert latest is not None and latest.images_seen >= 16
+    assert all(verify(path) == "" for path in (tmp_path / "checkpoints").glob("0*"))
     before = latest.images_seen
     (result,) = run_ranks(train, 1, config(tmp_path))
     assert result["consumed"] == list(range(before, 160))
@@ -261,6 +277,16 @@ def test_unreadable_samples_are_counted_once_over_all_ranks(tmp_path: Path) -> N
     for total in (64, 160):
         states = run_ranks(_train_with_bad, 2, config(tmp_path, total_images=total), (3, 7, 63, 64, 159))
     assert states == [{"consumed": 160, "counted": {"decode": 5}}] * 2
+
+
+@pytest.mark.parametrize("nan_at", [(), (47,)])
+def test_the_weight_average_takes_in_every_applied_step(tmp_path: Path, nan_at: tuple[int, ...]) -> None:
+    (result,) = run_ranks(_train_with_nan, 1, config(tmp_path), nan_at)
+    average = TinyModel().head.bias.detach()
+    for step, (bias, applied) in enumerate(zip(result["biases"], result["applied"], strict=True), 1):
+        if applied:
+            average = average.lerp(bias, 1 - 0.5 ** (8 / min(32, 0.05 * 8 * step)))
+    torch.testing.assert_close(saved(tmp_path)["ema.head.bias"], average, rtol=0, atol=1e-6)
 
 
 class Evaluations:

@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -130,6 +131,7 @@ def _receive(pipe: Connection, until: float) -> tuple[bool, Any]:
 def _rank_main(task: tuple[str, str, tuple[Any, ...], dict[str, str]], answer: Connection, output: str) -> None:
     import torch
 
+    threading.Thread(target=_end_with_the_tests, daemon=True).start()
     path, name, arguments, variables = task
     printed = os.open(output, os.O_WRONLY | os.O_APPEND)
     os.dup2(printed, 1)
@@ -147,6 +149,14 @@ def _rank_main(task: tuple[str, str, tuple[Any, ...], dict[str, str]], answer: C
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0 if result[0] else 1)
+
+
+def _end_with_the_tests() -> None:
+    """Nothing outlives tests that were killed."""
+    tests = multiprocessing.parent_process()
+    assert tests is not None
+    tests.join()
+    os._exit(1)
 
 
 def _load(path: str) -> ModuleType:

@@ -109,7 +109,7 @@ def train(
     on_step: Any = None,
     evaluators: Any = (),
 ) -> dict[str, Any]:
-    """One run of a TinyModel; returns its last tensors (whole), positions seen by this rank, and counters.
+    """One run of a TinyModel; returns its last tensors (whole), positions seen by this rank, and what each step did.
 
     `nan_at`: positions whose sample makes the loss NaN, on the rank that holds it. `bad`: positions flagged unreadable.
     `on_step(run, images_seen)` is called after every optimizer step.
@@ -122,6 +122,7 @@ def train(
         engine = make_engine(module, place, config, loader.micro_batches_per_step)
         consumed: list[int] = []
         applied_steps: list[bool] = []
+        biases: list[Tensor] = []
         inputs = torch.zeros(WIDTH, dtype=torch.float64)
 
         def step(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -135,6 +136,7 @@ def train(
 
         def after_step(applied: bool, learning_rate: float, images_seen: int) -> dict[str, Tensor]:
             applied_steps.append(applied)
+            biases.append(whole(module.head.bias))
             place.all_reduce_(inputs)
             module.average.lerp_(inputs.to(module.average.dtype) / config.global_batch, 0.1)
             module.updates.add_(1)
@@ -161,6 +163,7 @@ def train(
             "tensors": tensors,
             "consumed": consumed,
             "applied": applied_steps,
+            "biases": biases,
             "counters": counters,
             "data": loader.state_dict(),
             "engine": type(engine.model).__name__,
