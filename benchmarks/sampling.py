@@ -11,15 +11,13 @@ Also printed: what one forward's arithmetic and one reading of the per-code weig
 product rate and memory bandwidth measured here (`floor_seconds`), and the share of it that sampling reaches.
 """
 
-import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
+from measure import arguments, memory_rate, product_rate, timed, write
 from torch import Tensor
 
 from vqscale.models.causal import GatedBlock
@@ -42,12 +40,6 @@ def build(level: str, quick: bool) -> PixelCNN:
     prior = PixelCNN(config, num_codes=K, grid=(side, side), num_classes=CLASSES, upper_grids=upper).eval()
     initialise(prior, seed=0)
     return prior
-
-
-def timed(action: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
 
 
 class Case:
@@ -104,13 +96,6 @@ def code_weights(prior: PixelCNN) -> int:
     return total
 
 
-def machine() -> tuple[float, float]:
-    """(FLOP/s of a 2048^3 matrix product, bytes/s of reading 256 MB), best of five."""
-    square, long = torch.randn(2048, 2048), torch.randn(1 << 26)
-    product = min(timed(lambda: square @ square) for _ in range(5))
-    return 2 * 2048**3 / product, long.numel() * 4 / min(timed(long.sum) for _ in range(5))
-
-
 def floor_seconds(case: Case, flops: float, bandwidth: float) -> float:
     """What no implementation of this model goes below here: rows at the product's rate, codes at the slower of two."""
     per_code, places = code_weights(case.prior), case.height * case.width
@@ -155,15 +140,13 @@ def show(level: str, batch: str, cell: dict[str, Any]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the numbers here")
-    parser.add_argument("--quick", action="store_true", help="small priors: seconds instead of minutes")
+    parser = arguments(__doc__)
     parser.add_argument("--levels", nargs="+", choices=("top", "bottom"), default=["top", "bottom"])
     parser.add_argument("--batches", nargs="+", type=int, default=[8, 32])
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="arithmetic; bf16 pays on hardware that has it")
     parser.add_argument("--minutes", type=float, default=20, help="when short, fewer rows are drawn and scaled")
     args = parser.parse_args(argv)
-    rates = machine()
+    rates = product_rate(torch.float32), memory_rate()
     print(f"matrix product {rates[0] / 1e9:.0f} GFLOP/s, memory {rates[1] / 1e9:.1f} GB/s, {args.dtype}")
     results: dict[str, Any] = {level: {} for level in args.levels}
     # a bottom cell has four times the codes of a top one, and a batch of 32 four times the work of 8
@@ -174,8 +157,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         case = Case(build(level, args.quick), batch, DTYPES[args.dtype])
         results[level][str(batch)] = measure(case, args.minutes * 60 * share / sum(shares.values()), rates)
         show(level, str(batch), results[level][str(batch)])
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
+    write(args.json, results)
     return results
 
 

@@ -1,0 +1,97 @@
+"""How long a checkpoint keeps training waiting, in units of a synchronous save and of training steps.
+
+    python benchmarks/checkpoint.py [--json FILE] [--quick] [--rounds N] [--folder DIR]
+
+In: nothing. Out, with --json {"blocked": …, "slowed": …, "blocked_steps": …}, each {"value", "goal", "limit"}:
+`blocked` is the time until save() returns and training may go on, over the time of a save that is waited for (written,
+hashed, fsynced, renamed); `slowed` adds what the steps beside the writing lose, over the same. Rounds of plain steps,
+steps beside a save, and a synchronous save take turns. The state is a prior's: weights, both moments, EMA.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from measure import ALONE, arguments, median, print_rows, timed, write
+from torch import Tensor
+from train_step import Trainer, Way
+
+from vqscale.engine.checkpoint import Checkpointer
+from vqscale.engine.ema import WeightEMA
+
+STEPS = 4  # beside one save
+
+
+class Saves:
+    """A trainer and its checkpoints, the next one always under a new number."""
+
+    def __init__(self, folder: Path, quick: bool):
+        self.trainer = Trainer("prior", Way("fp32"), quick)
+        self.trainer()  # Adam's state
+        averages = WeightEMA(self.trainer.engine.local_weights(), halflife=1, rampup=0).averages
+        self.tensors: Mapping[str, Tensor] = self.trainer.engine.tensors() | {
+            f"ema.{name}": value for name, value in averages.items()
+        }
+        self.checkpoints = Checkpointer(folder, ALONE, keep=1)
+        self.count = 0
+
+    @property
+    def size(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+
+    def save(self) -> None:
+        self.count += 1
+        self.checkpoints.save(self.count, dict(self.tensors), {})
+
+    def synchronous(self) -> None:
+        self.save()
+        self.checkpoints.wait()
+
+    def steps(self) -> None:
+        for _ in range(STEPS):
+            self.trainer()
+
+
+def measure(saves: Saves, rounds: int) -> dict[str, Any]:
+    saves.synchronous()
+    columns: dict[str, list[float]] = {"steps": [], "blocked": [], "beside": [], "synchronous": []}
+    for _ in range(rounds):
+        columns["steps"].append(timed(saves.steps))
+        columns["blocked"].append(timed(saves.save))
+        columns["beside"].append(timed(saves.steps))
+        saves.checkpoints.wait()
+        columns["synchronous"].append(timed(saves.synchronous))
+    plain, blocked, beside, whole = (median(column) for column in columns.values())
+    print(
+        f"{saves.size / 1e6:.0f} MB: a synchronous save takes {whole:.2f} s, save() returns after {blocked:.3f} s; "
+        f"{STEPS} steps take {plain:.2f} s, beside the writing {beside:.2f} s"
+    )
+    return {
+        "blocked": {"value": blocked / whole, "goal": 0.2, "limit": None},
+        "slowed": {"value": (blocked + max(0.0, beside - plain)) / whole, "goal": None, "limit": None},
+        "blocked_steps": {"value": blocked / (plain / STEPS), "goal": None, "limit": None},
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    parser = arguments(__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="the disk to write to")
+    args = parser.parse_args(argv)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    folder = Path(tempfile.mkdtemp(prefix="checkpoint-", dir=args.folder))
+    try:
+        rows = measure(Saves(folder, args.quick), args.rounds)
+    finally:
+        shutil.rmtree(folder)
+        dist.destroy_process_group()
+    print_rows(rows)
+    write(args.json, rows)
+    return rows
+
+
+if __name__ == "__main__":
+    main()
