@@ -58,7 +58,6 @@ class VQVAESteps:
         initialise(self.model, seed=0)
         self.model.init_codebooks([self.images(n) for n in range(4)], seed=0)
         self.format = torch.channels_last if way.channels_last else torch.contiguous_format
-        self.model.to(memory_format=self.format)
 
     def images(self, step: int) -> Tensor:
         """float32 [batch, 3, side, side] in [-1, 1]."""

@@ -20,7 +20,7 @@ from vqscale.engine.checkpoint import has_checkpoint
 from vqscale.engine.loop import Batch, FitConfig, fit, loader_options
 from vqscale.engine.parallel import assert_same_everywhere, compile_units, make_engine
 from vqscale.models.init import initialise
-from vqscale.models.vqvae import VQVAE, VQVAEConfig
+from vqscale.models.vqvae import VQVAE, VQVAEConfig, VQVAEOutput
 from vqscale.sources import build
 
 
@@ -56,7 +56,6 @@ def main(config: TrainVQVAEConfig) -> None:
         initialise(model, config.seed)
         if not place.gather(has_checkpoint(run.run_dir / "checkpoints"))[0]:
             _init_codebooks(model, folder, reader, config, run)
-        model.to(memory_format=torch.channels_last)
         if config.compile:
             compile_units(model)
         engine = make_engine(model, place, config, loader.micro_batches_per_step)
@@ -101,6 +100,7 @@ def describe(config: TrainVQVAEConfig, manifest: Manifest) -> dict[str, Any]:
 
 def training_step(model: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """Reconstruction error + β · commitment (van den Oord et al. 2017, eq. 3); every MSE in [-1, 1] units."""
+    # The images' layout alone decides the activations'; FSDP2 refuses parameters that are not contiguous.
     image = to_float(batch["image"]).contiguous(memory_format=torch.channels_last)
     output = model(image, position=batch["position"])
     error = F.mse_loss(output.reconstruction, image.to(output.reconstruction.dtype))
@@ -158,8 +158,8 @@ class HeldOutReconstruction:
             sums += torch.stack([(error * weight).sum(), (psnr(error) * weight).sum(), weight.sum()])
             for level, codes in enumerate(output.codes):
                 used[level] += torch.bincount(codes[weight > 0].flatten(), minlength=vqvae.num_codes)
-            if not shown and place.is_main:
-                self._picture(image, output.reconstruction, images_seen)
+            if not shown:
+                self._picture(vqvae, image, output, images_seen)
                 shown = True
         place.all_reduce_(sums)
         place.all_reduce_(used)
@@ -182,11 +182,18 @@ class HeldOutReconstruction:
             limit=config.evaluate_images,
         )
 
-    def _picture(self, image: Tensor, reconstruction: Tensor, images_seen: int) -> None:
-        """Originals above their reconstructions."""
+    def _picture(self, vqvae: VQVAE, image: Tensor, output: VQVAEOutput, images_seen: int) -> None:
+        """Originals, below them their reconstructions, below those what the top level alone says.
+
+        Called by all ranks.
+        """
         count = min(self._config.grid_images, len(image))
-        both = torch.cat([image[:count], reconstruction[:count].float()]).clamp(-1, 1)
-        grid = make_grid((both + 1) / 2, nrow=count)
+        rows = [image[:count], output.reconstruction[:count].float()]
+        if len(output.codes) > 1:
+            rows.append(vqvae.decode_top([output.codes[0][:count]]).float())
+        if not self._run.topology.is_main:
+            return
+        grid = make_grid((torch.cat(rows).clamp(-1, 1) + 1) / 2, nrow=count)
         folder = self._run.run_dir / "samples"
         folder.mkdir(exist_ok=True)
         save_image(grid, folder / f"{images_seen:012d}.png")
