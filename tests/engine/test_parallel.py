@@ -44,6 +44,10 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         ("fsdp", 2, 2, "fp32"),
         ("fsdp", 2, 2, "fp64"),
         ("hsdp", 4, 1, "fp32"),
+        ("zero1", 2, 2, "fp32"),
+        ("zero2", 2, 0, "fp32"),
+        ("zero2", 4, 1, "fp32"),
+        ("zero3", 2, 2, "fp32"),
     ],
 )
 def test_strategies_equal_a_single_process(
@@ -61,7 +65,9 @@ def test_strategies_equal_a_single_process(
         assert all(torch.equal(rank["tensors"][name], ranks[0]["tensors"][name]) for rank in ranks), name
     positions = sorted(position for rank in ranks for position in rank["consumed"])
     assert positions == list(range(8 * STEPS))
-    wrapped = {"single": "TinyModel", "ddp": "DistributedDataParallel"}.get(strategy, "FSDPTinyModel")
+    wrapped = {"single": "TinyModel", "ddp": "DistributedDataParallel"}.get(
+        strategy, "DeepSpeedEngine" if strategy.startswith("zero") else "FSDPTinyModel"
+    )
     assert {rank["engine"] for rank in ranks} == {wrapped}
 
 

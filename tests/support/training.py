@@ -136,7 +136,7 @@ def train(
 
         def after_step(applied: bool, learning_rate: float, images_seen: int) -> dict[str, Tensor]:
             applied_steps.append(applied)
-            biases.append(whole(module.head.bias))
+            biases.append(whole(engine.tensors()["model.head.bias"]))
             place.all_reduce_(inputs)
             module.average.lerp_(inputs.to(module.average.dtype) / config.global_batch, 0.1)
             module.updates.add_(1)

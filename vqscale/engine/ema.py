@@ -1,7 +1,7 @@
 """Exponential moving average of the weights, sharded exactly as the weights are."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -14,10 +14,13 @@ class WeightEMA:
     decay = 0.5 ^ (batch / min(halflife, rampup · images_seen)).
     """
 
-    def __init__(self, weights: dict[str, Tensor], *, halflife: int, rampup: float):
+    def __init__(
+        self, weights: dict[str, Tensor], changed: Callable[[], None] = lambda: None, *, halflife: int, rampup: float
+    ):
+        """`changed` is called whenever `swapped_in` wrote to the weights."""
         self.halflife = halflife
         self.rampup = rampup
-        self._weights = weights
+        self._weights, self._changed = weights, changed
         self.averages = {name: weight.detach().clone() for name, weight in weights.items()}
 
     @torch.no_grad()
@@ -42,3 +45,4 @@ class WeightEMA:
             kept = weight.detach().clone()
             weight.copy_(self.averages[name])
             self.averages[name].copy_(kept)
+        self._changed()

@@ -121,13 +121,15 @@ def fit(
     place, batch_size, accumulation = run.topology, config.global_batch, loader.micro_batches_per_step
     ema = None
     if config.ema_halflife:
-        ema = WeightEMA(engine.local_weights(), halflife=config.ema_halflife, rampup=config.ema_rampup)
+        ema = WeightEMA(
+            engine.local_weights(), engine.weights_changed, halflife=config.ema_halflife, rampup=config.ema_rampup
+        )
     checkpoints = Checkpointer(run.run_dir / "checkpoints", place, keep=config.keep_checkpoints)
     run.at_exit.callback(checkpoints.settle)
     seen = skipped = skipped_in_a_row = 0
     if latest := checkpoints.latest():
         _refuse_other_model(latest, description)
-        latest.load_into(_tensors(engine, ema))
+        _load(latest, engine, ema)
         loader.load_state_dict(latest.state["data"])
         engine.load_counters(latest.state["engine"])
         seen, skipped = latest.images_seen, latest.state["skipped_steps"]
@@ -195,6 +197,15 @@ def fit(
 def _tensors(engine: Engine, ema: WeightEMA | None) -> dict[str, Tensor]:
     averages = engine.like_weights(ema.averages) if ema else {}
     return engine.tensors() | {f"ema.{name}": value for name, value in averages.items()}
+
+
+def _load(latest: Checkpoint, engine: Engine, ema: WeightEMA | None) -> None:
+    tensors = _tensors(engine, ema)
+    latest.load_into(tensors)
+    engine.load_tensors(tensors)
+    if ema:
+        averages = {name: tensors[f"ema.{name}"] for name in ema.averages}
+        engine.unlike_weights(averages, ema.averages)
 
 
 def _refuse_other_model(latest: Checkpoint, description: Mapping[str, Any]) -> None:

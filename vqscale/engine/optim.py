@@ -2,9 +2,12 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def learning_rate_at(images_seen: int, *, peak: float, warmup: int, schedule: str, total: int, final: float) -> float:
@@ -22,27 +25,33 @@ def learning_rate_at(images_seen: int, *, peak: float, warmup: int, schedule: st
     return peak * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
+def adamw_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW's parameter groups: weight decay acts on matrices and kernels, not on biases and gains."""
+    trained = [p for p in parameters if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def fresh_state(parameter: Tensor) -> dict[str, Tensor]:
+    """Adam's state of a parameter before the first step."""
+    step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+    return {"step": step} | {moment: torch.zeros_like(parameter) for moment in MOMENTS}
+
+
 def build_adamw(
     parameters: Iterable[nn.Parameter], *, betas: tuple[float, float], weight_decay: float
 ) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter 2019) whose two moments exist before the first step.
 
     So what a rank holds is known, and refused, at start-up, and a checkpoint has the same tensors at any time.
-    Weight decay acts on matrices and kernels, not on biases and gains.
     """
-    trained = [p for p in parameters if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
+    groups = adamw_groups(parameters, weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
-    for parameter in trained:
-        optimizer.state[parameter] = {
-            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-            "exp_avg": torch.zeros_like(parameter),
-            "exp_avg_sq": torch.zeros_like(parameter),
-        }
+    for parameter in (p for group in groups for p in group["params"]):
+        optimizer.state[parameter] = fresh_state(parameter)
     return optimizer
 
 
@@ -56,5 +65,5 @@ def moments(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str]) ->
     return {
         f"{moment}.{name}": optimizer.state[parameter][moment]
         for parameter, name in names.items()
-        for moment in ("exp_avg", "exp_avg_sq")
+        for moment in MOMENTS
     }

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from vqscale.engine.optim import build_adamw, moments, set_learning_rate
+from vqscale.engine.zero import ZeroEngine
 from vqscale.topology import Topology
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}  # of parameters and inputs
@@ -32,8 +33,11 @@ class Engine(Protocol):
     def backward(self, loss: Tensor) -> None: ...
     def step(self, learning_rate: float, max_norm: float) -> tuple[bool, Tensor]: ...
     def local_weights(self) -> dict[str, Tensor]: ...
-    def tensors(self) -> dict[str, Tensor]: ...
+    def weights_changed(self) -> None: ...
     def like_weights(self, local: dict[str, Tensor]) -> dict[str, Tensor]: ...
+    def unlike_weights(self, tensors: dict[str, Tensor], local: dict[str, Tensor]) -> None: ...
+    def tensors(self) -> dict[str, Tensor]: ...
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None: ...
     def counters(self) -> dict[str, Any]: ...
     def load_counters(self, counters: dict[str, Any]) -> None: ...
     def bytes_here(self) -> dict[str, int]: ...
@@ -95,14 +99,23 @@ class TorchEngine:
         """This rank's part of every trained parameter, by name; views, not copies."""
         return {name: _local(parameter.detach()) for parameter, name in self._names.items()}
 
+    def weights_changed(self) -> None:
+        """After somebody wrote to `local_weights`: they are what the model computes with, so there is nothing to do."""
+
     def like_weights(self, local: dict[str, Tensor]) -> dict[str, Tensor]:
         """Local parts laid out as `local_weights`, as tensors that a checkpoint can reshard; views, not copies."""
         return {name: _as_sharded(local[name], parameter) for parameter, name in self._names.items()}
+
+    def unlike_weights(self, tensors: dict[str, Tensor], local: dict[str, Tensor]) -> None:
+        """Back into `local` what `like_weights(local)` returned and a load has filled: they are the same memory."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Parameters, persistent buffers and optimizer moments under the model's own names."""
         weights = {f"model.{name}": value.detach() for name, value in self.module.state_dict().items()}
         return weights | {f"optimizer.{key}": value for key, value in moments(self._optimizer, self._names).items()}
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Back into the engine what `tensors()` returned and a load has filled: they are the same memory."""
 
     def counters(self) -> dict[str, Any]:
         """Adam's step count, the same for every parameter."""
@@ -161,7 +174,14 @@ def make_engine(module: nn.Module, place: Topology, config: Any, accumulation: i
     """The engine of the strategy that was launched; `config` is a FitConfig."""
     optimizer = {"betas": (config.beta1, config.beta2), "weight_decay": config.weight_decay}
     if place.engine == "deepspeed":
-        raise ValueError(f"strategy={place.strategy} is not built yet")
+        return ZeroEngine(
+            module,
+            place,
+            precision=config.precision,
+            accumulation=accumulation,
+            max_norm=config.max_norm,
+            optimizer=optimizer,
+        )
     return TorchEngine(module, place, precision=config.precision, accumulation=accumulation, optimizer=optimizer)
 
 
