@@ -245,7 +245,7 @@ def _train_with_nan(settings: TinyConfig, positions: tuple[int, ...]) -> Any:
         return str(error)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero2", "zero3"])
 def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(tmp_path: Path, strategy: str) -> None:
     results = run_ranks(_train_with_nan, 2, config(tmp_path, strategy=strategy), (47,))  # rank 1's part of step 6
     skipped = [step for step in range(20) if step != 5]

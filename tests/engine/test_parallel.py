@@ -9,7 +9,7 @@ from support.training import WIDTH, MemoryLoader, TinyConfig, TinyModel, losses,
 
 from vqscale import topology
 from vqscale.config import StageConfig
-from vqscale.engine.parallel import TorchEngine, assert_same_everywhere, compile_units, make_engine
+from vqscale.engine.parallel import TorchEngine, assert_same_everywhere, compile_units
 from vqscale.topology import Topology
 
 STEPS = 20
@@ -165,8 +165,6 @@ def test_precisions(place: Topology, precision: str, parameters: torch.dtype, ar
 def test_what_cannot_be_had_is_refused(place: Topology) -> None:
     with pytest.raises(ValueError, match="precision=fp16: choose fp32, bf16, fp64"):
         TorchEngine(TinyModel(), place, precision="fp16", accumulation=1, optimizer=OPTIMIZER)
-    with pytest.raises(ValueError, match="zero2"):
-        make_engine(TinyModel(), replace(place, strategy="zero2"), TinyConfig(), 1)
 
 
 def _compare(values: list[float]) -> str:

@@ -205,6 +205,7 @@ class _Stage3:
         return _fragment(self._optimizer, self.flats[group], start, offset, count)
 
     def publish(self) -> None:
+        self._optimizer._partition_all_parameters()  # what a forward without a backward left gathered is stale
         for group in range(len(self.flats)):
             self._optimizer._reassign_or_swap_out_partitioned_parameters(group)
 
