@@ -50,6 +50,7 @@ def test_strategy(asked: str, launcher: dict[str, str], world: int, strategy: st
         ("ddp", {}, 1, "strategy=ddp on 1 process: it needs at least 2"),
         ("", FSDP, 1, "strategy=fsdp on 1 process: it needs at least 2"),
         ("", HSDP, 2, "strategy=hsdp on 2 processes: it needs at least 4"),
+        ("", ZERO2, 1, "strategy=zero2 on 1 process: it needs at least 2 .*; if 1 is meant, say strategy=zero2"),
         ("", ZERO2 | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"}, 2, "the launcher asks for zero0"),
     ],
 )

@@ -64,7 +64,9 @@ def resolve_strategy(asked: str, environment: Mapping[str, str]) -> str:
     strategy = asked or launched or ("ddp" if world > 1 else "single")
     if strategy not in STRATEGIES:
         raise ValueError(f"the launcher asks for {strategy}; the strategies are {', '.join(STRATEGIES)}")
-    if (strategy == "single") != (world == 1) and not strategy.startswith("zero"):
+    # ZeRO runs on one process too, but only where that was said: a launcher may have failed to bring the others.
+    one_will_do = strategy == "single" or (strategy.startswith("zero") and bool(asked))
+    if (world == 1 and not one_will_do) or (world > 1 and strategy == "single"):
         raise ValueError(f"strategy={strategy} on {world} process{'es' * (world > 1)}: {_needs(strategy)}")
     if strategy == "hsdp" and world < 4:
         raise ValueError(f"strategy=hsdp on {world} processes: {_needs(strategy)}")
@@ -73,9 +75,10 @@ def resolve_strategy(asked: str, environment: Mapping[str, str]) -> str:
 
 def _needs(strategy: str) -> str:
     least = {"single": "it takes exactly 1", "hsdp": "it needs at least 4"}
-    return least.get(
-        strategy, "it needs at least 2 (accelerate launch --num_processes N, or torchrun --nproc-per-node N)"
-    )
+    two = "it needs at least 2 (accelerate launch --num_processes N, or torchrun --nproc-per-node N)"
+    if strategy.startswith("zero"):
+        two += f"; if 1 is meant, say strategy={strategy}"
+    return least.get(strategy, two)
 
 
 @dataclass(frozen=True)
@@ -173,10 +176,16 @@ def _init_group(world: int, rank: int, device: torch.device) -> None:
     common: dict[str, Any] = {"backend": backend, "timeout": GROUP_TIMEOUT}
     if on_gpu:
         common["device_id"] = device
-    if "RANK" in os.environ:
-        dist.init_process_group(**common)
-    else:
-        dist.init_process_group(**common, store=dist.HashStore(), rank=rank, world_size=world)
+    dist.init_process_group(**common, store=_store(), rank=rank, world_size=world)
+
+
+def _store() -> dist.Store:
+    """Where the ranks find each other. torchrun keeps one store over its restarts, in which the addresses of ranks that
+    died would be found again: each attempt gets a part of its own."""
+    if "RANK" not in os.environ:
+        return dist.HashStore()
+    store, _, _ = next(dist.rendezvous("env://", timeout=GROUP_TIMEOUT))
+    return dist.PrefixStore(f"attempt-{env_int('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def _die_with_parent() -> None:

@@ -1,0 +1,96 @@
+"""Training under the launchers themselves: two machines that are one, and a rank that dies and is started again."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.stages import CONFIGS, run_stage
+
+from vqscale.engine.checkpoint import find_latest
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+SMALL = ["total_images=640", "log_every=32", "evaluate_every=640", "save_every=128", "workers=0", "threads=1"]
+
+pytestmark = pytest.mark.slow
+
+
+def start(launcher: list[str], run_dir: Path, *overrides: str) -> subprocess.Popen[str]:
+    """`vqscale train_vqvae` on the debug config under a launcher; its output goes beside the run directory."""
+    words = [
+        "-m",
+        "vqscale",
+        "train_vqvae",
+        str(CONFIGS / "train_vqvae.yaml"),
+        f"run_dir={run_dir}",
+        *SMALL,
+        *overrides,
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    with run_dir.with_suffix(".log").open("a") as log:
+        command = [str(BIN / launcher[0]), *launcher[1:], *words]
+        return subprocess.Popen(command, stdout=log, stderr=log, text=True, env=environment)
+
+
+def finish(processes: list[subprocess.Popen[str]], run_dir: Path) -> dict[str, Any]:
+    try:
+        codes = [process.wait(240) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    status: dict[str, Any] = json.loads((run_dir / "status.json").read_text())
+    assert codes == [0] * len(codes) and status["state"] == "done", run_dir.with_suffix(".log").read_text()[-3000:]
+    return status
+
+
+def losses(run_dir: Path) -> list[float]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "zero2"])
+def test_two_machines_train_as_one(chain: Path, strategy: str) -> None:
+    alone, run_dir = chain.parent / "alone", chain.parent / "two"
+    assert run_stage("train_vqvae", "train_vqvae", f"run_dir={alone}", *SMALL) == 0
+    launcher = ["accelerate", "launch", "--config_file", str(ROOT / "launch" / f"{strategy}.yaml")]
+    launcher += ["--num_machines", "2", "--num_processes", "2", "--main_process_ip", "127.0.0.1"]
+    launcher += ["--main_process_port", str(free_port()), "--rdzv_backend", "static"]
+    machines = [start([*launcher, "--machine_rank", str(rank)], run_dir) for rank in (0, 1)]
+    finish(machines, run_dir)
+    command = json.loads((run_dir / "command.json").read_text())
+    assert (command["strategy"], command["world_size"], command["nodes"]) == (strategy, 2, 2)
+    assert losses(run_dir) == pytest.approx(losses(alone), rel=1e-5, abs=0)
+
+
+def test_a_rank_that_dies_under_torchrun_is_started_again_and_ends_at_the_same_bits(chain: Path) -> None:
+    launcher = ["torchrun", "--standalone", "--nproc-per-node", "2", "--max-restarts", "2"]
+    whole, killed = chain.parent / "whole", chain.parent / "killed"
+    finish([start(launcher, whole, "strategy=fsdp")], whole)
+    process = start(launcher, killed, "strategy=fsdp")
+    until = time.monotonic() + 120
+    while not list((killed / "checkpoints").glob("0*")):
+        assert time.monotonic() < until and process.poll() is None, killed.with_suffix(".log").read_text()[-3000:]
+        time.sleep(0.01)
+    os.kill(json.loads((killed / "status.json").read_text())["pid"], signal.SIGKILL)
+    finish([process], killed)
+    command = json.loads((killed / "command.json").read_text())
+    assert command["restarts"] == 1 and 0 < command["resumed_from"] < 640
+    assert losses(killed) == losses(whole)
+    one, other = (find_latest(run_dir / "checkpoints") for run_dir in (whole, killed))
+    assert one is not None and other is not None
+    expected = one.read("")
+    assert [name for name, tensor in other.read("").items() if not torch.equal(tensor, expected[name])] == []
