@@ -243,6 +243,7 @@ def _import_deepspeed(place: Topology) -> Any:
     if place.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+    os.environ.setdefault("LOCAL_RANK", str(place.local_rank))  # it insists, even without a launcher
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
