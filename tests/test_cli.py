@@ -155,5 +155,5 @@ def test_the_package_is_light_to_import() -> None:
 
 def test_help_and_version_of_the_program() -> None:
     shown = run_program("--help")
-    assert shown.returncode == 0 and all(f"  {stage} " in shown.stdout for stage in cli.STAGES)
+    assert shown.returncode == 0 and all(f"  {stage} " in shown.stdout for stage in cli.STAGES | cli.TOOLS)
     assert run_program("--version").stdout.startswith("vqscale 0.")

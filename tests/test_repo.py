@@ -35,13 +35,13 @@ def names_read(tree: ast.Module) -> Iterator[str]:
 
 def test_every_config_field_is_read_somewhere() -> None:
     read = {name for path in (ROOT / "vqscale").rglob("*.py") for name in names_read(ast.parse(path.read_text()))}
-    fields = {found for stage in cli.STAGES for found in fields_of(cli.stage_module(stage).Config)}
+    fields = {found for stage in cli.STAGES | cli.TOOLS for found in fields_of(cli.stage_module(stage).Config)}
     assert len(fields) > 40
     assert sorted(f"{cls}.{name}" for cls, name in fields if name not in read) == []
 
 
 def test_every_config_field_is_explained_in_the_help() -> None:
-    for stage in cli.STAGES:
+    for stage in cli.STAGES | cli.TOOLS:
         for line in config.help_lines(cli.stage_module(stage).Config):
             assert " " in line.strip() or "=runs/<experiment>/" in line, f"{stage}: no comment beside {line.strip()}"
 

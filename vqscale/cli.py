@@ -9,7 +9,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from vqscale import __version__, config, runtime
 
@@ -23,21 +23,31 @@ STAGES = {
     "sample": "VQ-VAE-2 + priors -> sample shards",
     "evaluate": "samples, reconstructions, codes -> scores.json and report.html",
 }
+# Commands that make no run: each module holds `Config`, `load(words) -> request` and `main(request)`.
+TOOLS = {
+    "plan": "a trainer's config -> memory, communication and time at any number of ranks",
+}
+_ALIASES = ("world", "strategy")  # --world N for world=N
 EXIT_UNFINISHED = 75
 HEAD_START = 3.0  # seconds that the first rank has to report an error before the others do
 
 
+def _listed(commands: Mapping[str, str]) -> str:
+    return "\n".join(f"  {name:<16} {line}" for name, line in commands.items())
+
+
 def _parser() -> argparse.ArgumentParser:
-    stages = "\n".join(f"  {name:<16} {line}" for name, line in STAGES.items())
     parser = argparse.ArgumentParser(
         prog="vqscale",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Distributed, large-scale training of VQ-VAE-2 and its PixelCNN priors.",
-        epilog=f"stages:\n{stages}\n\n`vqscale STAGE --help` lists a stage's keys. Every stage resumes by running the "
-        "same command again.",
+        epilog=f"stages:\n{_listed(STAGES)}\n\n`vqscale STAGE --help` lists a stage's keys. Every stage resumes by "
+        f"running the same command again.\n\ntools:\n{_listed(TOOLS)}",
     )
     parser.add_argument("stage", metavar="STAGE")
     parser.add_argument("words", nargs="*", metavar="CONFIG [key=value ...]")
+    for key in _ALIASES:
+        parser.add_argument(f"--{key}", help=f"of plan, the same as {key}=…")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config, sizes and steps, then stop")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     parser.add_argument("--version", action="version", version=f"vqscale {__version__}")
@@ -47,18 +57,24 @@ def _parser() -> argparse.ArgumentParser:
 def _stage_help(stage: str) -> str:
     module = importlib.import_module(f"vqscale.stages.{stage}")
     keys = "\n".join(config.help_lines(module.Config))
-    return f"vqscale {stage} CONFIG [key=value ...]\n\n{STAGES[stage]}\n\nkeys and defaults:\n{keys}"
+    return f"vqscale {stage} CONFIG [key=value ...]\n\n{(STAGES | TOOLS)[stage]}\n\nkeys and defaults:\n{keys}"
 
 
 def stage_module(stage: str):
-    if stage not in STAGES:
-        raise ValueError(f"there is no stage {stage!r}; the stages are {', '.join(STAGES)}")
+    if stage not in STAGES | TOOLS:
+        raise ValueError(
+            f"there is no stage {stage!r}; the stages are {', '.join(STAGES)}; the tools {', '.join(TOOLS)}"
+        )
     return importlib.import_module(f"vqscale.stages.{stage}")
+
+
+def _flags(arguments: argparse.Namespace) -> list[str]:
+    return [f"{key}={value}" for key in _ALIASES if (value := getattr(arguments, key)) is not None]
 
 
 def main(argv: Sequence[str]) -> int:
     """Run one command; returns the exit code."""
-    if len(argv) > 1 and argv[0] in STAGES and argv[1] in ("-h", "--help"):
+    if len(argv) > 1 and argv[0] in STAGES | TOOLS and argv[1] in ("-h", "--help"):
         print(_stage_help(argv[0]))
         return 0
     arguments = _parser().parse_intermixed_args(argv)
@@ -66,8 +82,11 @@ def main(argv: Sequence[str]) -> int:
         stage = stage_module(arguments.stage)
         if not arguments.words:
             raise ValueError(f"{arguments.stage} needs a config file: vqscale {arguments.stage} CONFIG [key=value ...]")
-        path, *overrides = arguments.words
-        stage_config = config.load(stage.Config, path, overrides)
+        words = [*arguments.words, *_flags(arguments)]
+        if arguments.stage in TOOLS:
+            stage.main(stage.load(words))
+            return 0
+        stage_config = config.load(stage.Config, words[0], words[1:])
         if arguments.dry_run:
             print(runtime.dry_run(stage_config, getattr(stage, "plan", None)))
         else:

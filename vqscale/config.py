@@ -154,6 +154,17 @@ def from_dict(cls: type[Any], values: dict[str, Any], where: str) -> Any:
     return OmegaConf.to_object(_merge(OmegaConf.structured(cls), node, where))
 
 
+def from_words(cls: type[Any], words: Sequence[str]) -> Any:
+    """A config dataclass from `key=value` words alone. Raises ValueError as `load` does."""
+    given = _parse_overrides(words)
+    _check_keys(cls, given, "command line")
+    return OmegaConf.to_object(_merge(OmegaConf.structured(cls), given, "command line"))
+
+
+def field_names(cls: Any) -> set[str]:
+    return {f.name for f in dataclasses.fields(cls)}
+
+
 def fingerprint(config: Any) -> str:
     """sha256 over the fields that a resumed run may not change."""
     fixed = {key: value for key, value in flatten(as_dict(config)) if not _free(type(config), key)}

@@ -9,7 +9,8 @@ from support.training import WIDTH, MemoryLoader, TinyConfig, TinyModel, losses,
 
 from vqscale import topology
 from vqscale.config import StageConfig
-from vqscale.engine.parallel import TorchEngine, assert_same_everywhere, compile_units
+from vqscale.engine.parallel import TorchEngine, assert_same_everywhere, compile_units, make_engine
+from vqscale.models.init import initialise
 from vqscale.topology import Topology
 
 STEPS = 20
@@ -119,6 +120,34 @@ def test_what_each_rank_holds() -> None:
             torch.testing.assert_close(rank["features"], plain["features"])
             assert rank["doubled"] and rank["names"] == plain["names"] and rank["local"] == plain["local"]
             assert rank["buffer"] == torch.float32 and rank["steps"] == {"optimizer_steps": 41}
+
+
+def _from_meta(strategy: str, forgets: bool) -> bool:
+    """Whether a model built on the meta device has only NaN, or the values of one that was built whole."""
+    place = topology.bring_up(StageConfig(device="cpu", threads=1, strategy=strategy))
+    expected = initialised(TinyModel())
+    with torch.device("meta"):
+        module = TinyModel()
+    settings = TinyConfig(strategy=strategy)
+    make_engine(module, place, settings, 1, initialise=(lambda _: None) if forgets else initialised)
+    values = {name: whole(parameter.detach()) for name, parameter in module.named_parameters()}
+    topology.take_down(orderly=True)
+    if forgets:
+        return all(value.isnan().all() for value in values.values())
+    return all(torch.equal(values[name], parameter) for name, parameter in expected.named_parameters())
+
+
+def initialised(module: torch.nn.Module) -> torch.nn.Module:
+    initialise(module, seed=3)
+    return module
+
+
+@pytest.mark.parametrize("forgets", [False, True])
+@pytest.mark.parametrize(("strategy", "world"), [("single", 1), ("ddp", 2), ("fsdp", 2)])
+def test_a_model_on_the_meta_device_gets_its_values_after_it_is_spread(
+    strategy: str, world: int, forgets: bool
+) -> None:
+    assert run_ranks(_from_meta, world, strategy, forgets) == [True] * world
 
 
 def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(place: Topology) -> None:

@@ -1,24 +1,30 @@
 """Plain model -> trained model: compile -> shard (DDP / FSDP2 / HSDP), and the torch engine around it.
 
 Activation checkpointing happens inside the blocks' own forward, so it comes first by construction.  Compilation and
-sharding act on the units that the model names in `wrap_units()`; the quantizer is in none of them.
+sharding act on the units that the model names in `wrap_units()`; the quantizer is in none of them.  A model on the meta
+device gets its memory here, of a sharded one only this rank's part.
 """
 
 import contextlib
+import itertools
+import math
 import warnings
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from vqscale.engine.optim import build_adamw, moments, set_learning_rate
 from vqscale.engine.zero import ZeroEngine
 from vqscale.topology import Topology
 
+Initialise = Callable[[nn.Module], None]
+SHARDED = ("fsdp", "hsdp")  # the strategies that cut parameters here
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}  # of parameters and inputs
 
 
@@ -47,9 +53,17 @@ class TorchEngine:
     """single, DDP, FSDP2 and HSDP: one optimizer over the (possibly sharded) parameters."""
 
     def __init__(
-        self, module: nn.Module, place: Topology, *, precision: str, accumulation: int, optimizer: dict[str, Any]
+        self,
+        module: nn.Module,
+        place: Topology,
+        *,
+        precision: str,
+        accumulation: int,
+        optimizer: dict[str, Any],
+        initialise: Initialise | None = None,
     ):
-        """`module`: initialised, on the CPU or the rank's device, the same values on every rank.
+        """`module`: initialised, on the CPU or the rank's device, the same values on every rank; or on the meta device,
+        and `initialise` fills it, sharded or not, by the same rule on every rank.
 
         Raises ValueError for an unknown precision.
         """
@@ -58,8 +72,8 @@ class TorchEngine:
         self._place = place
         self._precision = precision
         self._accumulation = accumulation
-        self.module = module.to(device=place.device, dtype=DTYPES[precision] if precision == "fp64" else None)
-        self.model = _shard(self.module, place)
+        self.module = module.to(dtype=DTYPES[precision]) if precision == "fp64" else module
+        self.model = _spread(self.module, place, precision, initialise)
         self._names = {parameter: name for name, parameter in self.module.named_parameters()}
         self._optimizer = build_adamw(self._names, **optimizer)
 
@@ -142,38 +156,84 @@ def _as_sharded(local: Tensor, like: Tensor) -> Tensor:
     return DTensor.from_local(local, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
 
 
-def _shard(module: nn.Module, place: Topology) -> Any:
+def materialise(module: nn.Module, place: Topology, initialise: Initialise | None) -> None:
+    """Onto the rank's device. What was on the meta device is filled with NaN first: a parameter that `initialise`
+    forgets shows at the first step."""
+    if not any(parameter.is_meta for parameter in module.parameters()):
+        module.to(place.device)
+        return
+    module.to_empty(device=place.device)
+    for tensor in itertools.chain(module.parameters(), module.buffers()):
+        if tensor.is_floating_point():
+            _local(tensor.detach()).fill_(math.nan)
+    if initialise is not None:
+        initialise(module)
+
+
+def _spread(module: nn.Module, place: Topology, precision: str, initialise: Initialise | None) -> Any:
+    if place.strategy in SHARDED:
+        _shard(module, place, precision)
+        materialise(module, place, initialise)
+        return module
+    materialise(module, place, initialise)
     if place.strategy == "single":
         return module
-    if place.strategy == "ddp":
-        on_gpu = [place.local_rank] if place.device.type == "cuda" else None
-        with warnings.catch_warnings():  # the word's successor does not exist in every torch that we support
-            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-            return DistributedDataParallel(
-                module, device_ids=on_gpu, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+    on_gpu = [place.local_rank] if place.device.type == "cuda" else None
+    with warnings.catch_warnings():  # the word's successor does not exist in every torch that we support
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        return DistributedDataParallel(module, device_ids=on_gpu, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def _shard(module: Any, place: Topology, precision: str) -> None:
     mesh = _mesh(place)
-    for unit in module.wrap_units():  # type: ignore[operator]
-        fully_shard(unit, mesh=mesh)
-    fully_shard(module, mesh=mesh)
+    # In bf16 autocast would make and keep a copy of all weights; so they come as bf16 from the other ranks. The
+    # residual stream stays as autocast has it.
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    if precision == "bf16":
+        policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    shards = shard_count(place.strategy, place.world_size, place.nodes)
+
+    def cut(parameter: nn.Parameter) -> Shard:
+        return Shard(shard_dim(parameter.shape, shards))
+
+    for unit in [*module.wrap_units(), module]:
+        fully_shard(unit, mesh=mesh, shard_placement_fn=cut, mp_policy=policy)
     for method in getattr(module, "public_methods", ()):
         register_fsdp_forward_method(module, method)
-    return module
+
+
+def shard_dim(shape: Sequence[int], shards: int) -> int:
+    """The dimension along which FSDP2 cuts a parameter: the first that divides evenly, else 0.
+
+    Cutting along 0 always, as is the default, gives the first ranks a whole row of every tensor that has fewer rows
+    than there are ranks, and the last ranks nothing.
+    """
+    return next((dim for dim, size in enumerate(shape) if size % shards == 0), 0)
+
+
+def shard_count(strategy: str, world_size: int, nodes: int) -> int:
+    """Into how many parts fsdp and hsdp cut a parameter: hsdp cuts within a node (on one node: among half the ranks)
+    and replicates across."""
+    if strategy == "fsdp":
+        return world_size
+    return world_size // nodes if nodes > 1 else world_size // 2
 
 
 def _mesh(place: Topology) -> DeviceMesh:
-    """All ranks for fsdp; for hsdp, shards within a node (half the ranks on one node), replicas across."""
     kind = place.device.type
     if place.strategy == "fsdp":
         return init_device_mesh(kind, (place.world_size,), mesh_dim_names=("shard",))
-    shard = place.local_world_size if place.nodes > 1 else place.world_size // 2
-    return init_device_mesh(kind, (place.world_size // shard, shard), mesh_dim_names=("replicate", "shard"))
+    shards = shard_count(place.strategy, place.world_size, place.nodes)
+    return init_device_mesh(kind, (place.world_size // shards, shards), mesh_dim_names=("replicate", "shard"))
 
 
-def make_engine(module: nn.Module, place: Topology, config: Any, accumulation: int) -> Engine:
-    """The engine of the strategy that was launched; `config` is a FitConfig."""
+def make_engine(
+    module: nn.Module, place: Topology, config: Any, accumulation: int, initialise: Initialise | None = None
+) -> Engine:
+    """The engine of the strategy that was launched; `config` is a FitConfig. See TorchEngine for the rest."""
     optimizer = {"betas": (config.beta1, config.beta2), "weight_decay": config.weight_decay}
     if place.engine == "deepspeed":
+        materialise(module, place, initialise)
         return ZeroEngine(
             module,
             place,
@@ -182,7 +242,14 @@ def make_engine(module: nn.Module, place: Topology, config: Any, accumulation: i
             max_norm=config.max_norm,
             optimizer=optimizer,
         )
-    return TorchEngine(module, place, precision=config.precision, accumulation=accumulation, optimizer=optimizer)
+    return TorchEngine(
+        module,
+        place,
+        precision=config.precision,
+        accumulation=accumulation,
+        optimizer=optimizer,
+        initialise=initialise,
+    )
 
 
 def compile_units(module: nn.Module) -> None:

@@ -54,7 +54,7 @@ class ZeroEngine:
         if precision not in ("fp32", "bf16"):
             raise ValueError(f"precision={precision} under strategy={place.strategy}: choose fp32 or bf16")
         self._place, self._precision = place, precision
-        self.module = module.to(place.device)
+        self.module = module
         self._shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
         self._parameters = dict(module.named_parameters())
         stage = int(place.strategy.removeprefix("zero"))

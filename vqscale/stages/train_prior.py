@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,11 +48,12 @@ def main(config: TrainPriorConfig) -> None:
             read=reader(config, Manifest.load(folder), flip=config.flip),
             **loader_options(config, run),
         )
-        model: Any = build(description)
-        initialise(model, config.seed)
+        with torch.device("meta"):
+            model: Any = build(description)
         if config.compile:
             compile_units(model)
-        engine = make_engine(model, place, config, loader.micro_batches_per_step)
+        accumulation = loader.micro_batches_per_step
+        engine = make_engine(model, place, config, accumulation, partial(initialise, seed=config.seed))
         fit(
             engine,
             loader,

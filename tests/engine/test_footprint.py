@@ -1,0 +1,98 @@
+"""What a plan says a rank holds is what it holds; FLOPs and activations are those of the step."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from support.distributed import run_ranks
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils.checkpoint import checkpoint
+
+from vqscale.config import load
+from vqscale.engine import footprint, parallel
+from vqscale.models.pixelcnn import PixelCNN
+from vqscale.stages import train_prior
+from vqscale.topology import Topology
+
+MIB = 1 << 20
+CONFIGS = Path(__file__).parents[2] / "configs" / "imagenet256"
+
+
+class Stack(nn.Module):
+    """Ten blocks of ten products: [512, 512] activations of one MiB each."""
+
+    def __init__(self, checkpointing: bool):
+        super().__init__()
+        self.checkpointing = checkpointing
+        self.blocks = nn.ModuleList(nn.Linear(512, 512, bias=False) for _ in range(10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = checkpoint(self._ten, block, x, use_reentrant=False) if self.checkpointing else self._ten(block, x)
+        return x
+
+    def _ten(self, block: nn.Module, x: Tensor) -> Tensor:
+        for _ in range(10):
+            x = torch.tanh(block(x))
+        return x
+
+
+@pytest.mark.parametrize(("checkpointing", "products", "least", "most"), [(False, 300, 100, 104), (True, 400, 19, 24)])
+def test_flops_and_activations(checkpointing: bool, products: int, least: int, most: int) -> None:
+    """100 outputs of tanh are kept, or 10 inputs of blocks and 10 outputs of the block that is recomputed. Three
+    products per product: forward, gradient of the input, gradient of the weight; less that of the first input."""
+    with FakeTensorMode():
+        model, x = Stack(checkpointing), torch.zeros(512, 512)
+        flops, peak = footprint.profile_step(model, lambda: model(x).sum())
+    assert flops == (products - 1) * 2 * 512**3
+    assert least * MIB <= peak <= most * MIB
+
+
+def _paper_size_top_prior() -> PixelCNN:
+    config = load(train_prior.Config, CONFIGS / "train_prior_top.yaml")
+    return PixelCNN(config.model, num_codes=512, grid=(32, 32), num_classes=1000)
+
+
+def _sharded(world: int) -> tuple[int, int]:
+    """(elements of rank 0's shards, of the whole model) of the paper-size top prior under fsdp."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+    with torch.device("meta"):
+        model = _paper_size_top_prior()
+    place = Topology(0, world, 0, 8, world // 8, "fsdp", torch.device("cpu"))
+    parallel._shard(model, place, "bf16")
+    parts = [p.to_local().numel() for p in model.parameters() if isinstance(p, DTensor)]
+    assert len(parts) == len(list(model.parameters()))
+    return sum(parts), sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("world", [512, 1024])
+def test_no_rank_of_many_has_much_more_than_its_share(world: int) -> None:
+    ((held, whole),) = run_ranks(_sharded, 1, world, timeout=300)
+    assert held / (whole / world) <= 1.1
+    with FakeTensorMode():
+        model = _paper_size_top_prior()
+    planned = footprint.held_per_rank(model, "fsdp", world, world // 8, precision="bf16", accumulation=1, average=True)
+    assert planned["parameters"] == planned["gradients"] == planned["average"] == 4 * held
+    assert planned["optimizer"] == 8 * held
+
+
+@pytest.mark.parametrize(
+    ("strategy", "accumulation", "bf16", "fp32"),
+    [("single", 2, 0, 0), ("ddp", 2, 8, 8), ("fsdp", 2, 12, 20), ("zero2", 2, 12, 12), ("zero3", 2, 24, 24)],
+)
+def test_bytes_sent_per_weight(strategy: str, accumulation: int, bf16: int, fp32: int) -> None:
+    """Rings move (n - 1) / n of a tensor: nearly all of it among many ranks."""
+    for precision, expected in (("bf16", bf16), ("fp32", fp32)):
+        how: dict[str, Any] = {"precision": precision, "accumulation": accumulation}
+        sent = footprint.sent_per_step(1_000_000, strategy, 1000, 125, **how)
+        assert sent == pytest.approx(expected * 999_000, abs=1)
+
+
+def test_hsdp_sends_whole_weights_within_a_node_only() -> None:
+    sent = footprint.sent_per_step(1_000_000, "hsdp", 32, 4, precision="fp32", accumulation=1)
+    assert sent == 3 * 4 * 1_000_000 * 7 // 8 + 2 * 4 * 125_000 * 3 // 4

@@ -1,0 +1,145 @@
+"""What a step of training needs, without doing it: bytes a rank holds and sends, FLOPs, activations.
+
+In: parameter shapes, a strategy and a number of ranks; a model's step on fake tensors.  Out: bytes and FLOPs. The
+layouts are those of engine/parallel.py and engine/zero.py; what a rank keeps between steps is fp32.
+"""
+
+import math
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from vqscale.engine.optim import adamw_groups
+from vqscale.engine.parallel import SHARDED, shard_count, shard_dim
+
+_FP32 = 4  # bytes
+_ZERO_ALIGNMENT = 2  # elements to which DeepSpeed pads a rank's part of a flat group
+
+
+def held_per_rank(
+    module: nn.Module, strategy: str, world_size: int, nodes: int, *, precision: str, accumulation: int, average: bool
+) -> dict[str, int]:
+    """Bytes that the fullest rank holds: parameters, gradients, optimizer (two moments), master (ZeRO's fp32 copy),
+    average (the weight EMA), and gathered: the units whose whole weights it has at a time, this one and the next."""
+    shapes = [parameter.shape for parameter in module.parameters()]
+    numel = sum(map(math.prod, shapes))
+    part, gathered, master = numel, 0, 0
+    parameters = gradients = numel
+    if strategy in SHARDED:
+        part = parameters = _largest_shard(shapes, shard_count(strategy, world_size, nodes))
+        gradients = part if accumulation == 1 else numel  # reduced once per step: whole until then
+    elif strategy == "zero3":
+        part = master = parameters = gradients = sum(-(-math.prod(shape) // world_size) for shape in shapes)
+    elif strategy.startswith("zero"):
+        groups = [group["params"] for group in adamw_groups(module.parameters(), weight_decay=1.0)]
+        quantum = _ZERO_ALIGNMENT * world_size
+        sizes = [sum(parameter.numel() for parameter in group) for group in groups]
+        part = master = sum(-(-size // quantum) * _ZERO_ALIGNMENT for size in sizes)
+        gradients = part if strategy == "zero2" else numel
+    if strategy in (*SHARDED, "zero3"):
+        gathered = 2 * max(_unit_sizes(module))
+    elements = {
+        "parameters": parameters,
+        "gradients": gradients,
+        "optimizer": 2 * part,
+        "master": master,
+        "average": part if average else 0,
+    }
+    held = {what: _FP32 * count for what, count in elements.items()}
+    return held | {"gathered": gathered_bytes(strategy, precision) * gathered}
+
+
+def gathered_bytes(strategy: str, precision: str) -> int:
+    """Bytes of a weight as it travels between ranks."""
+    return 2 if precision == "bf16" and strategy in SHARDED else _FP32
+
+
+def _largest_shard(shapes: Iterable[Sequence[int]], shards: int) -> int:
+    """Elements of rank 0's shards. A dimension that does not divide is cut into equal chunks, the last one smaller."""
+    total = 0
+    for shape in shapes:
+        dim = shard_dim(shape, shards)
+        total += math.prod(shape) // shape[dim] * -(-shape[dim] // shards)
+    return total
+
+
+def _unit_sizes(module: Any) -> list[int]:
+    units = [sum(p.numel() for p in unit.parameters()) for unit in module.wrap_units()]
+    return [*units, sum(p.numel() for p in module.parameters()) - sum(units)]
+
+
+def sent_per_step(numel: int, strategy: str, world_size: int, nodes: int, *, precision: str, accumulation: int) -> int:
+    """Bytes that each rank sends in one optimizer step, by rings: (n - 1) / n of a tensor to scatter-reduce it over n
+    ranks or to gather it, twice that to all-reduce it. Codebook statistics and flags are left out: below a megabyte."""
+
+    def ring(elements: float, ranks: int) -> float:
+        return _FP32 * elements * (ranks - 1) / ranks
+
+    weight = gathered_bytes(strategy, precision) / _FP32
+    sharded = 2 * accumulation * weight + 1  # gathered in forward and in backward of every micro-batch, reduced once
+    if strategy == "hsdp":
+        shards = shard_count(strategy, world_size, nodes)
+        return int(sharded * ring(numel, shards) + 2 * ring(numel / shards, world_size // shards))
+    per_step = {
+        "single": 0,
+        "ddp": 2,
+        "fsdp": sharded,
+        "zero1": 2,
+        "zero2": accumulation + 1,  # reduced after every micro-batch
+        "zero3": 3 * accumulation,
+    }
+    return int(per_step[strategy] * ring(numel, world_size))
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all storages that operations made and nothing has freed yet."""
+
+    def __init__(self, known: Iterable[Tensor]):
+        super().__init__()
+        self._seen = {tensor.untyped_storage()._cdata for tensor in known}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor):
+                self._watch(tensor.untyped_storage())
+        return made
+
+    def _watch(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._seen:
+            return
+        self._seen.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.now -= size
+
+
+def profile_step(module: nn.Module, step: Callable[[], Tensor]) -> tuple[int, int]:
+    """(FLOPs, peak bytes of activations) of `step`, forward and backward, for a model and inputs on fake tensors.
+
+    `step` returns the loss. Everything counts that is alive at once besides the weights and their gradients: what
+    backward needs, its own temporaries, the inputs' conversions, autocast's copies of weights. FLOPs: two per
+    multiply-add of matrix products, convolutions and attention; recomputation counts.
+    """
+    with FlopCounterMode(display=False) as flops:
+        step().backward()
+    module.zero_grad(set_to_none=True)
+    # In a pass of its own: the counter of FLOPs keeps tensors alive.
+    handles = [p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None)) for p in module.parameters()]
+    with _LiveBytes([*module.parameters(), *module.buffers()]) as live:
+        step().backward()
+    for handle in handles:
+        handle.remove()
+    return flops.get_total_flops(), live.peak
