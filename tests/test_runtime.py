@@ -181,6 +181,18 @@ def test_a_status_of_another_host_is_taken_at_its_word(tmp_path: Path) -> None:
     assert runtime.read_status(tmp_path) == {}
 
 
+def test_a_mistake_before_anything_was_made_can_be_corrected_in_the_same_folder(tiny: TinyConfig) -> None:
+    with pytest.raises(ValueError, match="too many"), runtime.run(tiny, "tiny"):
+        raise ValueError("too many")
+    with pytest.raises(ValueError, match="half way"), runtime.run(replace(tiny, size=4), "tiny") as run:
+        assert not run.resumed
+        (run.run_dir / "train").mkdir()
+        (run.run_dir / "train" / "000.tar").write_text("made")
+        raise ValueError("half way")
+    with pytest.raises(ValueError, match="size: was 4, now 5"), runtime.run(replace(tiny, size=5), "tiny"):
+        pass
+
+
 def test_another_config_is_refused_with_both_values(tiny: TinyConfig) -> None:
     with runtime.run(tiny, "tiny"):
         pass

@@ -43,6 +43,7 @@ __all__ = [
 
 log = logging.getLogger("vqscale")
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+_BOOKKEEPING = {"config.yaml", "command.json", "status.json", "log", ".lock", "metrics.jsonl", "tensorboard", "STOP"}
 _VERSIONS_OF = ("vqscale", "torch", "torchvision", "deepspeed", "accelerate", "webdataset", "numpy")
 
 
@@ -122,6 +123,13 @@ class Run:
             self.resumed = True
             self.was_done = read_status(self.run_dir).get("state") == "done"
         configs.save(self.config, saved)
+
+    def _give_back(self) -> None:
+        """After an error before anything was made: a corrected config may use the folder."""
+        if self.topology.is_main and not self.resumed:
+            files = (path.relative_to(self.run_dir) for path in self.run_dir.rglob("*") if path.is_file())
+            if all(path.parts[0] in _BOOKKEEPING for path in files):
+                (self.run_dir / "config.yaml").unlink()
 
     def _start_log(self) -> None:
         (self.run_dir / "log").mkdir(parents=True, exist_ok=True)
@@ -307,6 +315,7 @@ def run(config: StageConfig, stage: str) -> Iterator[Run]:
             raise
         except BaseException as error:
             current.write_status("failed", f"{type(error).__name__}: {' '.join(str(error).split())}")
+            current._give_back()
             log.debug("failed", exc_info=True)  # the traceback, for the log file alone
             raise
         current.write_status("done")
