@@ -1,4 +1,5 @@
-"""Both models under every strategy, in fp32 and bf16, with and without accumulation, equal a single process.
+"""Both models under every strategy, in fp32 and bf16, with and without accumulation, equal a single process; and so do
+runs that go on under another strategy and at another world size.
 
 20 steps at the debug size, on gloo ranks. That codebooks are bit-identical on all ranks is asserted by the run itself
 at every evaluation, the last one after the last step.
@@ -33,10 +34,12 @@ def _rank(stage: str, name: str, overrides: list[str]) -> int:
     return run_stage(stage, name, *overrides)
 
 
-def train(run_dir: Path, name: str, strategy: str, precision: str, accumulation: int) -> Trained:
+def train(
+    run_dir: Path, name: str, strategy: str, precision: str, accumulation: int, *, world: int = 0, steps: int = STEPS
+) -> Trained:
     """(losses of every step, the last checkpoint's weights and codebooks)."""
-    stage, world = name.removesuffix("_bottom"), WORLDS.get(strategy, 1)
-    total = STEPS * BATCH
+    stage, world = name.removesuffix("_bottom"), world or WORLDS.get(strategy, 1)
+    total = steps * BATCH
     overrides = [
         f"run_dir={run_dir}",
         f"strategy={strategy}",
@@ -80,8 +83,33 @@ def alone(whole_chain: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
 def test_a_strategy_trains_as_a_single_process(
     chain: Path, alone: Callable[[str, str], Trained], name: str, strategy: str, precision: str, accumulation: int
 ) -> None:
-    expected_losses, expected = alone(name, precision)
-    losses, weights = train(chain.parent / "run", name, strategy, precision, accumulation)
+    assert_alike(
+        train(chain.parent / "run", name, strategy, precision, accumulation), alone(name, precision), precision
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "legs",
+    [
+        [("ddp", 2), ("single", 1), ("ddp", 2)],
+        [("fsdp", 2), ("fsdp", 4), ("fsdp", 2)],
+        [("fsdp", 2), ("ddp", 2), ("single", 1)],
+        [("zero2", 2), ("zero2", 1), ("hsdp", 4)],
+    ],
+    ids=lambda legs: "-".join(f"{strategy}@{world}" for strategy, world in legs),
+)
+@pytest.mark.parametrize("name", ["train_vqvae", "train_prior_bottom"])
+def test_a_run_goes_on_at_another_world_size_and_strategy(
+    chain: Path, alone: Callable[[str, str], Trained], name: str, legs: list[tuple[str, int]]
+) -> None:
+    for steps, (strategy, world) in zip((7, 13, STEPS), legs, strict=True):
+        continued = train(chain.parent / "run", name, strategy, "fp32", 1, world=world, steps=steps)
+    assert_alike(continued, alone(name, "fp32"), "fp32")
+
+
+def assert_alike(trained: Trained, single: Trained, precision: str) -> None:
+    (losses, weights), (expected_losses, expected) = trained, single
     assert len(losses) == STEPS
     assert losses == pytest.approx(expected_losses, rel=LOSS[precision], abs=0)
     assert weights.keys() == expected.keys()
