@@ -226,11 +226,13 @@ def test_json_is_replaced_whole(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
 
 
-def test_tensorboard_gets_values_and_pictures(tiny: TinyConfig) -> None:
-    with runtime.run(tiny, "tiny") as run:
+def test_tensorboard_gets_values_and_pictures(tiny: TinyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # accelerate would then choose a number of threads
+    with runtime.run(replace(tiny, threads=1), "tiny") as run:
         track = run.start_trackers(["tensorboard"], 0)
         track({"loss": 1.5}, 8)
         run.log_image("grid", torch.rand(3, 4, 4), 8)
+        assert torch.get_num_threads() == 1
     files = [p for p in (Path(tiny.run_dir) / "tensorboard").rglob("*") if p.is_file()]
     assert sum(b"loss" in p.read_bytes() for p in files) == 1
     assert sum(b"grid" in p.read_bytes() for p in files) == 1

@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -44,6 +45,7 @@ __all__ = [
 log = logging.getLogger("vqscale")
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 _BOOKKEEPING = {"config.yaml", "command.json", "status.json", "log", ".lock", "metrics.jsonl", "tensorboard", "STOP"}
+STOP_FILE_SECONDS = 1.0  # a run looks for its STOP file at most this often
 _VERSIONS_OF = ("vqscale", "torch", "torchvision", "deepspeed", "accelerate", "webdataset", "numpy")
 
 
@@ -211,7 +213,7 @@ class Run:
         Ranks can differ: agree with `stop_agreed` before acting in a job of several ranks.
         """
         now = time.monotonic()
-        if not self._stop_reason and now - self._stop_file_checked > 1.0:
+        if not self._stop_reason and now - self._stop_file_checked > STOP_FILE_SECONDS:
             self._stop_file_checked = now
             if (self.run_dir / "STOP").exists():
                 self._stop_reason = "STOP file"
@@ -276,7 +278,12 @@ def _open_trackers(names: list[str], run_dir: Path, resumed_at: int, place: Topo
     from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-    PartialState(cpu=place.device.type == "cpu")  # adopts the process group; trackers ask it who is first
+    # Adopts the process group, because trackers ask it who is first; on a CPU it would also choose a thread count.
+    threads = torch.get_num_threads()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "OMP_NUM_THREADS/MKL_NUM_THREADS unset", UserWarning)
+        PartialState(cpu=place.device.type == "cpu")
+    torch.set_num_threads(threads)
     opened = []
     for name in names:
         if name not in LOGGER_TYPE_TO_CLASS:
