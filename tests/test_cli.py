@@ -157,3 +157,17 @@ def test_help_and_version_of_the_program() -> None:
     shown = run_program("--help")
     assert shown.returncode == 0 and all(f"  {stage} " in shown.stdout for stage in cli.STAGES | cli.TOOLS)
     assert run_program("--version").stdout.startswith("vqscale 0.")
+
+
+def test_a_stage_imports_nothing_that_it_may_not_need() -> None:
+    """Every job that is resumed waits for its imports; torch's compiler takes as long as torch itself."""
+    program = """
+import sys
+from vqscale import cli
+for stages, heavy in [(["pack", "index"], {"torch._dynamo", "torchvision"}),
+                      ([*cli.STAGES, *cli.TOOLS], {"deepspeed", "accelerate", "matplotlib", "tensorboard"})]:
+    for stage in stages:
+        cli.stage_module(stage)
+        assert not heavy & sys.modules.keys(), f"{stage} imports {heavy & sys.modules.keys()}"
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -90,8 +90,9 @@ def test_the_stream_is_what_it_should_be(expected: Any) -> None:
     assert len({sample[0] for sample in flat}) > 0.95 * len(flat)  # augmentation differs between epochs
 
 
-def test_batch_types(images: Path) -> None:
-    loader = build(images, micro_batch=5)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batch_types(images: Path, workers: int) -> None:
+    loader = build(images, micro_batch=5, workers=workers)
     batch = next(iter(loader))
     assert (loader.local_batch, loader.micro_batch, loader.micro_batches_per_step) == (12, 4, 3)
     kinds = {"image": torch.uint8, "label": torch.int64, "position": torch.int64, "bad": torch.uint8}

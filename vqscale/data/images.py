@@ -4,10 +4,11 @@ In: the bytes of a file.  Out: uint8 [3, h, w]. Ordinary 8-bit JPEGs go through 
 its traps handled: 16-bit, alpha, EXIF rotation, CMYK, palettes, animations, decompression bombs.
 """
 
+import functools
 import io
 import struct
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +20,6 @@ from torch.nn.functional import interpolate
 
 from vqscale.data.parts import DecodeError
 from vqscale.seeding import key_of, uniform
-
-try:
-    from torchvision.io import ImageReadMode, decode_jpeg
-except ImportError:  # deprecated since 0.29: where they are gone, PIL decodes everything, at two thirds of the speed
-    decode_jpeg = None
 
 MAX_PIXELS = 150_000_000
 # What PIL may open: formats that are pixels alone. EPS, for one, would start a program.
@@ -133,15 +129,29 @@ def decode_image(data: bytes) -> Tensor:
     data = bytes(data)
     header = read_header(data)
     # Not torchvision for PNG: its 0.29 ends the process (SIGSEGV) on about every damaged one.
-    if header.format != "jpg" or not header.plain or decode_jpeg is None:
+    decode_jpeg = _jpeg_decoder() if header.format == "jpg" and header.plain else None
+    if decode_jpeg is None:
         return _decode_with_pil(data)
     encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)  # a copy: torch wants memory it could write to
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The image decoding", category=DeprecationWarning)
-            return decode_jpeg(encoded, ImageReadMode.RGB)
+            return decode_jpeg(encoded)
     except RuntimeError as error:
         raise DecodeError(str(error).splitlines()[0]) from None
+
+
+@functools.cache
+def _jpeg_decoder() -> Callable[[Tensor], Tensor] | None:
+    """torchvision's, bytes uint8 [n] -> uint8 RGB [3, h, w]. Imported at the first JPEG, because it brings torch's
+    compiler along, which takes as long to import as torch itself."""
+    try:
+        from torchvision.io import ImageReadMode, decode_jpeg
+    except (
+        ImportError
+    ):  # deprecated since 0.29: where they are gone, PIL decodes everything, at two thirds of the speed
+        return None
+    return functools.partial(decode_jpeg, mode=ImageReadMode.RGB)
 
 
 def _decode_with_pil(data: bytes) -> Tensor:
@@ -234,6 +244,7 @@ class ImageReader:
         if crop not in ("center", "random"):
             raise ValueError(f"crop={crop}: choose center or random")
         self.resolution, self.flip, self.crop, self.seed = resolution, flip, crop, seed
+        _jpeg_decoder()  # imported here once, not again in every worker that is forked
 
     def __call__(self, parts: Mapping[str, Any], label: int, position: int) -> dict[str, Tensor]:
         """One sample; raises DecodeError."""

@@ -141,6 +141,8 @@ def fit(
         drop_lines_beyond(run.run_dir / "metrics.jsonl", seen)
     metrics = Metrics(run.run_dir / "metrics.jsonl", place, run.start_trackers(config.trackers, seen))
     agreement, clock, stop = Agreement(place, loader.bad_kinds), _Clock(), False
+    facts = {"world_size": place.world_size, "strategy": place.strategy, "config": fingerprint(config)}
+    facts["model"] = dict(description)
     batches = _on_device(iter(loader), place.device) if seen < config.total_images else iter(())
     bar = tqdm(total=config.total_images, initial=seen, unit="img", disable=not place.is_main, desc=run.stage)
 
@@ -185,9 +187,7 @@ def fit(
             stop = stop or late
             loader.count_bad(counted)
             state = {"data": loader.state_dict(), "engine": engine.counters(), "skipped_steps": skipped}
-            state |= {"world_size": place.world_size, "strategy": place.strategy, "config": fingerprint(config)}
-            state["model"] = dict(description)
-            checkpoints.save(seen, _tensors(engine, ema), state)
+            checkpoints.save(seen, _tensors(engine, ema), state | facts)
     bar.close()
     checkpoints.wait()
     if seen < config.total_images:
