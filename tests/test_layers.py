@@ -17,6 +17,7 @@ DOORS = {
     "accelerate": "runtime.py",
     "deepspeed": "engine/zero.py",
     "webdataset": "data/",
+    "fsspec": "data/remote.py",
     "torch_fidelity": "evaluation/",
 }
 

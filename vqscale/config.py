@@ -23,7 +23,7 @@ RUNS = Path("runs")
 # Fields that a resumed run may change besides every `…_every` and the inputs: inputs are held by their fingerprints.
 _FREE_ON_RESUME = {
     *("total_images", "micro_batch", "strategy", "device", "workers", "threads", "run_dir", "trackers"),
-    *("max_bad_fraction", "verify"),
+    *("max_bad_fraction", "verify", "cache_dir", "cache_gigabytes", "allow_pipe"),
 }
 
 
@@ -43,6 +43,15 @@ class StageConfig:
     device: str = "auto"  # auto (cuda if there is one) | cpu | cuda
     strategy: str = ""  # single | ddp | fsdp | hsdp | zero1 | zero2 | zero3; "" = what the launcher says
     threads: int = 0  # CPU threads per rank; 0 = the machine's cores shared by its ranks
+
+
+@dataclass(frozen=True)
+class ReadsShards(StageConfig):
+    """What a stage has that reads data sets, whose shards may be remote."""
+
+    cache_dir: str = ""  # this node's folder for remote shards, on a disk of its own; "" = one in $TMPDIR
+    cache_gigabytes: float = 100.0  # what it may hold; two windows of shards must fit
+    allow_pipe: bool = False  # let shards named `pipe:COMMAND` run the command
 
 
 C = TypeVar("C", bound=StageConfig)

@@ -10,15 +10,24 @@ def test_braces_globs_and_folders(tmp_path: Path) -> None:
     for path in paths:
         path.touch()
     (tmp_path / "readme.txt").touch()
-    assert expand_spec(f"{tmp_path}/data-{{000..002}}.tar") == paths
-    assert expand_spec(f"{tmp_path}/data-{{002,000}}.tar") == [paths[2], paths[0]]
-    assert expand_spec(f"{tmp_path}/*.tar") == expand_spec(str(tmp_path)) == paths
+    names = [str(path) for path in paths]
+    assert expand_spec(f"{tmp_path}/data-{{000..002}}.tar") == names
+    assert expand_spec(f"{tmp_path}/data-{{002,000}}.tar") == [names[2], names[0]]
+    assert expand_spec(f"{tmp_path}/*.tar") == expand_spec(str(tmp_path)) == names
 
 
-@pytest.mark.parametrize("spec", ["pipe:touch ran", "https://host/x.tar", "s3://bucket/x.tar"])
-def test_nothing_is_run_or_fetched(spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_urls_keep_their_form_and_order() -> None:
+    assert expand_spec("https://host/a/data-{000..001}.tar") == [f"https://host/a/data-00{n}.tar" for n in (0, 1)]
+    assert expand_spec("s3://bucket/{b,a}.tar") == ["s3://bucket/b.tar", "s3://bucket/a.tar"]
+    assert expand_spec("pipe:cat {0..1}.tar", allow_pipe=True) == ["pipe:cat 0.tar", "pipe:cat 1.tar"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"), [("pipe:touch ran", "allow_pipe"), ("ftp://host/x.tar", "read from http")]
+)
+def test_nothing_is_run_or_fetched(spec: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="only local paths"):
+    with pytest.raises(ValueError, match=message):
         expand_spec(spec)
     assert list(tmp_path.iterdir()) == []
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from vqscale.config import local_batching
+from vqscale.data.cache import Cache, RemoteTar
 from vqscale.data.order import NAME, ShuffleOrder
 from vqscale.data.parts import BAD_KINDS, DECODE, PartReader, RawSample
 from vqscale.data.shards import Manifest
@@ -72,7 +73,16 @@ class TarDataset(Dataset):
     `weight` float32 [b]: 0 for padding (position -1) and for substitutes, so that nothing counts twice.
     """
 
-    def __init__(self, folder: str | Path, read: Read, *, seed: int = 0, window: int = 0, weighted: bool = False):
+    def __init__(
+        self,
+        folder: str | Path,
+        read: Read,
+        *,
+        seed: int = 0,
+        window: int = 0,
+        weighted: bool = False,
+        cache: Cache | None = None,
+    ):
         self.folder = Path(folder)
         self.manifest = Manifest.load(folder)
         self.read = read
@@ -83,7 +93,11 @@ class TarDataset(Dataset):
         except ValueError as error:
             raise ValueError(f"{self.folder}: {error}") from None
         self._in_sequence = ShuffleOrder(sizes, 0, 0)
-        self.files = PartReader(self.folder, self.manifest, getattr(read, "parts", None), 2 * max(window, 1) + 16)
+        cache, two_windows = cache or Cache(), 2 * max(window, 1)
+        parts = getattr(read, "parts", None)
+        self.files = PartReader(self.folder, self.manifest, parts, two_windows + 16, cache)
+        remote = [place.size for place in self.files.places if isinstance(place, RemoteTar)]
+        cache.check_size(sorted(remote)[-two_windows:])
         self._hinted = -1
 
     def __len__(self) -> int:
@@ -144,10 +158,10 @@ class TarDataset(Dataset):
             key: Any = self.files.index(shard).key(row)
         except (OSError, ValueError):
             key = row  # an index that cannot be read has no keys
-        return {"epoch": epoch, "shard": str(self.manifest.tar(self.folder, shard)), "key": key}
+        return {"epoch": epoch, "shard": str(self.files.places[shard]), "key": key}
 
     def _look_ahead(self, position: int) -> None:
-        if not self.order.window:
+        if not (self.order.window or self.files.has_remote):
             return
         here, shards = self.order.window_shards(position)
         if here == self._hinted:
@@ -155,7 +169,7 @@ class TarDataset(Dataset):
         _, following = self.order.window_shards(position, ahead=1)
         worker = get_worker_info()
         share = (worker.id, worker.num_workers) if worker else (0, 1)
-        self.files.hint([*(shards.tolist() if self._hinted < 0 else []), *following.tolist()], share)
+        self.files.look_ahead(shards.tolist(), following.tolist(), share, first=self._hinted < 0)
         self._hinted = here
 
 
@@ -265,18 +279,19 @@ def build_loader(
     max_bad_fraction: float = 0.001,
     bad_path: Path | None = None,
     prefetch: int = 4,
+    cache: Cache | None = None,
 ) -> Loader:
     """The training batches of one rank.
 
     read: decodes one sample (see `Read`). shuffle_window: shards shuffled together, 0 = stored order. prefetch:
     micro-batches that each worker reads ahead. max_bad_fraction: of an epoch's samples that may be bad; 0 = none, else
-    at least one per epoch. bad_path: a JSONL file that names the bad ones.
+    at least one per epoch. bad_path: a JSONL file that names the bad ones. cache: where remote shards are kept.
 
     Raises ValueError before the first batch when global_batch does not fit the ranks, when the shards have already
     lost more than allowed, or when `state` belongs to other data.
     """
     local, micro, _ = local_batching(global_batch, world_size, micro_batch)
-    dataset = TarDataset(folder, read, seed=seed, window=shuffle_window)
+    dataset = TarDataset(folder, read, seed=seed, window=shuffle_window, cache=cache)
     here = DataState(seed, shuffle_window, dataset.manifest.fingerprint, len(dataset))
     if state is not None:
         here.load_state_dict(state)
@@ -367,10 +382,14 @@ def check_budget(state: DataState, max_bad_fraction: float, bad_path: Path | Non
 
 
 def check_shards(dataset: TarDataset, max_bad_fraction: float) -> None:
-    """Raises FileNotFoundError or ValueError when shards are missing, foreign, or cut short beyond the budget."""
+    """Raises FileNotFoundError or ValueError when shards are missing, foreign, or cut short beyond the budget.
+
+    Remote ones are looked at when they are fetched: whole, each with its sha256.
+    """
     lost = 0
-    for number, shard in enumerate(dataset.manifest.shards):
-        path = dataset.manifest.tar(dataset.folder, number)
+    for number, (path, shard) in enumerate(zip(dataset.files.places, dataset.manifest.shards, strict=True)):
+        if isinstance(path, RemoteTar):
+            continue
         if not path.is_file():
             raise FileNotFoundError(
                 f"shard {path} is missing; {dataset.folder} lists it with {shard.num_samples} samples"

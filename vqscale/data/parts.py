@@ -4,25 +4,31 @@ In: (shard, row) pairs.  Out: per sample its parts, or why they could not be had
 reads, never inherited; storage with a latency gets many reads in flight.
 """
 
+import contextlib
 import os
 import threading
 import time
+import weakref
 import zlib
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
+from vqscale.data.cache import Cache, NoRoom, RemoteTar, open_place, tar_places
 from vqscale.data.shards import Manifest, ShardIndex
 
 DECODE, IO, CRC = 1, 2, 3  # what is wrong with a sample; 0 = nothing
 BAD_KINDS = ("decode", "io", "crc")
 _SLOW_SECONDS = 0.5e-3  # a page-cache hit takes microseconds, a seek or a network round trip milliseconds
 _IN_FLIGHT = 32
+_FETCHES = 4  # shards that a process fetches ahead at a time
+_ROOM_SECONDS = 1.0
 _NOWHERE = np.iinfo(np.int64).max
 
 K = TypeVar("K")
@@ -44,18 +50,16 @@ class RawSample:
 
 
 class Recent(OrderedDict[K, V]):
-    """The most recently used values of a function; `drop` is told of each one that is forgotten."""
+    """The most recently used values of a function."""
 
-    def __init__(self, make: Callable[[K], V], limit: int, drop: Callable[[V], Any] | None = None):
+    def __init__(self, make: Callable[[K], V], limit: int):
         super().__init__()
-        self._make, self._limit, self._drop = make, limit, drop
+        self._make, self._limit = make, limit
 
     def __missing__(self, key: K) -> V:
         value = self[key] = self._make(key)
         if len(self) > self._limit:
-            _, old = self.popitem(last=False)
-            if self._drop is not None:
-                self._drop(old)
+            self.popitem(last=False)
         return value
 
     def used(self, key: K) -> V:
@@ -66,36 +70,36 @@ class Recent(OrderedDict[K, V]):
 
 
 class OpenFiles:
-    """Positioned reads from a fixed list of files."""
+    """Positioned reads from a fixed list of tars."""
 
-    def __init__(self, paths: Sequence[Path], limit: int = 256):
-        self._paths = list(paths)
+    def __init__(self, places: Sequence[Path | RemoteTar], limit: int = 256):
+        self._places = list(places)
         self._limit = limit
         self._reset()
 
     def _reset(self) -> None:
         self._pid = os.getpid()
         self._lock = threading.Lock()
-        self._open: Recent[int, int] = Recent(lambda n: os.open(self._paths[n], os.O_RDONLY | os.O_CLOEXEC), 1 << 30)
+        self._open: dict[int, int] = {}  # in the order of opening
+        self._close_all = weakref.finalize(self, _close_all, self._open)
         self._threads: ThreadPoolExecutor | None = None
         self._seconds = 0.0  # a running mean of the first read of each batch
+        self._wanted: frozenset[int] = frozenset()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"paths": self._paths, "limit": self._limit}
+        return {"places": self._places, "limit": self._limit}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["paths"], state["limit"])  # type: ignore[misc]
+        self.__init__(state["places"], state["limit"])  # type: ignore[misc]
 
     def close(self) -> None:
         """Close every handle."""
-        for descriptor in self._open.values():
-            os.close(descriptor)
+        self._close_all()
         self._reset()
 
     def read(self, requests: Sequence[tuple[int, int, int]]) -> list[bytes | OSError]:
         """The bytes of each (file, offset, size), or the OSError that stood in the way (a short file is one)."""
-        if self._pid != os.getpid():
-            self._reset()
+        self._be_at_home()
         self._make_room()
         began = time.perf_counter()
         results = [self._read(request) for request in requests[:1]]
@@ -105,9 +109,33 @@ class OpenFiles:
         self._threads = self._threads or ThreadPoolExecutor(_IN_FLIGHT)
         return results + list(self._threads.map(self._read, requests[1:]))
 
+    def hold(self, wanted: Sequence[int], mine: Sequence[int]) -> None:
+        """Of the remote tars let all go but these, and fetch `mine` of them in the background."""
+        self._be_at_home()
+        self._wanted = frozenset(wanted)
+        for number in [n for n in list(self._open) if n not in self._wanted and isinstance(self._places[n], RemoteTar)]:
+            self._forget(number)
+        left = deque(number for number in mine if number not in self._open)
+        for _ in range(min(_FETCHES, len(left))):
+            threading.Thread(target=self._fetch, args=(left,), daemon=True).start()
+
+    def _fetch(self, left: deque[int]) -> None:
+        with contextlib.suppress(IndexError, OSError, ValueError):  # only ahead of time: the read itself reports
+            while True:
+                number = left.popleft()
+                while number in self._wanted and number not in self._open:
+                    try:
+                        self._descriptor(number, ahead=True)
+                    except NoRoom:
+                        time.sleep(_ROOM_SECONDS)  # until others let go of the window before
+
+    def _be_at_home(self) -> None:
+        if self._pid != os.getpid():
+            self._reset()
+
     def _make_room(self) -> None:
         while len(self._open) > self._limit:
-            os.close(self._open.popitem(last=False)[1])
+            self._forget(next(iter(self._open)))
 
     def _read(self, request: tuple[int, int, int]) -> bytes | OSError:
         number, offset, size = request
@@ -120,20 +148,28 @@ class OpenFiles:
         except OSError as error:
             return error
         if len(data) < size:
-            return OSError(f"{self._paths[number]} ends at byte {offset + len(data)}, before {offset + size}")
+            return OSError(f"{self._places[number]} ends at byte {offset + len(data)}, before {offset + size}")
         return data
 
-    def _descriptor(self, number: int) -> int:
+    def _descriptor(self, number: int, ahead: bool = False) -> int:
         descriptor = self._open.get(number)
         if descriptor is None:
+            opened = open_place(self._places[number], ahead)  # not under the lock: it may take a download
             with self._lock:
-                descriptor = self._open[number]
+                descriptor = self._open.setdefault(number, opened)
+            if descriptor != opened:
+                os.close(opened)
         return descriptor
 
     def _forget(self, number: int) -> None:
         with self._lock:
             if number in self._open:
                 os.close(self._open.pop(number))
+
+
+def _close_all(descriptors: dict[int, int]) -> None:
+    while descriptors:
+        os.close(descriptors.popitem()[1])
 
 
 def _pread(descriptor: int, size: int, offset: int) -> bytes:
@@ -146,22 +182,29 @@ def _pread(descriptor: int, size: int, offset: int) -> bytes:
 class PartReader:
     """Reads the parts that `wanted` names (None: all but the label's) of samples of one data set."""
 
-    def __init__(self, folder: Path, manifest: Manifest, wanted: Sequence[str] | None, recent_indexes: int):
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        wanted: Sequence[str] | None,
+        recent_indexes: int,
+        cache: Cache,
+    ):
         self.folder = folder
         self.manifest = manifest
         self.wanted = None if wanted is None else tuple(wanted)
-        self._recent_indexes = recent_indexes
-        self._files = OpenFiles([manifest.tar(folder, n) for n in range(len(manifest.shards))])
-        self._indexes: Recent[int, ShardIndex] = Recent(self._load_index, recent_indexes)
+        self._rest = (recent_indexes, cache)
+        self.places = tar_places(folder, manifest, cache)
+        self.has_remote = any(isinstance(place, RemoteTar) for place in self.places)
+        self._files = OpenFiles(self.places, max(256, recent_indexes))
+        # Not a method of ours: without a cycle, handles are closed as soon as the reader is forgotten.
+        self._indexes: Recent[int, ShardIndex] = Recent(partial(manifest.index, folder), recent_indexes)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"args": (self.folder, self.manifest, self.wanted, self._recent_indexes)}
+        return {"args": (self.folder, self.manifest, self.wanted, *self._rest)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(*state["args"])  # type: ignore[misc]
-
-    def _load_index(self, shard: int) -> ShardIndex:
-        return self.manifest.index(self.folder, shard)
 
     def index(self, shard: int) -> ShardIndex:
         """The shard's index. Raises FileNotFoundError or ValueError."""
@@ -184,13 +227,19 @@ class PartReader:
             plan.cut(data)
         return samples
 
-    def hint(self, shards: Iterable[int], share: tuple[int, int]) -> None:
-        """Ask the kernel to fetch these shards, in the background, up to a quarter of free memory.
+    def look_ahead(self, now: Sequence[int], following: Sequence[int], share: tuple[int, int], first: bool) -> None:
+        """The reads turn to the shards `now`; have those that follow near when their turn comes, in the background.
 
-        share: (n, of): this process asks for every `of`-th, from the n-th on.
+        Local tars are read into the kernel's cache, up to a quarter of free memory, remote ones into the node's.
+        share: (n, of): this process cares for every `of`-th shard, from the n-th on. first: nobody cared for `now`.
         """
-        paths = [(self.manifest.tar(self.folder, n), self.manifest.shards[n].bytes) for n in shards]
-        threading.Thread(target=_will_need, args=(paths[share[0] :: share[1]], share[1]), daemon=True).start()
+        mine = [*now[share[0] :: share[1]], *following[share[0] :: share[1]]]
+        if self.has_remote:
+            self._files.hold([*now, *following], mine)
+        near = mine if first else following[share[0] :: share[1]]
+        paths = [(place, self.manifest.shards[n].bytes) for n in near if isinstance(place := self.places[n], Path)]
+        if paths:
+            threading.Thread(target=_will_need, args=(paths, share[1]), daemon=True).start()
 
 
 @dataclass

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from vqscale.data.cache import Cache
 from vqscale.data.loader import Batch, Read, TarDataset, name_bad_samples, run_workers
 
 
@@ -41,12 +42,13 @@ def sequential_batches(
     workers: int = 0,
     limit: int = 0,
     bad_path: Path | None = None,
+    cache: Cache | None = None,
 ) -> SequentialBatches:
     """Every sample (the first `limit`, if that is not 0) exactly once over all ranks, `batch` at a time.
 
     Every rank gets the same number of batches of the same size: the end is padded with samples of weight 0.
     """
-    dataset = TarDataset(folder, read, weighted=True)
+    dataset = TarDataset(folder, read, weighted=True, cache=cache)
     total = min(len(dataset), limit) if limit else len(dataset)
     count = -(-total // (batch * world_size))
     places = np.arange(count * world_size * batch)
@@ -63,13 +65,14 @@ def read_shard_blocks(
     block: int,
     workers: int = 0,
     bad_path: Path | None = None,
+    cache: Cache | None = None,
 ) -> SequentialBatches:
     """The rows of whole shards, in order, in fixed blocks; a shard's last block is padded with weight 0.
 
     So the batch that a row is computed in is the same at any world size. Shard n's blocks are the next
     ceil(num_samples / block) batches; `position` counts samples over the whole data set in stored order.
     """
-    dataset = TarDataset(folder, read, weighted=True)
+    dataset = TarDataset(folder, read, weighted=True, cache=cache)
     sizes = [shard.num_samples for shard in dataset.manifest.shards]
     starts = np.concatenate([[0], np.cumsum(sizes)])
     blocks = []

@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import tarfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,16 +24,19 @@ import safetensors
 from safetensors.numpy import save as safetensors_bytes
 from webdataset.writer import TarWriter
 
+from vqscale.data.remote import is_url
+
 MANIFEST = "dataset.json"
 _KINDS = ("images", "codes", "samples")
 _FIELDS = ("offset", "size", "crc32")
+_PLAIN = re.compile(r"[\w-][\w.-]*\.tar")
 
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """One tar of a data set. `name`: relative to the data set's folder, or absolute for a tar that others wrote."""
+    """One tar of a data set."""
 
-    name: str
+    name: str  # relative to the data set's folder; for a tar that others wrote an absolute path or a URL
     num_samples: int
     bytes: int
     sha256: str  # of the tar, hexadecimal
@@ -280,9 +284,17 @@ class Manifest:
         raw = {"version": 1, **dataclasses.asdict(self), "shards": shards}
         write_atomically(Path(folder) / MANIFEST, (json.dumps(raw, indent=1) + "\n").encode())
 
-    def tar(self, folder: str | Path, shard: int) -> Path:
-        """Path of a shard's tar."""
-        return Path(folder) / self.shards[shard].name  # an absolute name replaces the folder
+    def tar(self, folder: str | Path, shard: int) -> Path | str:
+        """Where a shard's tar is: a path, or the URL of a remote one, which is read through `data.cache`."""
+        name = self.shards[shard].name
+        return name if is_url(name) else Path(folder) / name  # an absolute name replaces the folder
+
+    def names_of_results(self) -> list[str]:
+        """A file name for what is made of each shard: the tar's own, or the index's where those are not different."""
+        names = [Path(shard.name).name for shard in self.shards]
+        if len(set(names)) == len(names) and all(_PLAIN.fullmatch(name) for name in names):
+            return names
+        return [shard.index_name.removesuffix(".index.safetensors") + ".tar" for shard in self.shards]
 
     def index(self, folder: str | Path, shard: int) -> ShardIndex:
         """A shard's index. Raises ValueError when it belongs to another tar than the manifest names."""

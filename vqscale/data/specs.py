@@ -1,34 +1,38 @@
-"""Shard specs -> paths.  In: `data-{000000..000128}.tar`, a glob or a folder.  Out: the tars, in order."""
+"""Shard specs -> tars, in order.  In: `data-{000000..000128}.tar`, such a URL, a glob or a folder.  Out: each tar."""
 
 import glob
 from pathlib import Path
 
 from webdataset.shardlists import expand_urls
 
+from vqscale.data.remote import check_url, is_url
 
-def expand_spec(spec: str) -> list[Path]:
-    """The absolute paths of the tars that a spec names: braces in their order, globs and folders sorted.
 
-    Raises ValueError for a pipe or URL (nothing named by a spec is ever run), FileNotFoundError for what is not there.
+def expand_spec(spec: str, allow_pipe: bool = False) -> list[str]:
+    """The tars that a spec names, as absolute paths or URLs: braces in their order, globs and folders sorted.
+
+    Raises FileNotFoundError for a path that is not there, ValueError for a URL that would not be opened; none is opened
+    here, and no pipe is run.
     """
-    if spec.startswith("pipe:") or "://" in spec:
-        raise ValueError(f"source={spec}: only local paths can be indexed")
     if Path(spec).is_dir():
-        paths = sorted(Path(spec).glob("*.tar"))
-        if not paths:
+        tars = [str(path.resolve()) for path in sorted(Path(spec).glob("*.tar"))]
+        if not tars:
             raise FileNotFoundError(f"source={spec}: the folder holds no .tar files")
     else:
-        paths = [path for name in expand_urls(spec) for path in _existing(name)]
-    if len(set(paths)) < len(paths):
+        tars = [tar for name in expand_urls(spec) for tar in _existing(name, allow_pipe)]
+    if len(set(tars)) < len(tars):
         raise ValueError(f"source={spec}: names a tar twice")
-    return [path.resolve() for path in paths]
+    return tars
 
 
-def _existing(name: str) -> list[Path]:
+def _existing(name: str, allow_pipe: bool) -> list[str]:
+    if is_url(name):
+        check_url(name, allow_pipe)
+        return [name]
     found = sorted(glob.glob(name)) if glob.has_magic(name) and not Path(name).exists() else [name]
     if not found:
         raise FileNotFoundError(f"source: nothing matches {name}")
     for path in found:
         if not Path(path).is_file():
             raise FileNotFoundError(f"source: there is no tar {path}")
-    return [Path(path) for path in found]
+    return [str(Path(path).resolve()) for path in found]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from vqscale.data.remote import RemoteFile, open_tar
 from vqscale.data.shards import IndexRows, ShardInfo, check_key, parse_label
 
 _BLOCK = 512
@@ -42,8 +43,8 @@ class Member:
 class _Stream:
     """A tar read front to back, hashed on the way."""
 
-    def __init__(self, file: BinaryIO, path: Path):
-        self._file, self.path = file, path
+    def __init__(self, file: BinaryIO | RemoteFile):
+        self._file, self.path = file, file.name
         self.sha256 = hashlib.sha256()
         self.at = 0
 
@@ -71,31 +72,31 @@ class _Stream:
             yield data
 
 
-def index_tar(path: str | Path, num_classes: int | None = None, labels: str = "cls") -> tuple[ShardInfo, IndexRows]:
-    """Index a WebDataset tar.
+def index_tar(
+    tar: str | Path, num_classes: int | None = None, labels: str = "cls", allow_pipe: bool = False
+) -> tuple[ShardInfo, IndexRows]:
+    """Index a WebDataset tar, a file or what is at a URL.
 
     num_classes: labels must be below it. labels: `cls` = from each sample's .cls part; `none` = all 0.
-    Raises FileNotFoundError, or ValueError naming tar, member or key and offset: cut short anywhere, damaged header,
-    link, device, key that leads out of the folder, duplicate key or part, label missing or not in [0, num_classes).
+    Raises FileNotFoundError, OSError for a URL that cannot be read to its end, or ValueError naming tar, member or key
+    and offset: cut short anywhere, damaged header, link, device, key that leads out of the folder, duplicate key or
+    part, label missing or not in [0, num_classes).
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such tar")
-    rows = _Rows(path, num_classes, labels)
-    with open(path, "rb") as file:
-        stream = _Stream(file, path)
+    with open_tar(tar, allow_pipe) as file:
+        stream = _Stream(file)
+        rows = _Rows(stream.path, num_classes, labels)
         for member in members(stream):
             rows.add(member)
     rows.finish()
     if not rows.rows.keys:
-        raise ValueError(f"{path}: holds no samples")
-    return ShardInfo(str(path), len(rows.rows.keys), stream.at, stream.sha256.hexdigest()), rows.rows
+        raise ValueError(f"{stream.path}: holds no samples")
+    return ShardInfo(str(tar), len(rows.rows.keys), stream.at, stream.sha256.hexdigest()), rows.rows
 
 
 class _Rows:
     """Groups consecutive members of one key into samples."""
 
-    def __init__(self, path: Path, num_classes: int | None, labels: str):
+    def __init__(self, path: str, num_classes: int | None, labels: str):
         self.rows = IndexRows()
         self._path, self._num_classes, self._labels = path, num_classes, labels
         self._key = ""
@@ -182,7 +183,7 @@ def _member(
         yield Member(name, offset, size, crc32, first)
 
 
-def _parse_header(header: bytes, path: Path, at: int) -> tuple[bytes, str, int]:
+def _parse_header(header: bytes, path: str, at: int) -> tuple[bytes, str, int]:
     """(type, name, size) of a header block whose checksum holds (POSIX.1-1988 ustar)."""
     if not _checksum_holds(header):
         raise ValueError(f"{path}: not a tar header at byte {at} (its checksum differs): damaged or cut short")

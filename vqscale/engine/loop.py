@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from vqscale.config import StageConfig, fingerprint, flatten
+from vqscale.config import ReadsShards, fingerprint, flatten
 from vqscale.engine.agreement import Agreement, count_bad
 from vqscale.engine.checkpoint import Checkpoint, Checkpointer
 from vqscale.engine.ema import WeightEMA
@@ -31,7 +31,7 @@ AfterStep = Callable[[bool, float, int], Mapping[str, Tensor]]  # (applied, lear
 
 
 @dataclass(frozen=True)
-class FitConfig(StageConfig):
+class FitConfig(ReadsShards):
     """What every trainer has. Every `…_every` and `total_images` counts images; 0 turns a cadence off."""
 
     total_images: int = 100_000  # train until this many images were seen

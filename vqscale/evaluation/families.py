@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vqscale.data.cache import Cache
 from vqscale.data.images import ImageReader
 from vqscale.data.sequential import SequentialBatches, sequential_batches
 from vqscale.evaluation import metrics
@@ -56,6 +57,7 @@ class Bench:
     tick: Callable[[Iterable[Any], str, int], Iterable[Any]]
     batch: int = 64
     workers: int = 0
+    shards: Cache | None = None
 
     def images(self, data: DataSet, resolution: int) -> SequentialBatches:
         """This rank's batches of a data set's images."""
@@ -68,6 +70,7 @@ class Bench:
             workers=self.workers,
             limit=data.limit,
             bad_path=self.bad_path,
+            cache=self.shards,
         )
 
     def cached(self, facts: Mapping[str, Any], compute: Callable[[], FeatureSet]) -> FeatureSet:
@@ -285,7 +288,7 @@ def score_nll(
 
 def score_train_nll(bench: Bench, priors: Mapping[str, Source], data: DataSet, limit: int) -> None:
     """Nats per code on the first `limit` training samples: the distance to the held-out ones is overfitting."""
-    codes = read_codes(data.folder, limit=limit)
+    codes = read_codes(data.folder, limit=limit, cache=bench.shards)
     about = describe_set(data.manifest, str(data.folder), len(codes))
     for level, prior in priors.items():
         value = nll_per_code(prior.model, codes, level, bench.place, batch=bench.batch)

@@ -3,17 +3,24 @@
 In: a data set.  Out: {class name: images uint8 [3, R, R]}.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
+from vqscale.data.cache import Cache, RemoteTar, open_place, tar_places
 from vqscale.data.images import SUFFIXES, decode_image, resize_center_crop
 from vqscale.data.shards import Manifest, read_row
 
 
 def first_of_each_class(
-    folder: Path, manifest: Manifest, *, resolution: int, per_class: int, most_classes: int
+    folder: Path,
+    manifest: Manifest,
+    *,
+    resolution: int,
+    per_class: int,
+    most_classes: int,
+    cache: Cache | None = None,
 ) -> dict[str, list[Tensor]]:
     """The first `per_class` images of classes spread evenly over all that occur, at most `most_classes`.
 
@@ -22,10 +29,11 @@ def first_of_each_class(
     rows = _rows_by_class(folder, manifest, per_class)
     present = sorted(rows)
     step = max(1.0, len(present) / most_classes)
+    places = tar_places(folder, manifest, cache or Cache())
     chosen = [present[int(n * step)] for n in range(min(len(present), most_classes))]
     return {
         _name(manifest, label): [
-            resize_center_crop(image, resolution) for image in _read(folder, manifest, rows[label])
+            resize_center_crop(image, resolution) for image in _read(folder, manifest, places, rows[label])
         ]
         for label in chosen
     }
@@ -45,8 +53,10 @@ def _rows_by_class(folder: Path, manifest: Manifest, per_class: int) -> dict[int
     return rows
 
 
-def _read(folder: Path, manifest: Manifest, rows: list[tuple[int, int]]) -> Iterator[Tensor]:
+def _read(
+    folder: Path, manifest: Manifest, places: Sequence[Path | RemoteTar], rows: list[tuple[int, int]]
+) -> Iterator[Tensor]:
     for shard, row in rows:
-        with open(manifest.tar(folder, shard), "rb") as file:
+        with open(open_place(places[shard]), "rb") as file:
             parts = read_row(file, manifest.index(folder, shard), row, SUFFIXES)
         yield decode_image(next(iter(parts.values())))

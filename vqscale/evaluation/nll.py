@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vqscale.data.cache import Cache
 from vqscale.data.codes import CodeReader
 from vqscale.data.sequential import sequential_batches
 from vqscale.data.shards import Manifest
@@ -44,7 +45,7 @@ class Codes:
         return np.bincount(self.levels[level].flatten().numpy(), minlength=self.num_codes)
 
 
-def read_codes(folder: Path, *, limit: int = 0, workers: int = 0) -> Codes:
+def read_codes(folder: Path, *, limit: int = 0, workers: int = 0, cache: Cache | None = None) -> Codes:
     """The first `limit` samples (0 = all, at most MOST) of a folder of code shards, the unflipped view.
 
     Every rank reads all of them. Raises ValueError for another kind of data set or a sample that can't be read.
@@ -54,7 +55,9 @@ def read_codes(folder: Path, *, limit: int = 0, workers: int = 0) -> Codes:
         raise ValueError(f"codes={folder}: code shards are needed, this is a data set of {manifest.kind}")
     extra, total = manifest.extra, min(limit or MOST, MOST, manifest.num_samples)
     reader = CodeReader(extra["levels"], views=extra["views"], num_codes=extra["num_codes"])
-    batches = list(sequential_batches(folder, read=reader, batch=min(256, total), workers=workers, limit=total))
+    batches = list(
+        sequential_batches(folder, read=reader, batch=min(256, total), workers=workers, limit=total, cache=cache)
+    )
     weight = torch.cat([batch["weight"] for batch in batches])
     if int(weight.sum()) != total:
         raise ValueError(f"codes={folder}: {total - int(weight.sum())} of {total} samples could not be read")

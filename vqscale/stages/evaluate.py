@@ -12,7 +12,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vqscale import runtime
-from vqscale.config import StageConfig, fingerprint, run_of
+from vqscale.config import ReadsShards, fingerprint, run_of
+from vqscale.data.cache import Cache
 from vqscale.data.shards import write_atomically
 from vqscale.evaluation import families, report
 from vqscale.evaluation.collect import Reconstructions
@@ -29,7 +30,7 @@ from vqscale.sources import Source
 
 
 @dataclass(frozen=True)
-class EvaluateConfig(StageConfig):
+class EvaluateConfig(ReadsShards):
     """What to evaluate; an input that is absent, or `none`, leaves out the metrics that need it."""
 
     recomputes: ClassVar[bool] = True
@@ -123,6 +124,7 @@ def compute(config: EvaluateConfig, run: runtime.Run, scores: Scores, found: Inp
         lambda batches, name, total: _watched(run, batches, name, total),
         config.batch,
         config.workers,
+        Cache.of(config),
     )
     _samples(config, bench, found)
     shown = Shown(_reconstructions(config, bench, found))
@@ -206,7 +208,8 @@ def _codes(config: EvaluateConfig, bench: Bench, found: Inputs, shown: Shown) ->
         return
     if not scores.wants(*_NLL, *_USAGE, "order0_entropy"):
         return
-    codes, about = read_codes(found.codes.folder, limit=config.nll_images, workers=0), found.codes.describe()
+    about = found.codes.describe()
+    codes = read_codes(found.codes.folder, limit=config.nll_images, cache=bench.shards)
     shown.usage = {level: codes.usage(level) for level in codes.levels}
     families.score_usage(scores, shown.usage, len(codes), about)
     families.score_order0(scores, codes, found.train_codes.manifest.extra["usage"], about)
@@ -303,6 +306,7 @@ def _shown_samples(config: EvaluateConfig, found: Inputs) -> dict[str, list[Tens
         resolution=found.resolution_of(found.samples),
         per_class=config.samples_shown,
         most_classes=config.classes_shown,
+        cache=Cache.of(config),
     )
 
 

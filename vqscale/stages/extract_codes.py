@@ -11,7 +11,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vqscale import runtime
-from vqscale.config import StageConfig, run_of
+from vqscale.config import ReadsShards, run_of
+from vqscale.data.cache import Cache
 from vqscale.data.codes import CodeReader, pack_codes
 from vqscale.data.images import ImageReader, to_float
 from vqscale.data.sequential import read_shard_blocks
@@ -20,7 +21,7 @@ from vqscale.sources import Source, load_vqvae
 
 
 @dataclass(frozen=True)
-class ExtractCodesConfig(StageConfig):
+class ExtractCodesConfig(ReadsShards):
     """Codes of every split of a data set under one tokenizer."""
 
     data: str = run_of("pack")
@@ -62,19 +63,19 @@ def _extract_split(config: ExtractCodesConfig, run: runtime.Run, source: Source,
         out.mkdir(parents=True, exist_ok=True)
         _remember_tokenizer(out, source, manifest)
     place.barrier()
-    every = range(len(manifest.shards))
-    left = [n for n in every if shard_info(out / Path(manifest.shards[n].name).name) is None]
+    targets = [out / name for name in manifest.names_of_results()]
+    left = [n for n, target in enumerate(targets) if shard_info(target) is None]
     place.barrier()  # all ranks listed the same shards before any of them writes one
     mine = left[place.rank :: place.world_size]
     total = sum(manifest.shards[n].num_samples for n in mine)
     with run.stoppable(), tqdm(total=total, unit="img", disable=not place.is_main, desc=split) as bar:
         for number in mine:
-            with ShardWriter(out / Path(manifest.shards[number].name).name) as writer:
+            with ShardWriter(targets[number]) as writer:
                 for key, parts in _encoded(config, source, folder, manifest, number, run):
                     writer.write(key, parts)
                     bar.update()
             run.images_seen += manifest.shards[number].num_samples
-    shards = [shard_info(out / Path(manifest.shards[n].name).name) for n in every]
+    shards = [shard_info(target) for target in targets]
     _write_manifest(config, run, source, out, manifest, [info for info in shards if info is not None])
 
 
@@ -108,6 +109,7 @@ def _encoded(
         block=config.block,
         workers=config.workers,
         bad_path=run.run_dir / "bad.jsonl",
+        cache=Cache.of(config),
     )
     row = 0
     for batch in blocks:

@@ -1,7 +1,8 @@
 """WebDataset tars that others wrote -> an indexed data set in `<run_dir>/{train,holdout}/`; the tars stay in place.
 
-In: paths such as `data-{000000..000128}.tar`, a glob or a folder.  Out: one index per tar and a `dataset.json` that
-names the tars by their absolute paths. With `verify=true` every byte is read again and compared.
+In: paths or URLs such as `data-{000000..000128}.tar`, a glob or a folder.  Out: one index per tar and a `dataset.json`
+that names the tars by their absolute paths or URLs; remote ones are streamed once and not kept. With `verify=true`
+every byte is read again and compared; then `source` may also be a data set, which is left as it is.
 """
 
 import logging
@@ -15,6 +16,7 @@ from tqdm import tqdm
 from vqscale import runtime
 from vqscale.config import StageConfig
 from vqscale.data.processes import run_jobs
+from vqscale.data.remote import is_url
 from vqscale.data.shards import Manifest, ShardIndex, ShardInfo, resolve
 from vqscale.data.specs import expand_spec
 from vqscale.data.tarindex import index_tar
@@ -28,12 +30,14 @@ _MOST_CLASSES = 100_000  # without class names, a larger label is a mistake
 class IndexConfig(StageConfig):
     """Which tars, and what their labels mean."""
 
-    source: str = ""  # data-{000000..000128}.tar, a glob or a folder of tars
+    source: str = ""  # data-{000000..000128}.tar, a URL of that form (http, https, s3, gs), a glob or a folder of tars
     holdout: str = ""  # the same, for held-out tars
     labels: str = "cls"  # cls: the number in each sample's .cls part; none: one class for all
     classes_from: str = ""  # a data set whose class names to use; else the classes are named by their numbers
+    resolution: int = 0  # size at which readers shall crop and resize the images; 0 = unknown, and trainers refuse it
     verify: bool = False  # read everything again and compare sha256 and crc32
-    workers: int = 0  # processes; 0 = one per core
+    allow_pipe: bool = False  # let a source `pipe:COMMAND` run the command
+    workers: int = 0  # processes; 0 = one per core; remote tars may take more
 
 
 Config = IndexConfig
@@ -41,10 +45,11 @@ Config = IndexConfig
 
 @dataclass(frozen=True)
 class _Job:
-    tar: Path
+    tar: str  # a path or a URL
     index: Path
     num_classes: int
     labels: str
+    allow_pipe: bool
 
 
 def main(config: IndexConfig) -> None:
@@ -53,9 +58,11 @@ def main(config: IndexConfig) -> None:
         raise ValueError("source= names no tars: a path such as data-{000000..000128}.tar, a glob or a folder")
     if config.labels not in ("cls", "none"):
         raise ValueError(f"labels={config.labels}: choose cls or none")
-    tars = {"train": expand_spec(config.source)}
-    if config.holdout:
-        tars["holdout"] = expand_spec(config.holdout)
+    if config.verify and (folders := _data_sets(Path(config.source))):
+        with runtime.run(config, stage="index") as run:
+            _verify(config, folders, run)
+        return
+    tars = {split: expand_spec(spec, config.allow_pipe) for split, spec in _splits(config)}
     classes = Manifest.load(resolve(config.classes_from)).classes if config.classes_from else ()
     with runtime.run(config, stage="index") as run:
         if run.topology.is_main:
@@ -71,46 +78,54 @@ def main(config: IndexConfig) -> None:
             _verify(config, [run.run_dir / split for split in jobs], run)
 
 
-def _clean(run_dir: Path, tars: dict[str, list[Path]]) -> None:
+def _splits(config: IndexConfig) -> list[tuple[str, str]]:
+    return [(split, spec) for split, spec in (("train", config.source), ("holdout", config.holdout)) if spec]
+
+
+def _data_sets(folder: Path) -> list[Path]:
+    return [f for f in (folder, folder / "train", folder / "holdout") if (f / "dataset.json").is_file()]
+
+
+def _clean(run_dir: Path, tars: dict[str, list[str]]) -> None:
     for split in tars:
         (run_dir / split).mkdir(exist_ok=True)
         for path in (run_dir / split).glob(".*.tmp"):
             path.unlink()
 
 
-def _jobs(config: IndexConfig, folder: Path, tars: Sequence[Path], num_classes: int) -> list[_Job]:
+def _jobs(config: IndexConfig, folder: Path, tars: Sequence[str], num_classes: int) -> list[_Job]:
+    most = num_classes or _MOST_CLASSES
     return [
-        _Job(tar, folder / f"{n:06d}.index.safetensors", num_classes or _MOST_CLASSES, config.labels)
+        _Job(tar, folder / f"{n:06d}.index.safetensors", most, config.labels, config.allow_pipe)
         for n, tar in enumerate(tars)
     ]
 
 
 def index_one(job: _Job) -> ShardInfo:
     """One job: reads the tar, writes its index."""
-    info, rows = index_tar(job.tar, job.num_classes, job.labels)
+    info, rows = index_tar(job.tar, job.num_classes, job.labels, job.allow_pipe)
     rows.save(job.index, info)
     return info
 
 
 def _finished(job: _Job) -> ShardInfo | None:
-    """What an earlier run made of this job, if the tar is still as long as it was."""
+    """What an earlier run made of this job, if the tar is still as long as it was; a remote one is not asked."""
     try:
         index = ShardIndex.load(job.index)
     except (OSError, ValueError):
         return None
-    if (index.name, index.bytes) != (job.tar.name, job.tar.stat().st_size):
+    if index.name != Path(job.tar).name or (not is_url(job.tar) and index.bytes != Path(job.tar).stat().st_size):
         return None
-    return ShardInfo(str(job.tar), len(index), index.bytes, index.sha256, job.index.name)
+    return ShardInfo(job.tar, len(index), index.bytes, index.sha256, job.index.name)
 
 
 def _work(config: IndexConfig, jobs: Sequence[_Job], run: Any) -> None:
     mine = jobs[run.topology.rank :: run.topology.world_size]
     left = [job for job in mine if _finished(job) is None]
-    done = sum(job.tar.stat().st_size for job in mine) - (to_do := sum(job.tar.stat().st_size for job in left))
-    options: dict[str, Any] = {"unit": "B", "unit_scale": True, "desc": "index", "disable": not run.topology.is_main}
-    with tqdm(total=done + to_do, initial=done, **options) as bar:
-        for _, info in run_jobs(index_one, left, config.workers, run.stop_requested):
-            bar.update(info.bytes)
+    options: dict[str, Any] = {"unit": "tar", "desc": "index", "disable": not run.topology.is_main}
+    with tqdm(total=len(mine), initial=len(mine) - len(left), **options) as bar:
+        for _ in run_jobs(index_one, left, config.workers, run.stop_requested):
+            bar.update()
     run.poll()
 
 
@@ -120,7 +135,8 @@ def _finish(config: IndexConfig, jobs: dict[str, list[_Job]], classes: Sequence[
     for split, part in jobs.items():
         infos = [info for job in part if (info := _finished(job)) is not None]
         assert len(infos) == len(part), "a rank left a tar undone"
-        made = Manifest.of("images", infos, classes, {}, {"split": split, "source": config.source})
+        transform = {"resolution": config.resolution} if config.resolution else {}
+        made = Manifest.of("images", infos, classes, transform, {"split": split, "source": config.source})
         folder = run_dir / split
         if (folder / "dataset.json").is_file() and (was := Manifest.load(folder)).fingerprint != made.fingerprint:
             raise ValueError(
@@ -139,7 +155,8 @@ def _numbered(jobs: Sequence[_Job], labels: str) -> list[str]:
 
 def _verify(config: IndexConfig, folders: Sequence[Path], run: Any) -> None:
     """Raises ValueError naming the first difference."""
-    jobs = [(folder, n) for folder in folders for n in range(len(Manifest.load(folder).shards))]
+    shards = [(folder, n) for folder in folders for n in range(len(Manifest.load(folder).shards))]
+    jobs = [(folder, n, config.allow_pipe) for folder, n in shards]
     mine = jobs[run.topology.rank :: run.topology.world_size]
     wrong: list[str] = []
     with run.stoppable(), tqdm(total=len(mine), unit="tar", desc="verify", disable=not run.topology.is_main) as bar:
@@ -157,7 +174,7 @@ def _verify(config: IndexConfig, folders: Sequence[Path], run: Any) -> None:
 
 def plan(config: IndexConfig) -> str:
     """What `--dry-run` says."""
-    paths = expand_spec(config.source)
-    holdout = expand_spec(config.holdout) if config.holdout else []
-    total = sum(path.stat().st_size for path in (*paths, *holdout))
-    return f"{len(paths)} training and {len(holdout)} held-out tars, {total / 1e9:.2f} GB"
+    tars = {split: expand_spec(spec, config.allow_pipe) for split, spec in _splits(config)}
+    local = [Path(tar) for split in tars.values() for tar in split if not is_url(tar)]
+    total = f"{sum(path.stat().st_size for path in local) / 1e9:.2f} GB of local ones"
+    return f"{len(tars['train'])} training and {len(tars.get('holdout', []))} held-out tars, {total}"

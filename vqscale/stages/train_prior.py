@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vqscale import runtime
 from vqscale.config import as_dict, run_of
+from vqscale.data.cache import Cache
 from vqscale.data.codes import CodeReader
 from vqscale.data.loader import build_loader
 from vqscale.data.sequential import sequential_batches
@@ -46,6 +47,7 @@ def main(config: TrainPriorConfig) -> None:
         loader = build_loader(
             folder,
             read=reader(config, Manifest.load(folder), flip=config.flip),
+            cache=Cache.of(config),
             **loader_options(config, run),
         )
         with torch.device("meta"):
@@ -145,6 +147,7 @@ class HeldOutNLL:
             world_size=place.world_size,
             workers=0,
             limit=config.evaluate_images,
+            cache=Cache.of(config),
         ):
             moved = {name: value.to(place.device) for name, value in batch.items()}
             codes, above = inputs(moved, config.level)

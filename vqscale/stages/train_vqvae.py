@@ -12,6 +12,7 @@ from torchvision.utils import make_grid, save_image
 
 from vqscale import runtime
 from vqscale.config import as_dict, level_names, run_of
+from vqscale.data.cache import Cache
 from vqscale.data.images import ImageReader, to_float
 from vqscale.data.loader import build_loader
 from vqscale.data.sequential import sequential_batches
@@ -50,6 +51,7 @@ def main(config: TrainVQVAEConfig) -> None:
         loader = build_loader(
             folder,
             read=reader,
+            cache=Cache.of(config),
             **loader_options(config, run),
         )
         model: Any = build(description)
@@ -87,8 +89,10 @@ def main(config: TrainVQVAEConfig) -> None:
 def describe(config: TrainVQVAEConfig, manifest: Manifest) -> dict[str, Any]:
     """What it takes to build this model again. Raises ValueError for a data set without a fixed image size."""
     resolution = manifest.transform.get("resolution")
-    if manifest.kind != "images" or not resolution:
-        raise ValueError(f"data={config.data}: a data set of images of one size is needed, this is {manifest.kind}")
+    if manifest.kind != "images":
+        raise ValueError(f"data={config.data}: a data set of images is needed, this is one of {manifest.kind}")
+    if not resolution:
+        raise ValueError(f"data={config.data}: does not say the size of its images; `vqscale index … resolution=` does")
     return {
         "kind": "vqvae",
         "config": as_dict(config.model),
@@ -125,6 +129,7 @@ def _init_codebooks(
             seed=config.seed,
             shuffle_window=config.shuffle_window,
             workers=0,
+            cache=Cache.of(config),
         )
         batches = iter(loader)
         count = -(-config.init_images // min(64, config.init_images))
@@ -180,6 +185,7 @@ class HeldOutReconstruction:
             world_size=place.world_size,
             workers=0,
             limit=config.evaluate_images,
+            cache=Cache.of(config),
         )
 
     def _picture(self, vqvae: VQVAE, image: Tensor, output: VQVAEOutput, images_seen: int) -> None:
