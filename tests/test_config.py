@@ -112,6 +112,9 @@ def test_what_a_resumed_run_may_change(tmp_path: Path) -> None:
         "model.hidden: was 128, now 64",
     ]
     assert config.fingerprint(other) != config.fingerprint(first)
+    saved.write_text("".join(line for line in saved.read_text().splitlines(True) if "learning_rate" not in line))
+    assert config.refused_changes(first, saved) == [], "a key that came later was at its default"
+    assert config.refused_changes(other, saved)[0] == f"learning_rate: was {first.learning_rate}, now 0.2"
 
 
 def test_help_has_every_key_with_its_comment() -> None:

@@ -12,7 +12,8 @@ MAY_IMPORT["evaluation"] = MAY_IMPORT["sources"] | {"sources", "evaluation"}
 MAY_IMPORT["stages"] = MAY_IMPORT["evaluation"]
 MAY_IMPORT["stages/plan"] = MAY_IMPORT["stages"] | {"stages"}  # it reads the trainers' configs
 MAY_IMPORT |= {"config": set(), "seeding": set(), "topology": {"config"}, "runtime": {"config", "topology"}}
-MAY_IMPORT |= {"cli": BASE | {"stages"}, "__main__": {"cli"}, "__init__": set()}
+MAY_IMPORT["api"] = MAY_IMPORT["stages"] | {"stages"}  # it samples as the stage does
+MAY_IMPORT |= {"cli": BASE | {"stages"}, "__main__": {"cli"}, "__init__": {"api"}}
 DOORS = {
     "accelerate": "runtime.py",
     "deepspeed": "engine/zero.py",

@@ -23,11 +23,13 @@ STAGES = {
     "sample": "VQ-VAE-2 + priors -> sample shards",
     "evaluate": "samples, reconstructions, codes -> scores.json and report.html",
 }
-# Commands that make no run: each module holds `Config`, `load(words) -> request` and `main(request)`.
+# Commands that make no run: each module holds `USAGE`, `Config`, `load(words) -> request` and `main(request)`.
 TOOLS = {
     "plan": "a trainer's config -> memory, communication and time at any number of ranks",
+    "export": "a run -> a folder to share: model.safetensors, config.json and a model card",
+    "import-checkpoint": "a checkpoint of rosinality/vq-vae-2-pytorch -> such a folder",
 }
-_ALIASES = ("world", "strategy")  # --world N for world=N
+_ALIASES = {"world": "plan", "strategy": "plan"}  # --world N for world=N
 EXIT_UNFINISHED = 75
 HEAD_START = 3.0  # seconds that the first rank has to report an error before the others do
 
@@ -46,8 +48,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("stage", metavar="STAGE")
     parser.add_argument("words", nargs="*", metavar="CONFIG [key=value ...]")
-    for key in _ALIASES:
-        parser.add_argument(f"--{key}", help=f"of plan, the same as {key}=…")
+    for key, tool in _ALIASES.items():
+        parser.add_argument(f"--{key}", help=f"of {tool}, the same as {key}=…")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config, sizes and steps, then stop")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     parser.add_argument("--version", action="version", version=f"vqscale {__version__}")
@@ -55,9 +57,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _stage_help(stage: str) -> str:
-    module = importlib.import_module(f"vqscale.stages.{stage}")
+    module = stage_module(stage)
     keys = "\n".join(config.help_lines(module.Config))
-    return f"vqscale {stage} CONFIG [key=value ...]\n\n{(STAGES | TOOLS)[stage]}\n\nkeys and defaults:\n{keys}"
+    usage = getattr(module, "USAGE", "CONFIG [key=value ...]")
+    return f"vqscale {stage} {usage}\n\n{(STAGES | TOOLS)[stage]}\n\nkeys and defaults:\n{keys}"
 
 
 def stage_module(stage: str):
@@ -65,7 +68,7 @@ def stage_module(stage: str):
         raise ValueError(
             f"there is no stage {stage!r}; the stages are {', '.join(STAGES)}; the tools {', '.join(TOOLS)}"
         )
-    return importlib.import_module(f"vqscale.stages.{stage}")
+    return importlib.import_module(f"vqscale.stages.{stage.replace('-', '_')}")
 
 
 def _flags(arguments: argparse.Namespace) -> list[str]:
@@ -80,12 +83,12 @@ def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_intermixed_args(argv)
     try:
         stage = stage_module(arguments.stage)
-        if not arguments.words:
-            raise ValueError(f"{arguments.stage} needs a config file: vqscale {arguments.stage} CONFIG [key=value ...]")
         words = [*arguments.words, *_flags(arguments)]
         if arguments.stage in TOOLS:
             stage.main(stage.load(words))
             return 0
+        if not arguments.words:
+            raise ValueError(f"{arguments.stage} needs a config file: vqscale {arguments.stage} CONFIG [key=value ...]")
         stage_config = config.load(stage.Config, words[0], words[1:])
         if arguments.dry_run:
             print(runtime.dry_run(stage_config, getattr(stage, "plan", None)))

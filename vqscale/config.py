@@ -170,6 +170,14 @@ def from_words(cls: type[Any], words: Sequence[str]) -> Any:
     return OmegaConf.to_object(_merge(OmegaConf.structured(cls), given, "command line"))
 
 
+def split_paths(words: Sequence[str], usage: str, count: int) -> tuple[list[str], list[str]]:
+    """(the first `count` words, which are paths; the `key=value` rest). Raises ValueError showing the usage."""
+    paths, rest = list(words[:count]), list(words[count:])
+    if len(paths) < count or any(re.match(r"^[\w.]+=", path) for path in paths):
+        raise ValueError(f"usage: vqscale {usage}")
+    return paths, rest
+
+
 def field_names(cls: Any) -> set[str]:
     return {f.name for f in dataclasses.fields(cls)}
 
@@ -195,11 +203,15 @@ def _free(cls: Any, key: str) -> bool:
 
 
 def refused_changes(config: StageConfig, path: Path) -> list[str]:
-    """Differences between `config` and the one saved at `path` that a resumed run may not have, as readable lines."""
+    """Differences between `config` and the one saved at `path` that a resumed run may not have, as readable lines.
+
+    A key that the saved config does not know yet was at its default then.
+    """
     if config.recomputes:
         return []
     saved = dict(flatten(OmegaConf.to_container(OmegaConf.load(path))))  # type: ignore[arg-type]
-    now = dict(flatten(as_dict(config)))
+    now, defaults = dict(flatten(as_dict(config))), dict(flatten(as_dict(type(config))))
+    saved = {key: defaults.get(key) for key in now} | saved
     keys = [key for key in sorted(saved.keys() | now.keys()) if not _free(type(config), key)]
     return [f"{k}: was {saved.get(k)!r}, now {now.get(k)!r}" for k in keys if saved.get(k) != now.get(k)]
 

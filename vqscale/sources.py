@@ -67,10 +67,16 @@ def load_prior(
     return load(path, "prior", "train_prior", device=device, weights_kind=weights_kind, checkpoint=checkpoint)
 
 
+def load_any(path: str | Path, *, weights_kind: str = "", checkpoint: int = 0) -> Source:
+    """A model of any kind, on the CPU; see `load`."""
+    return load(path, "", "train_vqvae", device="cpu", weights_kind=weights_kind, checkpoint=checkpoint)
+
+
 def load(
     path: str | Path, kind: str, made_by: str, *, device: torch.device | str, weights_kind: str, checkpoint: int
 ) -> Source:
-    """`weights_kind`: "" = the EMA weights if there are any; `checkpoint`: images seen, 0 = the last one of a done run.
+    """`kind`: what it must be, "" = anything; `weights_kind`: "" = the EMA weights if there are any; `checkpoint`:
+    images seen, 0 = the last one of a done run.
 
     Raises FileNotFoundError naming the stage that makes such a folder; ValueError for an unfinished run, a model of
     another kind or weights that do not fit.
@@ -87,7 +93,7 @@ def load(
         tensors, weights = _weights_of(found, weights_kind)
     else:
         raise FileNotFoundError(f"{path}: no run and no exported model there; `vqscale {made_by}` makes one")
-    if description.get("kind") != kind:
+    if kind and description.get("kind") != kind:
         raise ValueError(f"{path}: holds a {description.get('kind')} model, expected a {kind}")
     model = build(description)
     load_into(model, tensors, str(path))

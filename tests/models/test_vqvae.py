@@ -336,7 +336,7 @@ def test_a_training_step_leaves_the_global_generator_alone():
 def test_wrap_units_are_all_the_residual_blocks():
     model = vqvae([4, 2], residual_layers=2)
     assert len(model.wrap_units()) == 8 and all(isinstance(unit, ResidualBlock) for unit in model.wrap_units())
-    block = ResidualBlock(4, 2, checkpointing=False)
+    block = ResidualBlock(VQVAEConfig(hidden=4, residual_hidden=2))
     nn.init.zeros_(block.pointwise.weight), nn.init.zeros_(block.pointwise.bias)
     assert torch.equal(block(-torch.ones(1, 4, 3, 3)), -torch.ones(1, 4, 3, 3))  # the skip carries x, not ReLU(x)
     assert math.prod(model.grids[0]) == 4

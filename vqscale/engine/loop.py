@@ -210,8 +210,8 @@ def _load(latest: Checkpoint, engine: Engine, ema: WeightEMA | None) -> None:
 
 def _refuse_other_model(latest: Checkpoint, description: Mapping[str, Any]) -> None:
     saved, now = dict(flatten(latest.state["model"])), dict(flatten(dict(description)))
-    for key in sorted(saved.keys() | now.keys()):
-        if saved.get(key) != now.get(key):
+    for key in sorted(saved):  # what the description has learned to say since is held by the run's config
+        if saved[key] != now.get(key):
             raise ValueError(f"{latest.folder}: {key} is {saved.get(key)} in the checkpoint and {now.get(key)} now")
 
 

@@ -1,7 +1,8 @@
 """Models on disk for sharing: a folder with `model.safetensors` and `config.json`; the one door to disk of models/.
 
-In: a model and JSON.  Out: a folder; and back.  The bytes of `model.safetensors` depend on the tensors only; everything
-else (kind, config, provenance, fingerprint) is in the JSON.  Nothing here unpickles.
+In: a model and JSON.  Out: a folder; and back, or from a file of torch.save.  The bytes of `model.safetensors` depend
+on the tensors only; everything else (kind, config, provenance, fingerprint) is in the JSON.  Nothing that is read can
+run code.
 """
 
 import hashlib
@@ -56,6 +57,7 @@ def write_folder(folder: str | Path, tensors: Mapping[str, Tensor], config_json:
         safetensors.torch.save_file(plain, temporary)
     with _replacing(folder / CONFIG) as temporary:
         temporary.write_text(text, encoding="utf-8")
+    (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)  # safetensors makes files that no one else may read
 
 
 def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -101,6 +103,26 @@ def read_folder(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if stated is not None and stated != (found := fingerprint(tensors)):
         raise ValueError(f"{folder / WEIGHTS}: its fingerprint is {found}, but {CONFIG} states {stated}")
     return tensors, config_json
+
+
+def read_torch(path: str | Path) -> dict[str, Tensor]:
+    """The state dict in a file that torch.save wrote, on the CPU; also one that lies under `model` or `state_dict`.
+
+    Nothing in the file is run: torch's restricted unpickler refuses what is no tensor. Raises FileNotFoundError;
+    ValueError for a file that is not of that kind.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"checkpoint {path} does not exist")
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # UnpicklingError, RuntimeError, EOFError, … by the way in which it is broken
+        raise ValueError(f"{path}: not a file of tensors alone: {str(error).strip().splitlines()[0]}") from None
+    for key in ("model", "state_dict"):
+        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
+            found = found[key]
+    if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise ValueError(f"{path}: expected names and tensors, found something else")
+    return dict(found)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

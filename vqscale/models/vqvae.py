@@ -42,6 +42,7 @@ class VQVAEConfig:
     downsample: list[int] = field(default_factory=lambda: [4, 2])  # bottom first, each from the grid below it
     quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
     activation_checkpointing: bool = False  # recompute residual blocks in the backward pass to save memory
+    rectified_skip: bool = False  # residual blocks add to ReLU(x), not to x: some imported checkpoints need it
 
     def __post_init__(self) -> None:
         level_names(len(self.downsample))
@@ -77,11 +78,11 @@ def _upconv(inputs: int, outputs: int, *, gain: float = 1.0) -> nn.ConvTranspose
 class ResidualBlock(nn.Module):
     """x + 1x1(ReLU(3x3(ReLU(x)))) on [b, c, h, w]. The last convolution starts at 0, so the block starts as x."""
 
-    def __init__(self, hidden: int, residual_hidden: int, checkpointing: bool):
+    def __init__(self, config: VQVAEConfig):
         super().__init__()
-        self.checkpointing = checkpointing
-        self.spatial = _conv(hidden, residual_hidden, 3, gain=_RELU_GAIN)
-        self.pointwise = _conv(residual_hidden, hidden, 1, gain=0.0)
+        self.checkpointing, self.rectified_skip = config.activation_checkpointing, config.rectified_skip
+        self.spatial = _conv(config.hidden, config.residual_hidden, 3, gain=_RELU_GAIN)
+        self.pointwise = _conv(config.residual_hidden, config.hidden, 1, gain=0.0)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.checkpointing and self.training and torch.is_grad_enabled():
@@ -89,12 +90,12 @@ class ResidualBlock(nn.Module):
         return self._body(x)
 
     def _body(self, x: Tensor) -> Tensor:
-        return x + self.pointwise(F.relu(self.spatial(F.relu(x))))
+        rectified = F.relu(x)
+        return (rectified if self.rectified_skip else x) + self.pointwise(F.relu(self.spatial(rectified)))
 
 
 def _residual_stack(config: VQVAEConfig) -> list[nn.Module]:
-    block = (config.hidden, config.residual_hidden, config.activation_checkpointing)
-    return [*(ResidualBlock(*block) for _ in range(config.residual_layers)), nn.ReLU()]
+    return [*(ResidualBlock(config) for _ in range(config.residual_layers)), nn.ReLU()]
 
 
 def encoder(inputs: int, stride: int, config: VQVAEConfig) -> nn.Sequential:

@@ -22,6 +22,7 @@ from vqscale.sources import build
 from vqscale.stages import pack, train_prior, train_vqvae
 from vqscale.topology import STRATEGIES
 
+USAGE = "CONFIG [--world N,N…] [--strategy NAME] [key=value ...]"
 _GIB, _DAY = 1 << 30, 86_400
 
 
@@ -56,7 +57,7 @@ def load(words: Sequence[str]) -> Request:
 
     Raises ValueError for a file of another stage, and as `config.load` does.
     """
-    path, *words = words
+    (path,), words = configs.split_paths(words, f"plan {USAGE}", 1)
     own = configs.field_names(PlanConfig)
     mine = [word for word in words if word.split("=")[0] in own]
     plan: PlanConfig = configs.from_words(PlanConfig, mine)
