@@ -22,7 +22,8 @@ from torch import Tensor
 
 from vqscale.models.causal import GatedBlock
 from vqscale.models.init import initialise
-from vqscale.models.pixelcnn import PixelCNN, PriorConfig
+from vqscale.models.pixelcnn import PixelCNN
+from vqscale.models.prior import PriorConfig
 from vqscale.models.sampling import choose, draw_uniforms
 
 K, CLASSES = 512, 1000

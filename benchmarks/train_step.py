@@ -25,7 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from vqscale.engine.parallel import TorchEngine, compile_units
 from vqscale.models.dropout import dropout_key
 from vqscale.models.init import initialise
-from vqscale.models.pixelcnn import PixelCNN, PriorConfig, nll
+from vqscale.models.pixelcnn import PixelCNN
+from vqscale.models.prior import PriorConfig, nll
 from vqscale.models.vqvae import VQVAE, VQVAEConfig
 
 LEARNING_RATE = 3e-4

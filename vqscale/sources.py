@@ -15,10 +15,14 @@ from torch import Tensor, nn
 
 from vqscale.config import from_dict
 from vqscale.engine.checkpoint import Checkpoint, find_latest, verify
-from vqscale.models.pixelcnn import PixelCNN, PriorConfig
+from vqscale.models.pixelcnn import PixelCNN
 from vqscale.models.pretrained import fingerprint, load_into, read_folder
+from vqscale.models.prior import LevelPrior, PriorConfig
+from vqscale.models.transformer import Transformer
 from vqscale.models.vqvae import VQVAE, VQVAEConfig
 from vqscale.runtime import read_status
+
+PRIORS: dict[str, type[LevelPrior]] = {prior.kind: prior for prior in (PixelCNN, Transformer)}
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,11 @@ def build(description: dict[str, Any]) -> nn.Module:
             config = from_dict(VQVAEConfig, description["config"], where)
             return VQVAE(config, resolution=description["resolution"])
         if description["kind"] == "prior":
-            return PixelCNN(
-                from_dict(PriorConfig, description["config"], where),
+            config = from_dict(PriorConfig, description["config"], where)
+            if config.kind not in PRIORS:
+                raise ValueError(f"model.kind={config.kind}: choose from {', '.join(PRIORS)}")
+            return PRIORS[config.kind](
+                config,
                 num_codes=description["num_codes"],
                 grid=tuple(description["grid"]),
                 num_classes=len(description["classes"]),

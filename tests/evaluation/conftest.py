@@ -16,8 +16,9 @@ from vqscale.data.shards import Manifest, ShardWriter
 from vqscale.evaluation.features import Extractor, Features
 from vqscale.evaluation.figures import png_bytes
 from vqscale.models.init import initialise
-from vqscale.models.pixelcnn import PixelCNN, PriorConfig
+from vqscale.models.pixelcnn import PixelCNN
 from vqscale.models.pretrained import save_pretrained
+from vqscale.models.prior import PriorConfig
 from vqscale.models.quantizer import QuantizerConfig
 from vqscale.models.vqvae import VQVAE, VQVAEConfig
 

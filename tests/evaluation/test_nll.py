@@ -13,7 +13,7 @@ from vqscale.evaluation.nll import (
     other_samples,
     read_codes,
 )
-from vqscale.models.pixelcnn import code_nll
+from vqscale.models.prior import code_nll
 from vqscale.sources import load_prior
 from vqscale.topology import Topology
 

@@ -1,29 +1,23 @@
 """Sampling: the cached way draws the reference's codes, whatever the batch; the draw itself is right."""
 
-import dataclasses
+from typing import Any
 
 import pytest
 import torch
+from support import priors
+from support.priors import CLASSES, K
 from torch import Tensor
 
-from vqscale.models.pixelcnn import PixelCNN, PriorConfig
 from vqscale.models.sampling import SamplingStopped, choose, draw_uniforms, sample_codes
 from vqscale.seeding import key_of, uniform
 
-CONFIG = PriorConfig(
-    hidden=16, residual=20, layers=3, attention_every=2, heads=4, output_layers=2, conditioning_layers=1, class_dim=8
-)
-K, CLASSES = 13, 3
+KINDS = ("pixelcnn", "transformer")
 
 
-def build(grid, upper=(), dtype: torch.dtype = torch.float64, **changes) -> PixelCNN:
-    config = dataclasses.replace(CONFIG, **changes)
-    model = PixelCNN(config, num_codes=K, grid=grid, num_classes=CLASSES, upper_grids=upper)
-    rng = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=rng) * 1.5 / max(1, parameter[0].numel()) ** 0.5)
-    return model.to(dtype)
+def build(grid, upper=(), dtype: torch.dtype = torch.float64, kind: str = "pixelcnn", **changes) -> Any:
+    if kind == "pixelcnn":
+        changes = {"attention_every": 2, "output_layers": 2, "residual": 20} | changes
+    return priors.build(kind, grid, upper, **changes).to(dtype)
 
 
 def inputs(batch: int, upper) -> tuple[Tensor, list[Tensor], Tensor]:
@@ -42,6 +36,11 @@ def inputs(batch: int, upper) -> tuple[Tensor, list[Tensor], Tensor]:
         ((1, 5), [], {"residual": 256}),
         ((6, 4), [(3, 2)], {"conditioning_hidden": 24}),
         ((4, 4), [(1, 2), (2, 2)], {"attention_every": 1}),
+        ((6, 6), [], {"kind": "transformer"}),
+        ((5, 7), [], {"kind": "transformer", "heads": 2, "residual": 256}),
+        ((3, 1), [(3, 1)], {"kind": "transformer"}),
+        ((6, 4), [(3, 2)], {"kind": "transformer", "conditioning_hidden": 24}),
+        ((4, 4), [(1, 2), (2, 2)], {"kind": "transformer"}),
     ],
 )
 def test_cached_equals_reference(grid, upper, changes, dtype):
@@ -69,8 +68,9 @@ def test_cached_equals_reference(grid, upper, changes, dtype):
         {"guidance": 1.5},
     ],
 )
-def test_cached_equals_reference_with_options(options):
-    model = build((5, 4), [(2, 2)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_cached_equals_reference_with_options(kind, options):
+    model = build((5, 4), [(2, 2)], kind=kind)
     label, above, ids = inputs(4, [(2, 2)])
     plain = sample_codes(model, label, above, seed=3, sample_ids=ids)
     cached = sample_codes(model, label, above, seed=3, sample_ids=ids, **options)
@@ -78,9 +78,10 @@ def test_cached_equals_reference_with_options(options):
     assert not torch.equal(cached, plain)  # the option is read
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_a_sample_is_the_same_in_any_batch(dtype):
-    model = build((6, 5), [(3, 3)], dtype)
+def test_a_sample_is_the_same_in_any_batch(dtype, kind):
+    model = build((6, 5), [(3, 3)], dtype, kind)
     label, above, ids = inputs(8, [(3, 3)])
     whole = sample_codes(model, label, above, seed=1, sample_ids=ids)
     for cut in ([1] * 8, [3, 3, 2]):
@@ -94,16 +95,18 @@ def test_a_sample_is_the_same_in_any_batch(dtype):
     assert not torch.equal(whole, other) and not torch.equal(whole, moved)
 
 
-def test_class_and_guidance_move_the_samples():
-    model, ids = build((6, 6)), torch.arange(4)
+@pytest.mark.parametrize("kind", KINDS)
+def test_class_and_guidance_move_the_samples(kind):
+    model, ids = build((6, 6), kind=kind), torch.arange(4)
     codes = [sample_codes(model, torch.full((4,), c), seed=0, sample_ids=ids) for c in range(CLASSES + 1)]
     assert all(not torch.equal(codes[0], other) for other in codes[1:])
     unconditional = sample_codes(model, torch.full((4,), 1), seed=0, sample_ids=ids, guidance=-1.0)
     assert torch.equal(unconditional, codes[CLASSES])  # (1 + w) c - w u at w = -1 is u
 
 
-def test_low_precision_runs():
-    model = build((3, 3), dtype=torch.float32)
+@pytest.mark.parametrize("kind", KINDS)
+def test_low_precision_runs(kind):
+    model = build((3, 3), dtype=torch.float32, kind=kind)
     codes = sample_codes(model, torch.tensor([0, 1]), seed=0, sample_ids=torch.arange(2), dtype=torch.bfloat16)
     assert codes.shape == (2, 3, 3) and 0 <= codes.min() and codes.max() < K
     assert next(model.parameters()).dtype == torch.float32
@@ -175,12 +178,13 @@ def test_leaves_the_global_generator_alone():
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_memory_per_sample_counts_what_is_held():
-    model = build((6, 4), [(3, 2)])
+@pytest.mark.parametrize("kind, blocks", [("pixelcnn", 1), ("transformer", 2)])
+def test_memory_per_sample_counts_what_is_held(kind, blocks):
+    model = build((6, 4), [(3, 2)], kind=kind)
     label, above, _ = inputs(3, [(3, 2)])
     with torch.inference_mode():
         small = model.incremental(torch.zeros(3, 6, 4, dtype=torch.int64), label, above, torch.float64)
-    keys_and_values = 2 * 16 * 24 * 8  # one attention block: two, of hidden 16 at 24 places in float64
+    keys_and_values = blocks * 2 * 16 * 24 * 8  # per attention block: two, of hidden 16 at 24 places in float64
     assert keys_and_values < small.bytes_per_sample() < 100 * keys_and_values
 
 

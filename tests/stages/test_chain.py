@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -110,6 +111,43 @@ def test_stopping_twice_ends_at_the_same_bits(chain: Path, stage: str, name: str
     assert_same_tensors(tensors(run_dir), tensors(chain / name))
     seen = [line["images_seen"] for line in lines(run_dir)]
     assert seen == sorted(seen)
+
+
+def test_a_transformer_takes_the_place_of_a_pixelcnn(chain: Path) -> None:
+    """Trained, sampled with guidance, a temperature that falls and in bf16, and scored, by the same stages."""
+    name = "train_prior_bottom_transformer"
+    assert run_stage("train_prior", name) == 0
+    losses = [line["loss"] for line in lines(chain / name) if "loss" in line]
+    assert losses[-1] < 0.95 * losses[0]
+    prior, run_dir = f"prior_bottom={chain / name}", chain.parent / "again"
+    options = ["guidance.bottom=1.0", "temperature_end.bottom=0.5", "precision=bf16", "samples_per_class=1"]
+    assert run_stage("sample", "sample", prior, f"run_dir={run_dir}", *options) == 0
+    told = Manifest.load(run_dir).extra
+    assert (told["temperature_end"], told["precision"]) == ({"bottom": 0.5}, "bf16")
+    scored = chain.parent / "scored"
+    assert run_stage("evaluate", "evaluate", prior, f"samples={run_dir}", f"run_dir={scored}", "metrics=[nll]") == 0
+    assert json.loads((scored / "scores.json").read_text())["nll/bottom"]["value"] < math.log(32)
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["temperature.botom=0.7"], "temperature.botom: the levels of vqvae=runs/debug/train_vqvae are top, bottom"),
+        (["guidance.top=2.0"], "guidance.top=2.0: prior_top=runs/debug/train_prior_top was trained with model.class_d"),
+        (["precision=fp16"], "precision=fp16: choose fp32 or bf16"),
+    ],
+)
+def test_sampling_options_that_do_not_fit(
+    chain: Path, words: list[str], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_stage("sample", "sample", "run_dir=runs/again", *words) == 1
+    assert line in capsys.readouterr().err
+
+
+def test_a_dry_run_tells_the_memory_of_a_batch(chain: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_stage("sample", "sample", "--dry-run") == 0
+    memory = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("memory of a batch of 8"))
+    assert re.search(r"top \d+\.\d MiB, bottom \d+\.\d MiB", memory)
 
 
 def test_more_images_may_be_asked_for_later(chain: Path) -> None:

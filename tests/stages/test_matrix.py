@@ -38,7 +38,8 @@ def train(
     run_dir: Path, name: str, strategy: str, precision: str, accumulation: int, *, world: int = 0, steps: int = STEPS
 ) -> Trained:
     """(losses of every step, the last checkpoint's weights and codebooks)."""
-    stage, world = name.removesuffix("_bottom"), world or WORLDS.get(strategy, 1)
+    stage = "train_prior" if name.startswith("train_prior") else name
+    world = world or WORLDS.get(strategy, 1)
     total = steps * BATCH
     overrides = [
         f"run_dir={run_dir}",
@@ -86,6 +87,15 @@ def test_a_strategy_trains_as_a_single_process(
     assert_alike(
         train(chain.parent / "run", name, strategy, precision, accumulation), alone(name, precision), precision
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["fsdp", "zero2"])
+def test_the_transformer_trains_as_in_a_single_process(
+    chain: Path, alone: Callable[[str, str], Trained], strategy: str
+) -> None:
+    name = "train_prior_bottom_transformer"
+    assert_alike(train(chain.parent / "run", name, strategy, "fp32", 2), alone(name, "fp32"), "fp32")
 
 
 @pytest.mark.slow

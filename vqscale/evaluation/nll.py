@@ -17,7 +17,7 @@ from vqscale.data.cache import Cache
 from vqscale.data.codes import CodeReader
 from vqscale.data.sequential import sequential_batches
 from vqscale.data.shards import Manifest
-from vqscale.models.pixelcnn import code_nll
+from vqscale.models.prior import code_nll
 from vqscale.seeding import generator, key_of
 from vqscale.topology import Topology
 

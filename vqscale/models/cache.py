@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from vqscale.models.pixelcnn import PixelCNN
 
 
-def _parts(gates: int) -> int:
+def parts_of(gates: int) -> int:
     """Into how many parts the outputs of a per-code product are cut: an even number that divides `gates`.
 
     A product of 8 or 32 rows is bound by reading its weights; as a batch of narrow products over the same rows it ran
@@ -54,7 +54,7 @@ class _GatedState:
         self.down_bias = (down + block.vertical.bias).to(dtype)  # [b, 2r]
         self.right_bias = (right + block.horizontal.bias).to(dtype)
         gates = self.right_bias.shape[1]
-        self.parts = _parts(gates)
+        self.parts = parts_of(gates)
         window = rearrange(block.horizontal.weight.to(dtype), "(s r) c 1 k -> s r (k c)", s=self.parts)
         self.window = window.contiguous().transpose(1, 2)
         # rows above and this one, side by side in channels, so that one product takes a column of taps

@@ -45,6 +45,7 @@ def sample_codes(
     seed: int,
     sample_ids: Tensor,
     temperature: float = 1.0,
+    temperature_end: float | None = None,
     top_k: int = 0,
     top_p: float = 1.0,
     guidance: float = 0.0,
@@ -56,19 +57,22 @@ def sample_codes(
     """Codes int64 [b, h, w] drawn from the prior, on its device.
 
     label: int64 [b] in 0 ... num_classes (that last one = no class). upper: int64 [b, h', w'] per level above, top
-    first. sample_ids: int64 [b], which sample each row is. temperature >= 0 (0 = the likeliest code); top_k: keep the
-    k likeliest codes (0 = all); top_p in (0, 1]: keep the likeliest codes up to that mass (nucleus, Holtzman et al.
-    2020). guidance w: logits (1 + w) conditional - w unconditional (Ho and Salimans 2022, equation 6, on logits), at
-    twice the cost; needs a prior trained with class_dropout. cached=False runs a full forward per code. dtype:
-    arithmetic of the cached way; default that of the weights. progress(rows done, rows); stop() is asked before each
-    row and ends sampling by SamplingStopped.
+    first. sample_ids: int64 [b], which sample each row is. temperature >= 0 (0 = the likeliest code): the first code's;
+    temperature_end: the last code's, in between linear in raster order, None = the same. top_k: keep the k likeliest
+    codes (0 = all); top_p in (0, 1]: keep the likeliest codes up to that mass (nucleus, Holtzman et al. 2020). guidance
+    w: logits (1 + w) conditional - w unconditional (Ho and Salimans 2022, equation 6, on logits), at twice the cost;
+    needs a prior trained with class_dropout. cached=False runs a full forward per code. dtype: arithmetic of the cached
+    way; default that of the weights. progress(rows done, rows); stop() is asked before each row and ends sampling by
+    SamplingStopped.
 
     Raises ValueError for labels, ids, codes above or options that do not fit.
     """
-    _check(prior, label, upper, sample_ids, temperature, top_k, top_p)
+    end = temperature if temperature_end is None else temperature_end
+    _check(prior, label, upper, sample_ids, min(temperature, end), top_k, top_p)
     weight = next(prior.parameters())
     label, upper = label.to(weight.device), [codes.to(weight.device) for codes in upper]
     (height, width), batch, copies = prior.grid, len(label), 2 if guidance else 1
+    warmth = torch.linspace(temperature, end, height * width, dtype=torch.float64).tolist()
     if guidance:
         label = torch.cat((label, torch.full_like(label, prior.num_classes)))
         upper = [codes.repeat(2, 1, 1) for codes in upper]
@@ -87,7 +91,7 @@ def sample_codes(
             logits = way(place)
             if guidance:
                 logits = torch.lerp(logits[batch:], logits[:batch], 1 + guidance)
-            chosen = choose(logits, uniforms[place], temperature=temperature, top_k=top_k, top_p=top_p)
+            chosen = choose(logits, uniforms[place], temperature=warmth[place], top_k=top_k, top_p=top_p)
             codes[:, row, column] = chosen.repeat(copies) if guidance else chosen
         if progress is not None:
             progress(row + 1, height)

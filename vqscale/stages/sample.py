@@ -21,7 +21,7 @@ from vqscale.data.images import decode_image, to_uint8
 from vqscale.data.packing import Encoding, encode_image
 from vqscale.data.shards import Manifest, ShardInfo, ShardWriter, iterate, shard_info
 from vqscale.models.sampling import sample_codes
-from vqscale.sources import Source, load_prior, load_vqvae
+from vqscale.sources import Source, build, load_prior, load_vqvae
 
 
 @dataclass(frozen=True)
@@ -36,15 +36,19 @@ class SampleConfig(StageConfig):
     classes: Any = "all"  # all, or a list of class names or indices
     samples_per_class: int = 10  # how many of each
     temperature: dict[str, float] = field(default_factory=dict)  # per level, e.g. {top: 0.95}; 1 = as trained
+    temperature_end: dict[str, float] = field(default_factory=dict)  # per level: of its last code; see docs/priors.md
     top_k: dict[str, int] = field(default_factory=dict)  # per level: draw among the k likeliest codes; 0 = all
     top_p: dict[str, float] = field(default_factory=dict)  # per level: among the likeliest of this total mass; 1 = all
     guidance: dict[str, float] = field(default_factory=dict)  # per level: classifier-free guidance weight; 0 = off
+    precision: str = "fp32"  # of the priors' arithmetic: fp32 | bf16, where the hardware has it; decoding is in fp32
     batch: int = 32  # samples drawn at a time, one block of consecutive ids
     blocks_per_shard: int = 8  # blocks in one shard
     grid_columns: int = 10  # samples per class in grid.png
 
 
 Config = SampleConfig
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_PER_LEVEL = ("temperature", "temperature_end", "top_k", "top_p", "guidance")
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,9 @@ def main(config: SampleConfig) -> None:
 
 
 def load_chain(config: SampleConfig, device: torch.device) -> Chain:
-    """The VQ-VAE and one prior per level, checked against each other."""
+    """The VQ-VAE and one prior per level, checked against each other and against the options."""
+    if config.precision not in _DTYPES:
+        raise ValueError(f"precision={config.precision}: choose {' or '.join(_DTYPES)}")
     vqvae = load_vqvae(config.vqvae, device=device, weights_kind=config.weights_kind)
     priors = []
     for name in vqvae.model.level_names:
@@ -101,8 +107,22 @@ def load_chain(config: SampleConfig, device: torch.device) -> Chain:
                 f"prior_{name}={path}: trained on codes of {prior.description['tokenizer']}, "
                 f"but vqvae={config.vqvae} is {vqvae.fingerprint}"
             )
+        if config.guidance.get(name) and not prior.description["config"]["class_dropout"]:
+            raise ValueError(
+                f"guidance.{name}={config.guidance[name]}: prior_{name}={path} was trained with model.class_dropout=0 "
+                "and has never seen a sample without its class"
+            )
         priors.append(prior)
+    _check_levels(config, vqvae.model.level_names)
     return Chain(vqvae, priors)
+
+
+def _check_levels(config: SampleConfig, levels: list[str]) -> None:
+    """Raises ValueError for an option given for a level that there is not."""
+    for option in _PER_LEVEL:
+        for level in getattr(config, option):
+            if level not in levels:
+                raise ValueError(f"{option}.{level}: the levels of vqvae={config.vqvae} are {', '.join(levels)}")
 
 
 def chosen_classes(asked: Any, classes: list[str]) -> list[int]:
@@ -150,9 +170,11 @@ def draw(config: SampleConfig, chain: Chain, label: Tensor, sample_ids: Tensor) 
                 seed=config.seed,
                 sample_ids=sample_ids,
                 temperature=config.temperature.get(name, 1.0),
+                temperature_end=config.temperature_end.get(name),
                 top_k=config.top_k.get(name, 0),
                 top_p=config.top_p.get(name, 1.0),
                 guidance=config.guidance.get(name, 0.0),
+                dtype=_DTYPES[config.precision],
             )
         )
     return to_uint8(chain.vqvae.model.decode(codes)).cpu()
@@ -167,9 +189,11 @@ def _finish(config: SampleConfig, chain: Chain, run_dir: Path, shards: list[Shar
         "seed": config.seed,
         "samples_per_class": config.samples_per_class,
         "temperature": dict(config.temperature),
+        "temperature_end": dict(config.temperature_end),
         "top_k": dict(config.top_k),
         "top_p": dict(config.top_p),
         "guidance": dict(config.guidance),
+        "precision": config.precision,
     }
     transform = {"resolution": chain.vqvae.description["resolution"], "format": "png"}
     Manifest.of("samples", shards, chain.classes, transform, provenance).save(run_dir)
@@ -188,4 +212,19 @@ def plan(config: SampleConfig) -> str:
     chain = load_chain(config, torch.device("cpu"))
     classes = chosen_classes(config.classes, chain.classes)
     total = len(classes) * config.samples_per_class
-    return f"\nsamples: {total:,} of {len(classes)} classes, {', '.join(p.description['level'] for p in chain.priors)}"
+    held = {prior.description["level"]: bytes_per_sample(prior, config) for prior in chain.priors}
+    return (
+        f"\nsamples: {total:,} of {len(classes)} classes, {', '.join(held)}"
+        f"\nmemory of a batch of {config.batch}, weights apart: "
+        + ", ".join(f"{level} {config.batch * size / (1 << 20):,.1f} MiB" for level, size in held.items())
+    )
+
+
+def bytes_per_sample(prior: Source, config: SampleConfig) -> int:
+    """What one sample's caches hold while this prior draws; twice that of one row under guidance."""
+    model, rows = prior.model, 2 if config.guidance.get(prior.description["level"]) else 1
+    with torch.device("meta"), torch.inference_mode():
+        empty: Any = build(prior.description)
+        codes, *upper = (torch.zeros(1, *grid, dtype=torch.int64) for grid in (model.grid, *model.upper_grids))
+        label = torch.zeros(1, dtype=torch.int64)
+        return rows * empty.incremental(codes, label, upper, _DTYPES[config.precision]).bytes_per_sample()

@@ -19,7 +19,7 @@ from vqscale.engine.loop import Batch, FitConfig, fit, loader_options
 from vqscale.engine.parallel import compile_units, make_engine
 from vqscale.models.dropout import dropout_key
 from vqscale.models.init import initialise
-from vqscale.models.pixelcnn import PriorConfig, code_nll, nll
+from vqscale.models.prior import PriorConfig, code_nll, nll
 from vqscale.sources import build
 
 
