@@ -3,9 +3,11 @@
     python benchmarks/sampling.py [--json FILE] [--quick] [--levels top bottom] [--batches 8 32] [--dtype fp32|bf16]
 
 In: nothing. Out: a table, and with --json {"top": {"8": {"cost_in_forwards", "prefix_cost_in_forwards", ...}}, ...}.
-The priors have random weights, at least 80M parameters in convolutions and linear layers, the paper's kernel, attention
-placement (every 5 layers, top only) and stacks at about half its widths; K = 512. Within one row all costs are
-measured in one run, forward and sampling in turns, so that a slower hour of the machine moves both.
+The priors have random weights, at least 80M parameters in convolutions and linear layers, K = 512. `top` and `bottom`
+are PixelCNNs with the paper's kernel, attention placement (every 5 layers, top only) and stacks at about half its
+widths; `transformer_top` and `transformer_bottom`, measured when asked for, are transformers of the same size. Within
+one row all costs are measured in one run, forward and sampling in turns, so that a slower hour of the machine moves
+both.
 
 Also printed: what one forward's arithmetic and one reading of the per-code weights per code would cost at the matrix
 product rate and memory bandwidth measured here (`floor_seconds`), and the share of it that sampling reaches.
@@ -22,23 +24,38 @@ from torch import Tensor
 
 from vqscale.models.causal import GatedBlock
 from vqscale.models.init import initialise
-from vqscale.models.pixelcnn import PixelCNN
 from vqscale.models.prior import PriorConfig
 from vqscale.models.sampling import choose, draw_uniforms
+from vqscale.models.transformer_block import TransformerBlock
+from vqscale.sources import PRIORS
 
 K, CLASSES = 512, 1000
 TOP = PriorConfig(hidden=256, residual=768, layers=10, attention_every=5, heads=8, filter=5, output_layers=10)
 BOTTOM = PriorConfig(hidden=256, residual=512, layers=12, filter=5, output_layers=4, conditioning_layers=12)
+TRANSFORMER_TOP = PriorConfig("transformer", hidden=768, residual=2048, layers=12, heads=12)
+TRANSFORMER_BOTTOM = PriorConfig(
+    "transformer", hidden=768, residual=2048, layers=9, heads=12, conditioning_layers=2, conditioning_hidden=256
+)
+CONFIGS = {
+    "top": TOP,
+    "bottom": BOTTOM,
+    "transformer_top": TRANSFORMER_TOP,
+    "transformer_bottom": TRANSFORMER_BOTTOM,
+}
 QUICK = PriorConfig(hidden=64, residual=128, layers=4, attention_every=2, output_layers=2, conditioning_layers=2)
+QUICK_TRANSFORMER = PriorConfig("transformer", hidden=64, residual=128, layers=3, conditioning_layers=2)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def build(level: str, quick: bool) -> PixelCNN:
-    """The level's prior with random weights: nothing in the arithmetic is zero."""
-    side = (16 if quick else 64) if level == "bottom" else (8 if quick else 32)
-    config = QUICK if quick else TOP if level == "top" else BOTTOM
-    upper = [(side // 2, side // 2)] if level == "bottom" else []
-    prior = PixelCNN(config, num_codes=K, grid=(side, side), num_classes=CLASSES, upper_grids=upper).eval()
+def build(level: str, quick: bool) -> Any:
+    """The level's prior with random weights."""
+    lower = level.endswith("bottom")
+    side = (16 if quick else 64) if lower else (8 if quick else 32)
+    config = CONFIGS[level]
+    if quick:
+        config = QUICK if config.kind == "pixelcnn" else QUICK_TRANSFORMER
+    upper = [(side // 2, side // 2)] if lower else []
+    prior = PRIORS[config.kind](config, num_codes=K, grid=(side, side), num_classes=CLASSES, upper_grids=upper).eval()
     initialise(prior, seed=0)
     return prior
 
@@ -46,7 +63,7 @@ def build(level: str, quick: bool) -> PixelCNN:
 class Case:
     """One prior at one batch size: its inputs, and the three ways of computing."""
 
-    def __init__(self, prior: PixelCNN, batch: int, dtype: torch.dtype):
+    def __init__(self, prior: Any, batch: int, dtype: torch.dtype):
         rng = torch.Generator().manual_seed(0)
         self.prior, self.batch, self.dtype = prior, batch, dtype
         self.height, self.width = prior.grid
@@ -88,13 +105,18 @@ def evenly(height: int, count: int) -> list[int]:
     return [(2 * n + 1) * height // (2 * count) for n in range(count)]
 
 
-def code_weights(prior: PixelCNN) -> int:
-    """Weights that every single code needs: horizontal stack, attention, output stack, logits."""
-    total = sum(p.numel() for p in [*prior.output.parameters(), *prior.logits.parameters()])
+def code_weights(prior: Any) -> int:
+    """Weights that every single code needs: of a PixelCNN horizontal stack, attention, output stack and logits; of a
+    transformer all but those that make keys and values of the level above."""
+    parts = [prior.logits, *getattr(prior, "output", [])]
     for block in prior.blocks:
-        parts = [block.horizontal, block.horizontal_out] if isinstance(block, GatedBlock) else [block]
-        total += sum(p.numel() for part in parts for p in part.parameters())
-    return total
+        if isinstance(block, GatedBlock):
+            parts += [block.horizontal, block.horizontal_out]
+        elif isinstance(block, TransformerBlock):
+            parts += [block.attention, block.mlp, *([block.cross.query, block.cross.out] if block.cross else [])]
+        else:
+            parts.append(block)
+    return sum(p.numel() for part in parts for p in part.parameters())
 
 
 def floor_seconds(case: Case, flops: float, bandwidth: float) -> float:
@@ -131,7 +153,7 @@ def measure(case: Case, seconds: float, rates: tuple[float, float]) -> dict[str,
 def show(level: str, batch: str, cell: dict[str, Any]) -> None:
     rows = cell.get("extrapolated_from_rows")
     print(
-        f"{level:6} batch {batch:>3}  {cell['parameters'] / 1e6:6.1f}M  forward {cell['forward_seconds']:7.2f} s  "
+        f"{level:18} batch {batch:>3}  {cell['parameters'] / 1e6:6.1f}M  forward {cell['forward_seconds']:7.2f} s  "
         f"sampling {cell['sample_seconds']:7.2f} s = {cell['cost_in_forwards']:5.2f} forwards"
         f"{f' (extrapolated from {rows} rows)' if rows else ''}, {cell['images_per_second']:.3f} images/s; "
         f"floor {cell['floor_seconds']:.2f} s ({cell['share_of_floor']:.0%} reached); re-running the prefix "
@@ -142,7 +164,7 @@ def show(level: str, batch: str, cell: dict[str, Any]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = arguments(__doc__)
-    parser.add_argument("--levels", nargs="+", choices=("top", "bottom"), default=["top", "bottom"])
+    parser.add_argument("--levels", nargs="+", choices=CONFIGS, default=["top", "bottom"])
     parser.add_argument("--batches", nargs="+", type=int, default=[8, 32])
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="arithmetic; bf16 pays on hardware that has it")
     parser.add_argument("--minutes", type=float, default=20, help="when short, fewer rows are drawn and scaled")
@@ -152,7 +174,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     results: dict[str, Any] = {level: {} for level in args.levels}
     # a bottom cell has four times the codes of a top one, and a batch of 32 four times the work of 8
     shares = {
-        (level, batch): batch * (4 if level == "bottom" else 1) for level in args.levels for batch in args.batches
+        (level, batch): batch * (4 if level.endswith("bottom") else 1)
+        for level in args.levels
+        for batch in args.batches
     }
     for (level, batch), share in shares.items():
         case = Case(build(level, args.quick), batch, DTYPES[args.dtype])

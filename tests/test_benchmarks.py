@@ -11,7 +11,10 @@ import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SHORT = {
-    "sampling": ["--minutes", "0.3"],
+    "sampling": ["--minutes", "0.3", "--levels", "top", "bottom", "transformer_top", "transformer_bottom"],
+    "codes": ["--rounds", "2"],
+    "paper_step": ["--ranks", "2"],
+    "priors": ["--images", "128"],
     "train_step": ["--rounds", "2"],
     "checkpoint": ["--rounds", "1"],
     "scale": ["--rounds", "1", "--steps", "2", "--worlds", "1", "2", "--strategies", "fsdp"],

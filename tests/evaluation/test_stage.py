@@ -38,7 +38,15 @@ def test_everything_that_can_be_had(world: Any, tmp_path: Path, capsys: pytest.C
     assert list(scores) == [
         *("fid", "sfid", "kid", "inception_score", "precision", "recall", "density", "coverage"),
         *("reconstruction_mse", "psnr", "ssim", "reconstruction_fid"),
-        *("nll/top", "nll/bottom", "nll_shuffled_class/top", "nll_shuffled_class/bottom", "nll_shuffled_upper/bottom"),
+        *(
+            "nll/top",
+            "nll/bottom",
+            "bits_per_code/top",
+            "bits_per_code/bottom",
+            "nll_shuffled_class/top",
+            "nll_shuffled_class/bottom",
+            "nll_shuffled_upper/bottom",
+        ),
         *("nll_train/top", "nll_train/bottom", "order0_entropy/top", "order0_entropy/bottom"),
         *("perplexity/top", "perplexity/bottom", "used_codes/top", "used_codes/bottom", "bits_per_dim"),
     ]
@@ -49,6 +57,12 @@ def test_everything_that_can_be_had(world: Any, tmp_path: Path, capsys: pytest.C
     assert scores["bits_per_dim"]["value"] == pytest.approx(
         (16 * scores["nll/top"]["value"] + 64 * scores["nll/bottom"]["value"]) / (np.log(2) * 3 * 16**2)
     )
+    assert scores["bits_per_code/top"]["value"] == pytest.approx(scores["nll/top"]["value"] / np.log(2))
+    by_class = json.loads((tmp_path / "run" / "nll_by_class.json").read_text())
+    assert list(by_class) == ["top", "bottom"] and list(by_class["top"]) == ["disc", "stripes", "plain"]
+    shares = np.bincount([n % 3 for n in range(26)]) / 26  # of the classes among the held-out samples
+    for level, nats in by_class.items():
+        assert np.dot(shares, list(nats.values())) == pytest.approx(scores[f"nll/{level}"]["value"], rel=1e-6)
     report = (tmp_path / "run" / "report.html").read_text()
     assert all(name in report for name in ("disc", "stripes", "plain", world.tokenizer))
     assert (tmp_path / "picture.png").read_bytes() == (tmp_path / "run" / "samples.png").read_bytes()

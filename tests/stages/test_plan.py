@@ -76,9 +76,9 @@ def test_ranks_hold_what_the_plan_says(chain: Path, name: str, strategy: str, wo
     assert run_ranks(_rank, world, stage, name, words, timeout=300) == [0] * world
     real = json.loads((run_dir / "command.json").read_text())["bytes_per_rank"]
     request = plan.load([str(CONFIGS / f"{name}.yaml"), f"world={world}", f"strategy={strategy}"])
-    description, assumed = plan._describe(request)
+    description, assumed = plan.describe(request)
     assert not assumed, "the data set is there"
-    column = plan._column(request, description, plan.build(description), world)
+    column = plan.column(request, description, plan.build(description), world)
     for what, ranks in real.items():
         assert column[f"{what}, GiB"] * (1 << 30) == pytest.approx(max(ranks), rel=0.02), what
 

@@ -3,6 +3,7 @@
 In: data sets, models, an extractor, a `Bench` to work on.  Out: entries in `Scores`, and what the report shows.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from vqscale.evaluation.collect import Reconstructions, collect, collect_images,
 from vqscale.evaluation.features import Extractor
 from vqscale.evaluation.inputs import DataSet
 from vqscale.evaluation.moments import Gaussian, frechet_distance
-from vqscale.evaluation.nll import Codes, bits_per_dim, nll_per_code, other_classes, other_samples, read_codes
+from vqscale.evaluation.nll import Codes, Likelihood, bits_per_dim, likelihood, other_classes, other_samples, read_codes
 from vqscale.evaluation.scores import METRICS, Score, Scores, describe_set, is_published_set, why_not_comparable
 from vqscale.evaluation.statistics import (
     FeatureSet,
@@ -259,30 +260,32 @@ def score_order0(scores: Scores, codes: Codes, train_usage: Mapping[str, Any], r
 
 def score_nll(
     bench: Bench, priors: Mapping[str, Source], codes: Codes, reference: str, *, shuffled: bool, seed: int
-) -> dict[str, float]:
-    """Nats per code by level, and with shuffled classes and shuffled upper codes. Returns the plain ones."""
+) -> dict[str, Likelihood]:
+    """Nats and bits per code by level, nats with shuffled classes and shuffled upper codes. Returns the plain ones."""
     plain = {}
     for level, prior in priors.items():
 
-        def nll(level: str = level, prior: Source = prior, **exchanged: Tensor) -> float:
+        def nll(level: str = level, prior: Source = prior, **exchanged: Tensor) -> Likelihood:
             total = -(-len(codes) // (bench.batch * bench.place.world_size))
             steps = iter(bench.tick(range(total), f"NLL {level}", total))
-            value = nll_per_code(
+            found = likelihood(
                 prior.model, codes, level, bench.place, batch=bench.batch, tick=lambda: next(steps), **exchanged
             )
             next(steps, None)  # closes the bar
-            return value
+            return found
+
+        def put(name: str, value: float, level: str = level) -> None:
+            bench.scores.put(f"{name}/{level}", Score(value, len(codes), reference, reason=_OWN_CODES))
 
         plain[level] = nll()
-        bench.scores.put(f"nll/{level}", Score(plain[level], len(codes), reference, reason=_OWN_CODES))
+        put("nll", plain[level].per_code())
+        put("bits_per_code", plain[level].per_code() / math.log(2))
         if not shuffled or len(codes) < 2:
             continue
         if bench.scores.wants("nll_shuffled_class") and len(codes.labels.unique()) > 1:
-            value = nll(labels_of=other_classes(codes.labels, seed))
-            bench.scores.put(f"nll_shuffled_class/{level}", Score(value, len(codes), reference, reason=_OWN_CODES))
+            put("nll_shuffled_class", nll(labels_of=other_classes(codes.labels, seed)).per_code())
         if bench.scores.wants("nll_shuffled_upper") and codes.above(level):
-            value = nll(upper_of=other_samples(len(codes), seed))
-            bench.scores.put(f"nll_shuffled_upper/{level}", Score(value, len(codes), reference, reason=_OWN_CODES))
+            put("nll_shuffled_upper", nll(upper_of=other_samples(len(codes), seed)).per_code())
     return plain
 
 
@@ -291,7 +294,7 @@ def score_train_nll(bench: Bench, priors: Mapping[str, Source], data: DataSet, l
     codes = read_codes(data.folder, limit=limit, cache=bench.shards)
     about = describe_set(data.manifest, str(data.folder), len(codes))
     for level, prior in priors.items():
-        value = nll_per_code(prior.model, codes, level, bench.place, batch=bench.batch)
+        value = likelihood(prior.model, codes, level, bench.place, batch=bench.batch).per_code()
         bench.scores.put(f"nll_train/{level}", Score(value, len(codes), about, reason=_OWN_CODES))
 
 

@@ -65,8 +65,24 @@ def read_codes(folder: Path, *, limit: int = 0, workers: int = 0, cache: Cache |
     return Codes(torch.cat([batch["label"] for batch in batches])[:total], levels, extra["num_codes"])
 
 
+@dataclass(frozen=True)
+class Likelihood:
+    """By class, float64 [classes]: nats summed over the codes of its samples, and how many codes those are."""
+
+    nats: Tensor
+    codes: Tensor
+
+    def per_code(self) -> float:
+        """Mean nats per code over all samples."""
+        return float(self.nats.sum() / self.codes.sum())
+
+    def by_class(self) -> dict[int, float]:
+        """Mean nats per code of each class that has samples."""
+        return {label: float(self.nats[label] / n) for label, n in enumerate(self.codes.tolist()) if n}
+
+
 @torch.inference_mode()
-def nll_per_code(
+def likelihood(
     prior: nn.Module,
     codes: Codes,
     level: str,
@@ -76,15 +92,15 @@ def nll_per_code(
     labels_of: Tensor | None = None,
     upper_of: Tensor | None = None,
     tick: Callable[[], None] = lambda: None,
-) -> float:
-    """Mean nats per code of `level` under a prior in eval mode, over all samples of all ranks.
+) -> Likelihood:
+    """Nats of `level`'s codes under a prior in eval mode, over all samples of all ranks, by their own class.
 
     labels_of, upper_of: int64 [n], the samples whose class or upper codes each sample is given instead of its own.
     tick: called before every batch, equally often on every rank.
     """
     own = torch.arange(len(codes))
     labels_of, upper_of = (own if rows is None else rows for rows in (labels_of, upper_of))
-    total = torch.zeros((), dtype=torch.float64, device=place.device)
+    sums = torch.zeros(2, int(codes.labels.max()) + 1, dtype=torch.float64, device=place.device)
     for first in range(0, len(codes), place.world_size * batch):
         tick()
         rows = own[first + place.rank * batch :][:batch]
@@ -93,8 +109,12 @@ def nll_per_code(
         target = codes.levels[level][rows].long().to(place.device)
         upper = [codes.levels[name][upper_of[rows]].long().to(place.device) for name in codes.above(level)]
         logits = prior(target, codes.labels[labels_of[rows]].to(place.device), upper)
-        total += code_nll(logits, target).double().sum()
-    return float(place.all_reduce_(total)) / codes.levels[level].numel()
+        each = code_nll(logits, target).double().flatten(1)
+        own_class = codes.labels[rows].to(place.device)
+        sums[0].index_add_(0, own_class, each.sum(1))
+        sums[1].index_add_(0, own_class, torch.full_like(each[:, 0], each.shape[1]))
+    nats, counts = place.all_reduce_(sums).cpu()
+    return Likelihood(nats, counts)
 
 
 def other_samples(n: int, seed: int) -> Tensor:

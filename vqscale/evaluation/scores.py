@@ -42,6 +42,7 @@ _TABLE = (
     ("reconstruction_fid", "Reconstruction FID", "", "lower", "reconstruction"),
     ("reconstruction_fd_lite0", "Reconstruction FD-lite0", "", "lower", "reconstruction"),
     ("nll", "NLL", "nats per code", "lower", "nll"),
+    ("bits_per_code", "NLL", "bits per code", "lower", "nll"),
     ("nll_shuffled_class", "NLL with shuffled classes", "nats per code", "", "nll"),
     ("nll_shuffled_upper", "NLL with shuffled upper codes", "nats per code", "", "nll"),
     ("nll_train", "NLL on training codes", "nats per code", "", "nll"),

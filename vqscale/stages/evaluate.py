@@ -82,6 +82,8 @@ def main(config: EvaluateConfig) -> None:
         run.images_seen = max((score.n for score in scores.found.values()), default=0)
         if run.topology.is_main:
             write_results(config, run, scores, found, shown)
+            if shown.nll_by_class:
+                runtime.write_json(run.run_dir / "nll_by_class.json", shown.nll_by_class)
             runtime.write_json(run.run_dir / "inputs.json", identity)
             print_table(scores)
         run.topology.barrier()
@@ -108,6 +110,7 @@ class Shown:
 
     reconstructions: Reconstructions | None = None
     usage: dict[str, np.ndarray] = field(default_factory=dict)
+    nll_by_class: dict[str, dict[str, float]] = field(default_factory=dict)  # level -> class -> nats per code
 
 
 def compute(config: EvaluateConfig, run: runtime.Run, scores: Scores, found: Inputs) -> Shown:
@@ -213,7 +216,7 @@ def _codes(config: EvaluateConfig, bench: Bench, found: Inputs, shown: Shown) ->
     shown.usage = {level: codes.usage(level) for level in codes.levels}
     families.score_usage(scores, shown.usage, len(codes), about)
     families.score_order0(scores, codes, found.train_codes.manifest.extra["usage"], about)
-    _likelihood(config, bench, found, codes, about)
+    _likelihood(config, bench, found, codes, about, shown)
 
 
 def _usage_of_reconstructions(scores: Scores, found: Inputs, shown: Shown) -> None:
@@ -224,7 +227,7 @@ def _usage_of_reconstructions(scores: Scores, found: Inputs, shown: Shown) -> No
     families.score_usage(scores, shown.usage, shown.reconstructions.n, found.reference.describe())
 
 
-def _likelihood(config: EvaluateConfig, bench: Bench, found: Inputs, codes: Codes, about: str) -> None:
+def _likelihood(config: EvaluateConfig, bench: Bench, found: Inputs, codes: Codes, about: str, shown: Shown) -> None:
     scores = bench.scores
     if not scores.wants(*_NLL):
         return
@@ -238,8 +241,13 @@ def _likelihood(config: EvaluateConfig, bench: Bench, found: Inputs, codes: Code
     shuffled = config.shuffled_conditioning
     plain = families.score_nll(bench, priors, codes, about, shuffled=shuffled, seed=config.seed)
     assert found.codes is not None and found.train_codes is not None
+    classes = found.codes.manifest.classes
+    shown.nll_by_class = {
+        level: {classes[label]: value for label, value in one.by_class().items()} for level, one in plain.items()
+    }
     resolution = found.codes.manifest.extra["resolution"]
-    families.score_bits(scores, plain, codes, len(codes), resolution, about)
+    nats = {level: one.per_code() for level, one in plain.items()}
+    families.score_bits(scores, nats, codes, len(codes), resolution, about)
     if config.nll_train_images:
         families.score_train_nll(bench, priors, found.train_codes, config.nll_train_images)
     else:

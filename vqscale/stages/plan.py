@@ -78,14 +78,14 @@ def main(request: Request) -> None:
 
 def lines(request: Request) -> list[str]:
     plan, trainer = request.plan, request.trainer
-    description, assumed = _describe(request)
+    description, assumed = describe(request)
     with FakeTensorMode():
         model: Any = build(description)
     numel = sum(parameter.numel() for parameter in model.parameters())
     columns, refused = [], []
     for world in _worlds(plan.world):
         try:
-            columns.append(_column(request, description, model, world))
+            columns.append(column(request, description, model, world))
         except ValueError as error:
             refused.append(str(error))
     if not columns:
@@ -113,7 +113,7 @@ def _worlds(asked: Any) -> list[int]:
     return worlds
 
 
-def _column(request: Request, description: dict[str, Any], model: Any, world: int) -> dict[str, Any]:
+def column(request: Request, description: dict[str, Any], model: Any, world: int) -> dict[str, Any]:
     """One number of ranks. Raises ValueError when they cannot share the global batch or the strategy needs more."""
     plan, trainer = request.plan, request.trainer
     least = {"single": 1, "hsdp": 4}.get(plan.strategy, 2)
@@ -210,7 +210,7 @@ def _data(trainer: Any) -> str:
     return str(trainer.data)
 
 
-def _describe(request: Request) -> tuple[dict[str, Any], str]:
+def describe(request: Request) -> tuple[dict[str, Any], str]:
     """(a description of the model, what had to be assumed)."""
     trainer: Any = request.trainer
     try:
