@@ -28,8 +28,9 @@ TOOLS = {
     "plan": "a trainer's config -> memory, communication and time at any number of ranks",
     "export": "a run -> a folder to share: model.safetensors, config.json and a model card",
     "import-checkpoint": "a checkpoint of rosinality/vq-vae-2-pytorch -> such a folder",
+    "watch": "a run -> its curves in the terminal, or as a PNG",
 }
-_ALIASES = {"world": "plan", "strategy": "plan"}  # --world N for world=N
+_ALIASES = {"world": "plan", "strategy": "plan", "png": "watch"}  # --world N for world=N
 EXIT_UNFINISHED = 75
 HEAD_START = 3.0  # seconds that the first rank has to report an error before the others do
 
@@ -50,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("words", nargs="*", metavar="CONFIG [key=value ...]")
     for key, tool in _ALIASES.items():
         parser.add_argument(f"--{key}", help=f"of {tool}, the same as {key}=…")
+    parser.add_argument("--once", action="store_true", help="of watch, the same as once=true")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config, sizes and steps, then stop")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     parser.add_argument("--version", action="version", version=f"vqscale {__version__}")
@@ -72,7 +74,8 @@ def stage_module(stage: str):
 
 
 def _flags(arguments: argparse.Namespace) -> list[str]:
-    return [f"{key}={value}" for key in _ALIASES if (value := getattr(arguments, key)) is not None]
+    given = [f"{key}={value}" for key in _ALIASES if (value := getattr(arguments, key)) is not None]
+    return given + ["once=true"] * arguments.once
 
 
 def main(argv: Sequence[str]) -> int:

@@ -143,6 +143,38 @@ def curves_svg(
 ) -> bytes:
     """Curves over images seen: name -> (x, y). level: a horizontal line, the order-0 entropy."""
     figure, axes = _axes(5.2, 3.0)
+    _plot_curves(axes, title, series, log=log, level=level)
+    return _svg(figure)
+
+
+def curves_png(
+    panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]], *, logarithmic: Sequence[str]
+) -> bytes:
+    """Panels side by side, by title, each as `curves_svg`; those whose title is in `logarithmic` on a log scale."""
+    from matplotlib.figure import Figure
+
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.6 * columns, 2.8 * rows), layout="constrained", facecolor=PAPER)
+    grid = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes, (title, series) in zip(grid, panels.items(), strict=False):
+        _style(axes)
+        _plot_curves(axes, title, series, log=title in logarithmic)
+    for axes in grid[len(panels) :]:
+        axes.set_visible(False)
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=110)
+    return out.getvalue()
+
+
+def _plot_curves(
+    axes: Any,
+    title: str,
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    log: bool,
+    level: float | None = None,
+) -> None:
     colours: dict[str, str] = {}  # a curve and its held-out twin share a colour
     for name, (x, y) in sorted(series.items(), key=lambda item: item[0].startswith("held_out/")):
         held_out = name.startswith("held_out/")
@@ -159,7 +191,6 @@ def curves_svg(
         axes.set_yscale("log")
     axes.ticklabel_format(axis="x", style="sci", scilimits=(-3, 5))
     axes.legend(frameon=False, fontsize=8)
-    return _svg(figure)
 
 
 def _axes(width: float, height: float) -> tuple[Any, Any]:
@@ -167,6 +198,11 @@ def _axes(width: float, height: float) -> tuple[Any, Any]:
 
     figure = Figure(figsize=(width, height), layout="constrained", facecolor=PAPER)
     axes = figure.subplots()
+    _style(axes)
+    return figure, axes
+
+
+def _style(axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#b6bcc6")
     axes.tick_params(colors=MUTED, labelsize=8)
@@ -175,7 +211,6 @@ def _axes(width: float, height: float) -> tuple[Any, Any]:
     for text in (axes.title, axes.xaxis.label, axes.yaxis.label):
         text.set_color(INK)
         text.set_fontsize(9)
-    return figure, axes
 
 
 def _svg(figure: Any) -> bytes:

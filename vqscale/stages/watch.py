@@ -1,0 +1,172 @@
+"""A run directory -> how it stands, its curves and its latest pictures, in the terminal, kept up to date; or a PNG.
+
+Reads status.json, command.json, config.yaml and metrics.jsonl, so that it works on any machine that sees the folder,
+on a finished run as well, and never touches the run.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from vqscale import config as configs
+from vqscale.evaluation.figures import curves_png
+from vqscale.evaluation.provenance import metrics_of_run
+from vqscale.runtime import read_json, read_status
+
+USAGE = "RUN_DIR [--once] [--png FILE] [key=value ...]"
+_BLOCKS = "▁▂▃▄▅▆▇█"
+_WIDTH = 24  # characters of a curve
+_LAST_ROWS = ("learning_rate", "gradient_norm", "images_per_second", "data_wait_fraction", "peak_gpu_bytes")
+_LOGARITHMIC = ("loss", "reconstruction_mse", "commitment", "codebook_loss", "gradient_norm")
+_COLOURS = {"running": "cyan", "done": "green", "stopped": "yellow", "failed": "red"}
+
+Curves = dict[str, tuple[list[float], list[float]]]  # metric -> (images seen, values)
+
+
+@dataclass(frozen=True)
+class WatchConfig:
+    """How to look."""
+
+    once: bool = False  # show it once and end; without, until the run is done or has failed
+    png: str = ""  # write the curves to this file, and end
+    seconds: float = 2.0  # between two looks
+
+
+Config = WatchConfig
+
+
+@dataclass(frozen=True)
+class Request:
+    run_dir: Path
+    config: WatchConfig
+
+
+def load(words: Sequence[str]) -> Request:
+    """From `RUN_DIR key=value …`. Raises ValueError as `config.from_words` does."""
+    (run_dir,), rest = configs.split_paths(words, f"watch {USAGE}", 1)
+    return Request(Path(run_dir), configs.from_words(WatchConfig, rest))
+
+
+def main(request: Request, console: Console | None = None, sleep: Callable[[float], None] = time.sleep) -> None:
+    """Show the run. Raises FileNotFoundError where there is none, ValueError for a picture of a run without metrics."""
+    run_dir, config = request.run_dir, request.config
+    if not (run_dir / "status.json").is_file():
+        raise FileNotFoundError(
+            f"{run_dir}: no run there (no status.json); a run directory is runs/<experiment>/<stage>"
+        )
+    if config.png:
+        _write_png(run_dir, Path(config.png))
+        return
+    console = console or Console()
+    if config.once:
+        console.print(view(run_dir))
+        return
+    try:
+        with Live(view(run_dir), console=console, auto_refresh=False) as live:
+            while read_status(run_dir).get("state") not in ("done", "failed"):
+                sleep(config.seconds)
+                live.update(view(run_dir), refresh=True)
+    except KeyboardInterrupt:
+        pass
+
+
+def _write_png(run_dir: Path, path: Path) -> None:
+    found = curves(metrics_of_run(run_dir))
+    if not found:
+        raise ValueError(f"{run_dir / 'metrics.jsonl'}: no metrics to draw yet")
+    panels: dict[str, Curves] = {}
+    for name, curve in found.items():
+        panels.setdefault(_family(name), {})[name] = curve
+    path.write_bytes(curves_png(panels, logarithmic=_LOGARITHMIC))
+    print(f"{path}: {len(found)} curves of {run_dir}")
+
+
+def curves(lines: Iterable[Mapping[str, Any]]) -> Curves:
+    """By metric, in the order in which to show them: what is trained, then what is held out, then how it runs."""
+    found: Curves = {}
+    for line in lines:
+        for name, value in line.items():
+            if name != "images_seen" and isinstance(value, (int, float)):
+                x, y = found.setdefault(name, ([], []))
+                x.append(float(line["images_seen"]))
+                y.append(float(value))
+    return dict(sorted(found.items(), key=lambda item: _place(item[0])))
+
+
+def _family(name: str) -> str:
+    """held_out/nll/top -> nll"""
+    return name.removeprefix("held_out/").split("/")[0]
+
+
+def _place(name: str) -> tuple[bool, bool, bool, str]:
+    return name in _LAST_ROWS, name.startswith("held_out/"), name != "loss", name
+
+
+def sparkline(values: Sequence[float], width: int = _WIDTH) -> str:
+    """At most `width` characters, each the mean of its share of the values; lowest to highest."""
+    count = min(width, len(values))
+    edges = [n * len(values) // count for n in range(count + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
+    low, high = min(means), max(means)
+    steps = (len(_BLOCKS) - 1) / (high - low) if high > low else 0.0
+    return "".join(_BLOCKS[round((mean - low) * steps)] for mean in means)
+
+
+def view(run_dir: Path) -> RenderableType:
+    """Everything, once."""
+    lines = metrics_of_run(run_dir)
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("", "over images seen"):
+        table.add_column(column, no_wrap=True)
+    for column in ("lowest", "highest", "last"):
+        table.add_column(column, justify="right")
+    for name, (_, y) in curves(lines).items():
+        table.add_row(name, sparkline(y), *(f"{value:.4g}" for value in (min(y), max(y), y[-1])))
+    return Group(_head(run_dir, lines), Text(), table, Text(), *_files(run_dir))
+
+
+def _head(run_dir: Path, lines: Sequence[Mapping[str, Any]]) -> Text:
+    status, command = read_status(run_dir), read_json(run_dir / "command.json")
+    state, seen = str(status.get("state")), int(status.get("images_seen", 0))
+    total = _total_images(run_dir)
+    parts = [f"{seen:,} of {total:,} images ({seen / total:.0%})" if total else f"{seen:,} images"]
+    speed = next((line["images_per_second"] for line in reversed(lines) if line.get("images_per_second")), 0.0)
+    if speed:
+        parts.append(f"{speed:,.4g} images/s")
+    if speed and state == "running" and total > seen:
+        parts.append(f"{_duration((total - seen) / speed)} to go")
+    if command:
+        parts.append(f"{command.get('strategy')}, {command.get('world_size')} x {command.get('device')}")
+    head = Text(f"{run_dir}  ", style="bold")
+    head.append(state, style=_COLOURS.get(state, ""))
+    head.append(f"\n{' · '.join(parts)}", style="not bold")
+    if reason := status.get("reason"):
+        head.append(f"\n{reason}", style="not bold")
+    return head
+
+
+def _total_images(run_dir: Path) -> int:
+    path = run_dir / "config.yaml"
+    found = OmegaConf.select(OmegaConf.load(path), "total_images") if path.is_file() else 0
+    return int(found or 0)
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"
+
+
+def _files(run_dir: Path) -> list[Text]:
+    """Where to look further: the latest picture, the report, the metrics."""
+    pictures = sorted([*run_dir.glob("samples/*.png"), *run_dir.glob("*.png")], key=lambda path: path.stat().st_mtime)
+    found = [("latest picture", pictures[-1])] if pictures else []
+    found += [(what, run_dir / name) for what, name in (("report", "report.html"), ("metrics", "metrics.jsonl"))]
+    return [Text(f"{what}: {path}", style="dim") for what, path in found if path.exists()]
