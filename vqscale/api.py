@@ -5,6 +5,7 @@ int64 [n, h, w] per level, the top level first, in 0 … K - 1.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from vqscale.config import level_names
 from vqscale.data.images import decode_image, resize_center_crop, to_float
 from vqscale.sources import load_vqvae
-from vqscale.stages.sample import SampleConfig, chosen_classes, draw, load_chain
+from vqscale.stages.sample import SampleConfig, check_options, chosen_classes, draw, load_chain
 
 PerLevel = float | Mapping[str, float]  # one number for all levels, or one by level name
 
@@ -100,16 +101,17 @@ def sample(
     unknown class or an option out of range.
     """
     models: dict[str, Any] = {f"prior_{level}": str(_inside(path, f"prior_{level}")) for level in level_names(3)}
-    config = SampleConfig(
-        seed=seed,
-        vqvae=str(_inside(path, "vqvae")),
-        **models,
-        temperature=_by_level(temperature),
-        top_k={level: int(value) for level, value in _by_level(top_k).items()},
-        top_p=_by_level(top_p),
-        guidance=_by_level(guidance),
-    )
+    config = SampleConfig(seed=seed, vqvae=str(_inside(path, "vqvae")), **models)
     chain = load_chain(config, torch.device(device))
+    levels = chain.vqvae.model.level_names
+    config = replace(
+        config,
+        temperature=_by_level(temperature, levels),
+        top_k={level: int(value) for level, value in _by_level(top_k, levels).items()},
+        top_p=_by_level(top_p, levels),
+        guidance=_by_level(guidance, levels),
+    )
+    check_options(config, chain)
     chosen = chosen_classes(classes, chain.classes)
     labels = torch.tensor(chosen, dtype=torch.int64).repeat_interleave(samples_per_class).to(device)
     if not len(labels):
@@ -119,8 +121,8 @@ def sample(
     return to_float(torch.cat(drawn))
 
 
-def _by_level(value: PerLevel) -> dict[str, float]:
-    return dict(value) if isinstance(value, Mapping) else {level: float(value) for level in level_names(3)}
+def _by_level(value: PerLevel, levels: Sequence[str]) -> dict[str, float]:
+    return dict(value) if isinstance(value, Mapping) else {level: float(value) for level in levels}
 
 
 def _inside(path: str | Path, model: str) -> Path:

@@ -107,22 +107,25 @@ def load_chain(config: SampleConfig, device: torch.device) -> Chain:
                 f"prior_{name}={path}: trained on codes of {prior.description['tokenizer']}, "
                 f"but vqvae={config.vqvae} is {vqvae.fingerprint}"
             )
-        if config.guidance.get(name) and not prior.description["config"]["class_dropout"]:
-            raise ValueError(
-                f"guidance.{name}={config.guidance[name]}: prior_{name}={path} was trained with model.class_dropout=0 "
-                "and has never seen a sample without its class"
-            )
         priors.append(prior)
-    _check_levels(config, vqvae.model.level_names)
-    return Chain(vqvae, priors)
+    chain = Chain(vqvae, priors)
+    check_options(config, chain)
+    return chain
 
 
-def _check_levels(config: SampleConfig, levels: list[str]) -> None:
-    """Raises ValueError for an option given for a level that there is not."""
+def check_options(config: SampleConfig, chain: Chain) -> None:
+    """Raises ValueError for an option given for a level that there is not, or that its prior cannot follow."""
+    levels = {prior.description["level"]: prior for prior in chain.priors}
     for option in _PER_LEVEL:
         for level in getattr(config, option):
             if level not in levels:
                 raise ValueError(f"{option}.{level}: the levels of vqvae={config.vqvae} are {', '.join(levels)}")
+    for level, weight in config.guidance.items():
+        if weight and not levels[level].description["config"]["class_dropout"]:
+            raise ValueError(
+                f"guidance.{level}={weight}: prior_{level}={levels[level].path} was trained with model.class_dropout=0 "
+                "and has never seen a sample without its class"
+            )
 
 
 def chosen_classes(asked: Any, classes: list[str]) -> list[int]:
