@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from vqscale import cli, config, topology
+from vqscale.evaluation.inputs import CLASSIFIERS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -25,12 +26,14 @@ def fields_of(cls: Any) -> Iterator[tuple[str, str]]:
 
 
 def names_read(tree: ast.Module) -> Iterator[str]:
-    """Attributes that are read; `getattr(x, f"prior_{level}")` reads all levels'."""
+    """Attributes that are read; `f"prior_{name}"` stands for those of all levels, `f"classifier_{name}"` likewise."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
             yield node.attr
         elif isinstance(node, ast.JoinedStr) and ast.unparse(node) == "f'prior_{name}'":
             yield from (f"prior_{level}" for level in config.level_names(3))
+        elif isinstance(node, ast.JoinedStr) and ast.unparse(node) == "f'classifier_{name}'":
+            yield from CLASSIFIERS
 
 
 def test_every_config_field_is_read_somewhere() -> None:

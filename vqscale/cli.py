@@ -21,6 +21,7 @@ STAGES = {
     "extract_codes": "image shards + VQ-VAE-2 -> code shards",
     "train_prior": "code shards -> a class-conditional prior of one level",
     "sample": "VQ-VAE-2 + priors -> sample shards",
+    "train_classifier": "images, samples or reconstructions -> a classifier, for CAS and rejection sampling",
     "evaluate": "samples, reconstructions, codes -> scores.json and report.html",
 }
 # Commands that make no run: each module holds `USAGE`, `Config`, `load(words) -> request` and `main(request)`.

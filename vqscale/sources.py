@@ -3,7 +3,9 @@
 A *description* is what it takes to build a model, as plain JSON; trainers save it in every checkpoint and `export` in
 config.json:  {"kind": "vqvae", "config": …, "resolution": 256, "classes": […], "data": "sha256:…"}  or
 {"kind": "prior", "config": …, "level": "top", "num_codes": 512, "grid": [32, 32], "upper_grids": [], "classes": […],
-"tokenizer": "sha256:…", "data": "sha256:…"}.
+"tokenizer": "sha256:…", "data": "sha256:…"}  or
+{"kind": "classifier", "config": …, "resolution": 256, "classes": […], "learned_from": "samples", "data": "sha256:…",
+"vqvae": "", "features": "", "features_sha256": "", "feature_width": 0}.
 """
 
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 
 from vqscale.config import from_dict
 from vqscale.engine.checkpoint import Checkpoint, find_latest, verify
+from vqscale.models.classifier import Classifier, ClassifierConfig
 from vqscale.models.pixelcnn import PixelCNN
 from vqscale.models.pretrained import fingerprint, load_into, read_folder
 from vqscale.models.prior import LevelPrior, PriorConfig
@@ -55,9 +58,12 @@ def build(description: dict[str, Any]) -> nn.Module:
                 num_classes=len(description["classes"]),
                 upper_grids=[tuple(grid) for grid in description["upper_grids"]],
             )
+        if description["kind"] == "classifier":
+            settings = from_dict(ClassifierConfig, description["config"], where)
+            return Classifier(settings, len(description["classes"]), description["feature_width"])
     except KeyError as error:
         raise ValueError(f"{where}: the key {error} is missing") from None
-    raise ValueError(f"{where}: the kinds are vqvae and prior")
+    raise ValueError(f"{where}: the kinds are vqvae, prior and classifier")
 
 
 def load_vqvae(
@@ -72,6 +78,13 @@ def load_prior(
 ) -> Source:
     """A prior from a run directory or an exported folder; see `load`."""
     return load(path, "prior", "train_prior", device=device, weights_kind=weights_kind, checkpoint=checkpoint)
+
+
+def load_classifier(
+    path: str | Path, *, device: torch.device | str = "cpu", weights_kind: str = "", checkpoint: int = 0
+) -> Source:
+    """A classifier from a run directory or an exported folder; see `load`."""
+    return load(path, "classifier", "train_classifier", device=device, weights_kind=weights_kind, checkpoint=checkpoint)
 
 
 def load_any(path: str | Path, *, weights_kind: str = "", checkpoint: int = 0) -> Source:

@@ -125,6 +125,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     write_images(root / "pack" / "train", train, train_labels)
     write_images(root / "pack" / "holdout", holdout, holdout_labels)
     write_images(root / "samples", samples, sample_labels, "samples")
+    write_images(root / "larger", torch.zeros(3, 3, 24, 24, dtype=torch.uint8), [0, 1, 2], "samples")
     config = VQVAEConfig(
         hidden=8, residual_hidden=4, residual_layers=1, downsample=[2, 2], quantizer=QuantizerConfig(16, 4)
     )

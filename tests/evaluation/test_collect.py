@@ -14,11 +14,12 @@ from vqscale import cli, topology
 from vqscale.config import StageConfig
 from vqscale.data.images import ImageReader, to_float, to_uint8
 from vqscale.data.sequential import sequential_batches
-from vqscale.evaluation.collect import collect, collect_images, reconstruct, spread
+from vqscale.evaluation.collect import Collector, collect_images, reconstruct, spread
 from vqscale.evaluation.features import Extractor, Features
 from vqscale.evaluation.metrics import psnr, ssim
 from vqscale.evaluation.moments import frechet_distance, moments_of
 from vqscale.evaluation.nll import nll_per_code, read_codes
+from vqscale.evaluation.statistics import FeatureSet
 from vqscale.sources import load_prior, load_vqvae
 from vqscale.stages import evaluate
 from vqscale.topology import Topology
@@ -36,6 +37,13 @@ def projection() -> Extractor:
 
 def batches(folder: Path, place: Topology, batch: int) -> Any:
     return sequential_batches(folder, read=ImageReader(16), batch=batch, rank=place.rank, world_size=place.world_size)
+
+
+def collect(batches: Any, extractor: Extractor, total: int, place: Topology) -> FeatureSet:
+    collector = Collector(extractor, total, place)
+    for batch in batches:
+        collector.add(batch["image"], batch["position"], batch["weight"])
+    return collector.finish()
 
 
 def everything(root: str, batch: int) -> dict[str, Any]:

@@ -82,13 +82,14 @@ def test_a_missing_package_is_one_line_with_the_extra(monkeypatch: pytest.Monkey
 
 
 def test_an_unknown_extractor_is_named() -> None:
-    with pytest.raises(ValueError, match="extractor=vgg: .*lite0, inception"):
+    with pytest.raises(ValueError, match="extractor=vgg: .*lite0, inception, vgg16"):
         load_extractor("vgg")
 
 
-def test_inception_needs_a_path() -> None:
-    with pytest.raises(ValueError, match="needs weights=PATH"):
-        load_extractor("inception")
+@pytest.mark.parametrize("name, file", [("inception", "6726825d.pth"), ("vgg16", "vgg16-397923af.pth")])
+def test_networks_that_are_not_packaged_need_a_path(name: str, file: str) -> None:
+    with pytest.raises(ValueError, match=f"extractor={name} needs weights=PATH, .*{file}"):
+        load_extractor(name)
 
 
 class Evil:
@@ -127,7 +128,7 @@ def test_a_missing_weights_file_is_named(tmp_path: Path) -> None:
         load_extractor("inception", weights=str(tmp_path / "nowhere.pth"))
 
 
-@pytest.mark.parametrize("name", ["lite0", "inception"])
+@pytest.mark.parametrize("name", ["lite0", "inception", "vgg16"])
 def test_weights_of_another_network_are_refused(tmp_path: Path, name: str) -> None:
     path = tmp_path / "w.pth"
     torch.save({"x": torch.ones(2)}, path)

@@ -1,5 +1,6 @@
-"""Our numbers against torch_fidelity.calculate_metrics on the same images, with its Inception at random weights."""
+"""Our numbers against torch_fidelity.calculate_metrics on the same images, with its networks at random weights."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.metric_fid import fid_features_to_statistics
+from torchvision.models import vgg16
 
 from vqscale.evaluation import metrics
 from vqscale.evaluation.collect import Collector
-from vqscale.evaluation.features import load_extractor
+from vqscale.evaluation.features import Extractor, load_extractor
+from vqscale.evaluation.statistics import FeatureSet
 from vqscale.topology import Topology
 
 
@@ -55,17 +58,27 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "random.pth"
 
 
+def noise(n: int, seed: int) -> Tensor:
+    """Pictures of another size and kind: a colour each, and grain of the seed's strength."""
+    generator = torch.Generator().manual_seed(seed)
+    grain = torch.randn(n, 3, 40, 40, generator=generator) * 20 * seed
+    return (torch.rand(n, 3, 1, 1, generator=generator) * 255 + grain).clamp(0, 255).byte()
+
+
+def collected(extractor: Extractor, images: Tensor, place: Topology) -> FeatureSet:
+    collector = Collector(extractor, len(images), place)
+    for first in range(0, len(images), 7):  # other batches than the library's
+        rows = images[first : first + 7]
+        collector.add(rows, torch.arange(first, first + len(rows)), torch.ones(len(rows)))
+    return collector.finish()
+
+
 @pytest.mark.slow
-def test_metrics_equal_calculate_metrics(weights: Path, place: Topology) -> None:
-    generated, real = scenes(12, 1), scenes(14, 2)
+@pytest.mark.parametrize("draw", [scenes, noise])
+def test_metrics_equal_calculate_metrics(weights: Path, place: Topology, draw: Callable[[int, int], Tensor]) -> None:
+    generated, real = draw(12, 1), draw(14, 2)
     extractor = load_extractor("inception", weights=str(weights), allow_unverified_weights=True)
-    sets = []
-    for images in (generated, real):
-        collector = Collector(extractor, len(images), place)
-        for first in range(0, len(images), 7):  # other batches than the library's
-            rows = images[first : first + 7]
-            collector.add(rows, torch.arange(first, first + len(rows)), torch.ones(len(rows)))
-        sets.append(collector.finish())
+    sets = [collected(extractor, images, place) for images in (generated, real)]
     theirs = torch_fidelity.calculate_metrics(
         input1=Images(generated),
         input2=Images(real),
@@ -92,3 +105,31 @@ def test_metrics_equal_calculate_metrics(weights: Path, place: Topology) -> None
     torch.testing.assert_close(ours.gaussian.mean, torch.from_numpy(library["mu"]).double(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(ours.gaussian.covariance, torch.from_numpy(library["sigma"]), rtol=1e-5, atol=1e-8)
     assert ours.spatial.mean.shape == (7 * 17 * 17,)
+
+
+@pytest.mark.slow
+def test_precision_and_recall_of_vgg16_equal_calculate_metrics(tmp_path: Path, place: Topology) -> None:
+    torch.manual_seed(0)
+    torch.save(vgg16().state_dict(), tmp_path / "random.pth")
+    generated, real = scenes(9, 1), noise(8, 2)
+    extractor = load_extractor("vgg16", weights=str(tmp_path / "random.pth"), allow_unverified_weights=True)
+    ours, reference = (collected(extractor, images, place) for images in (generated, real))
+    theirs = torch_fidelity.calculate_metrics(
+        input1=Images(generated),
+        input2=Images(real),
+        cuda=False,
+        batch_size=4,
+        prc=True,
+        kid=True,
+        kid_subset_size=6,
+        feature_extractor="vgg16",
+        feature_extractor_weights_path=str(tmp_path / "random.pth"),
+        cache=False,
+        save_cpu_ram=True,
+        verbose=False,
+    )
+    assert metrics.precision_recall(ours.features, reference.features) == (theirs["precision"], theirs["recall"])
+    assert metrics.kid(ours.features, reference.features, 6) == pytest.approx(
+        theirs["kernel_inception_distance_mean"], rel=1e-5
+    )
+    assert ours.features.shape == (9, 4096)

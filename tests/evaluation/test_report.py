@@ -15,7 +15,17 @@ from vqscale.evaluation.page import CSS
 from vqscale.evaluation.report import PAPER, Report, format_value, render
 from vqscale.evaluation.scores import Score
 
-SECTIONS = ["summary", "samples", "reconstructions", "code-usage", "curves", "the-papers", "provenance"]
+SECTIONS = [
+    "summary",
+    "samples",
+    "reconstructions",
+    "code-usage",
+    "curves",
+    "rejection",
+    "nearest-training-images",
+    "the-papers",
+    "provenance",
+]
 VOID = {"meta", "link", "img"}
 
 

@@ -1,6 +1,7 @@
 """`vqscale evaluate` as a user runs it, on a small finished pipeline."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,11 @@ def test_codes_of_another_tokenizer_are_refused_with_both_fingerprints(
         ({"prior_top": "{root}/prior_bottom"}, "prior_top={root}/prior_bottom: this is a prior of the bottom level"),
         ({"vqvae": "{root}/prior_top"}, "expected a vqvae"),
         ({"reference": "{root}/none.npz"}, "none.npz: there is no such file"),
+        (
+            {"reference": "{root}/samples"},
+            "reference={root}/samples: these are samples; are samples= and reference= the",
+        ),
+        ({"samples": "{root}/larger"}, "samples={root}/larger: images of 24 px, but reference={root}/pack has 16 px"),
     ],
 )
 def test_inputs_of_another_kind_are_one_line(
@@ -194,6 +200,39 @@ def test_a_damaged_image_is_an_error_and_named(world: Any, tmp_path: Path, capsy
     assert run(world, tmp_path, metrics="[fid]", samples=folder) == 1
     assert "1 of 21 images could not be read" in capsys.readouterr().err
     assert "000000" in (tmp_path / "run" / "bad.jsonl").read_text()
+
+
+def test_a_truncated_shard_is_an_error_and_named(
+    world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "samples"
+    shutil.copytree(world.root / "samples", folder)
+    data = (folder / "000001.tar").read_bytes()
+    (folder / "000001.tar").write_bytes(data[: len(data) // 2])
+    assert run(world, tmp_path, metrics="[fid]", samples=folder) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert "of 21 images could not be read: bad.jsonl names them" in line
+    assert "000001.tar" in (tmp_path / "run" / "bad.jsonl").read_text()
+
+
+def test_too_few_samples_for_kid_are_null_with_the_reason(world: Any, tmp_path: Path) -> None:
+    assert run(world, tmp_path, metrics="[kid]") == 0
+    score = scores_of(tmp_path)["kid"]
+    assert score["value"] is None and score["reason"] == "KID needs at least 1000 images, there are 21 samples"
+
+
+def test_statistics_of_another_data_set_are_refused(
+    world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file moved in place of the one for these images."""
+    rest: dict[str, object] = {"vqvae": "none", "codes": "none", "prior_top": "none", "prior_bottom": "none"}
+    assert run(world, tmp_path, metrics="[fid]", **rest) == 0
+    one, other = (tmp_path / "run" / "statistics").iterdir()
+    other.write_bytes(one.read_bytes())
+    (tmp_path / "run" / "inputs.json").unlink()
+    assert run(world, tmp_path, metrics="[fid]", **rest) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert f"{other}: statistics of other images: data is sha256:" in line and "expected sha256:" in line
 
 
 def test_adms_reference_takes_the_place_of_images(world: Any, tmp_path: Path, quick: Extractor) -> None:

@@ -11,7 +11,7 @@ from support.stages import CHAIN, run_stage
 
 @pytest.fixture(scope="session")
 def whole_chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """`runs/debug` after all seven stages."""
+    """`runs/debug` after all stages."""
     root = tmp_path_factory.mktemp("chain")
     before = os.getcwd()
     os.chdir(root)

@@ -97,7 +97,14 @@ def test_running_again_changes_nothing(chain: Path, files: Files) -> None:
     assert files(chain) == before
 
 
-@pytest.mark.parametrize(("stage", "name"), [("train_vqvae", "train_vqvae"), ("train_prior", "train_prior_bottom")])
+@pytest.mark.parametrize(
+    ("stage", "name"),
+    [
+        ("train_vqvae", "train_vqvae"),
+        ("train_prior", "train_prior_bottom"),
+        ("train_classifier", "train_classifier_real"),
+    ],
+)
 def test_stopping_twice_ends_at_the_same_bits(chain: Path, stage: str, name: str) -> None:
     run_dir = chain.parent / "again"
     for _ in range(2):

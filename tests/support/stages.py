@@ -12,6 +12,9 @@ CHAIN = (
     ("train_prior", "train_prior_top"),
     ("train_prior", "train_prior_bottom"),
     ("sample", "sample"),
+    ("train_classifier", "train_classifier_real"),
+    ("train_classifier", "train_classifier_reconstructions"),
+    ("train_classifier", "train_classifier_samples"),
     ("evaluate", "evaluate"),
 )
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from vqscale.data.cache import Cache
 from vqscale.data.loader import Batch, Read, TarDataset, name_bad_samples, run_workers
+from vqscale.data.shards import Manifest
 
 
 @dataclass(frozen=True)
@@ -72,12 +73,26 @@ def read_shard_blocks(
     So the batch that a row is computed in is the same at any world size. Shard n's blocks are the next
     ceil(num_samples / block) batches; `position` counts samples over the whole data set in stored order.
     """
-    dataset = TarDataset(folder, read, weighted=True, cache=cache)
-    sizes = [shard.num_samples for shard in dataset.manifest.shards]
-    starts = np.concatenate([[0], np.cumsum(sizes)])
+    sizes = [shard.num_samples for shard in Manifest.load(folder).shards]
+    starts = np.concatenate([[0], np.cumsum(sizes)]).tolist()
+    runs = [range(starts[shard], starts[shard + 1]) for shard in shards]
+    return read_runs(folder, runs, read=read, block=block, workers=workers, bad_path=bad_path, cache=cache)
+
+
+def read_runs(
+    folder: str | Path,
+    runs: Sequence[range],
+    *,
+    read: Read,
+    block: int,
+    workers: int = 0,
+    bad_path: Path | None = None,
+    cache: Cache | None = None,
+) -> SequentialBatches:
+    """Runs of consecutive positions in fixed blocks; each run's last block is padded with weight 0."""
     blocks = []
-    for shard in shards:
-        for first in range(0, sizes[shard], block):
-            rows = np.arange(first, first + block)
-            blocks.append(np.where(rows < sizes[shard], starts[shard] + rows, -1).tolist())
-    return SequentialBatches(dataset, blocks, workers, bad_path)
+    for run in runs:
+        for first in range(run.start, run.stop, block):
+            positions = np.arange(first, first + block)
+            blocks.append(np.where(positions < run.stop, positions, -1).tolist())
+    return SequentialBatches(TarDataset(folder, read, weighted=True, cache=cache), blocks, workers, bad_path)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vqscale.data.images import to_float, to_uint8
-from vqscale.evaluation.features import Extractor
+from vqscale.evaluation.features import Extractor, Features
 from vqscale.evaluation.metrics import psnr, ssim
 from vqscale.evaluation.moments import Moments
 from vqscale.evaluation.statistics import FeatureSet
@@ -33,7 +33,10 @@ class Collector:
 
     def add(self, images: Tensor, position: Tensor, weight: Tensor) -> None:
         """images: uint8 [b, 3, h, w]; position: int64 [b] in 0 … total - 1; weight: [b] of 0 and 1."""
-        found = self._extractor(images)
+        self.add_features(self._extractor(images), position, weight)
+
+    def add_features(self, found: Features, position: Tensor, weight: Tensor) -> None:
+        """What the extractor said of the images at these positions."""
         for name, features in (("pooled", found.pooled), ("spatial", found.spatial)):
             if features is not None:
                 if name not in self._moments:
@@ -65,15 +68,6 @@ def gather_rows(rows: Tensor, position: Tensor, total: int, place: Topology) -> 
     whole = torch.zeros(total, *rows.shape[1:], dtype=rows.dtype)
     whole[position] = rows
     return place.all_reduce_(whole.to(place.device)).cpu()
-
-
-def collect(batches: Iterable[Mapping[str, Any]], extractor: Extractor, total: int, place: Topology) -> FeatureSet:
-    """Features of a data set's images."""
-    collector = Collector(extractor, total, place)
-    for batch in batches:
-        moved = {name: batch[name].to(place.device) for name in ("image", "position", "weight")}
-        collector.add(moved["image"], moved["position"], moved["weight"])
-    return collector.finish()
 
 
 def collect_images(images: Tensor, extractor: Extractor, place: Topology, batch: int) -> FeatureSet:

@@ -4,7 +4,8 @@ In: data sets, models, an extractor, a `Bench` to work on.  Out: entries in `Sco
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,14 @@ from torch import Tensor
 
 from vqscale.data.cache import Cache
 from vqscale.data.images import ImageReader
-from vqscale.data.sequential import SequentialBatches, sequential_batches
+from vqscale.data.sequential import SequentialBatches, read_runs, sequential_batches
 from vqscale.evaluation import metrics
-from vqscale.evaluation.collect import Reconstructions, collect, collect_images, reconstruct
+from vqscale.evaluation.collect import Reconstructions, collect_images, reconstruct
 from vqscale.evaluation.features import Extractor
 from vqscale.evaluation.inputs import DataSet
 from vqscale.evaluation.moments import Gaussian, frechet_distance
 from vqscale.evaluation.nll import Codes, Likelihood, bits_per_dim, likelihood, other_classes, other_samples, read_codes
+from vqscale.evaluation.parts import compute_parts, gather_parts, parts_of, unfinished
 from vqscale.evaluation.scores import METRICS, Score, Scores, describe_set, is_published_set, why_not_comparable
 from vqscale.evaluation.statistics import (
     FeatureSet,
@@ -48,7 +50,11 @@ _OF_FEATURES = tuple(m.key for m in METRICS.values() if m.family == "samples") +
 
 @dataclass(frozen=True)
 class Bench:
-    """What every family works with. `tick(batches)` passes batches on: a progress bar, and the place to stop."""
+    """What every family works with.
+
+    `tick(batches, name, total)` passes batches on, equally many on every rank: a progress bar, and the place to stop.
+    `share` does the same where each rank has its own number of them.
+    """
 
     scores: Scores
     place: Topology
@@ -56,6 +62,7 @@ class Bench:
     cache: Path
     bad_path: Path
     tick: Callable[[Iterable[Any], str, int], Iterable[Any]]
+    share: Callable[[Iterable[Any], str, int], Iterable[Any]]
     batch: int = 64
     workers: int = 0
     shards: Cache | None = None
@@ -70,6 +77,18 @@ class Bench:
             world_size=self.place.world_size,
             workers=self.workers,
             limit=data.limit,
+            bad_path=self.bad_path,
+            cache=self.shards,
+        )
+
+    def runs(self, data: DataSet, resolution: int, runs: Sequence[range]) -> SequentialBatches:
+        """Batches of a data set's images at runs of positions."""
+        return read_runs(
+            data.folder,
+            runs,
+            read=ImageReader(resolution),
+            block=self.batch,
+            workers=self.workers,
             bad_path=self.bad_path,
             cache=self.shards,
         )
@@ -94,6 +113,8 @@ def leave_out_other_features(scores: Scores, extractor: Extractor | None, why_no
     for name, needed in _ONLY_ON.items():
         if needed != extractor.name:
             scores.leave_out([name], f"it is named after the features of extractor={needed}, this is {extractor.name}")
+    if extractor.name == "vgg16":
+        scores.leave_out(["inception_score"], "vgg16 is used for its features, not its classes")
 
 
 def features_of(bench: Bench, data: DataSet, resolution: int) -> FeatureSet:
@@ -108,12 +129,20 @@ def features_of(bench: Bench, data: DataSet, resolution: int) -> FeatureSet:
         "split": data.folder.name,
     }
 
-    def compute() -> FeatureSet:
-        batches = bench.images(data, resolution)
-        watched = bench.tick(batches, f"features of {data.folder.name}", len(batches))
-        return collect(watched, extractor, data.n, bench.place)
+    folder = statistics_path(bench.cache, facts).with_suffix("")  # of parts, until all are there
+    place = bench.place
 
-    return bench.cached(facts, compute)
+    def compute() -> FeatureSet:
+        missing = unfinished(folder, parts_of(data.n)[place.rank :: place.world_size])
+        batches = bench.runs(data, resolution, missing)
+        shared = bench.share(batches, f"features of {data.folder.name}", len(batches))
+        compute_parts(folder, missing, shared, extractor, place, bench.batch)
+        return gather_parts(folder, data.n, resolution, extractor, place)
+
+    found = bench.cached(facts, compute)
+    if place.is_main:
+        shutil.rmtree(folder, ignore_errors=True)
+    return found
 
 
 def published_features(bench: Bench, reference: PublishedReference, where: str) -> FeatureSet:

@@ -1,7 +1,8 @@
 """Feature extractors: uint8 images -> features and logits of a fixed, named and verified network.
 
 In: images uint8 [b, 3, h, w].  Out: `Features`: pooled [b, F], logits [b, C] and, for Inception, spatial [b, G].
-The network of the papers ("inception") is read from a path; "lite0" is an ImageNet network that needs no download.
+The networks of the papers are read from a path: "inception", and "vgg16" for precision and recall as first published;
+"lite0" is an ImageNet network that needs no download.
 """
 
 import hashlib
@@ -10,16 +11,24 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-EXTRACTORS = ("lite0", "inception")
+WIDTHS = {"lite0": 1280, "inception": 2048, "vgg16": 4096}  # of the pooled features
+EXTRACTORS = tuple(WIDTHS)
 LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 # torch-fidelity's conversion of the network of Heusel et al. 2017; the file name of its release carries this prefix.
 INCEPTION_SHA256 = "6726825d"
+# torchvision's VGG16_Weights.IMAGENET1K_V1; the file name of its release carries this prefix.
+VGG16_SHA256 = "397923af"
+NEED_A_PATH = {  # and the file that it is the path of
+    "inception": "torch-fidelity's weights-inception-2015-12-05-6726825d.pth",
+    "vgg16": "torchvision's vgg16-397923af.pth",
+}
 # sFID (Nash et al. 2021): the first 7 channels of the 17 x 17 map that ADM's evaluator calls mixed_6/conv.
 SPATIAL_CHANNELS = 7
 
@@ -63,15 +72,17 @@ class Extractor:
 def load_extractor(
     name: str, *, weights: str = "", allow_unverified_weights: bool = False, device: torch.device | str = "cpu"
 ) -> Extractor:
-    """The extractor `lite0` or `inception`.
+    """The extractor of that name.
 
-    weights: path of the weights file; required for inception, replaces the packaged file for lite0.
+    weights: path of the weights file; required for inception and vgg16, replaces the packaged file for lite0.
     Raises ValueError for an unknown name, a missing package, weights of another network, or an unknown sha256 unless
     `allow_unverified_weights`; FileNotFoundError for a missing file.
     """
     if name not in EXTRACTORS:
         raise ValueError(f"extractor={name}: there is no such extractor; choose from {', '.join(EXTRACTORS)}")
-    build = _lite0 if name == "lite0" else _inception
+    if name in NEED_A_PATH and not weights:
+        raise ValueError(f"extractor={name} needs weights=PATH, {NEED_A_PATH[name]}")
+    build = {"lite0": _lite0, "inception": _inception, "vgg16": _vgg16}[name]
     return build(weights, allow_unverified_weights, torch.device(device))
 
 
@@ -141,10 +152,6 @@ def lite0_input(images: Tensor) -> Tensor:
 
 
 def _inception(weights: str, allow_unverified: bool, device: torch.device) -> Extractor:
-    if not weights:
-        raise ValueError(
-            "extractor=inception needs weights=PATH, torch-fidelity's weights-inception-2015-12-05-6726825d.pth"
-        )
     tensors, sha256, verified = read_weights(weights, INCEPTION_SHA256, allow_unverified)
     network = _build_inception(tensors, weights).to(device)
     caught: list[Tensor] = []
@@ -164,16 +171,36 @@ def _inception(weights: str, allow_unverified: bool, device: torch.device) -> Ex
 
 
 def _build_inception(tensors: dict[str, Tensor], path: str) -> nn.Module:
-    """torch-fidelity's own network. It unpickles the file it is given, so it is given our copy of the plain tensors."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
+    names = ["2048", "logits_unbiased"]
+    return _of_torch_fidelity(FeatureExtractorInceptionV3, "inception-v3-compat", names, tensors, path, "Inception v3")
+
+
+def _of_torch_fidelity(
+    network: Any, name: str, features: list[str], tensors: dict[str, Tensor], path: str, shown: str
+) -> nn.Module:
+    """torch-fidelity's own network. It unpickles the file it is given, so it is given our copy of the plain tensors."""
     buffer = io.BytesIO()
     torch.save(tensors, buffer)
     buffer.seek(0)
     try:
-        return FeatureExtractorInceptionV3(
-            "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=buffer
-        )
+        return network(name, features, feature_extractor_weights_path=buffer)
     except RuntimeError as error:
         detail = str(error).strip().splitlines()[-1].strip()
-        raise ValueError(f"weights={path}: not the weights of Inception v3 ({detail[:160]})") from None
+        raise ValueError(f"weights={path}: not the weights of {shown} ({detail[:160]})") from None
+
+
+def _vgg16(weights: str, allow_unverified: bool, device: torch.device) -> Extractor:
+    """The second fully connected layer after its ReLU, as in Kynkäänniemi et al. 2019; it has no logits here."""
+    from torch_fidelity.feature_extractor_vgg16 import FeatureExtractorVGG16
+
+    tensors, sha256, verified = read_weights(weights, VGG16_SHA256, allow_unverified)
+    network = _of_torch_fidelity(FeatureExtractorVGG16, "vgg16", ["fc2_relu"], tensors, weights, "VGG16").to(device)
+
+    def features(images: Tensor) -> Features:
+        (pooled,) = network(images)
+        return Features(pooled, pooled[:, :0])
+
+    resize = "bilinear as in TensorFlow 1.x, not antialiased, to 224 x 224"
+    return Extractor("vgg16", sha256, verified, resize, f"uint8 RGB; {resize}; ImageNet's mean and deviation", features)

@@ -139,11 +139,17 @@ def usage_svg(name: str, counts: np.ndarray) -> bytes:
 
 
 def curves_svg(
-    title: str, series: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, log: bool, level: float | None = None
+    title: str,
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    log: bool = False,
+    level: float | None = None,
+    x_label: str = "images seen",
+    twin: str = "held_out/",
 ) -> bytes:
-    """Curves over images seen: name -> (x, y). level: a horizontal line, the order-0 entropy."""
+    """Curves: name -> (x, y). level: a horizontal line, the order-0 entropy. twin: names that begin so are dashed."""
     figure, axes = _axes(5.2, 3.0)
-    _plot_curves(axes, title, series, log=log, level=level)
+    _plot_curves(axes, title, series, log=log, level=level, x_label=x_label, twin=twin)
     return _svg(figure)
 
 
@@ -174,18 +180,18 @@ def _plot_curves(
     *,
     log: bool,
     level: float | None = None,
+    x_label: str = "images seen",
+    twin: str = "held_out/",
 ) -> None:
-    colours: dict[str, str] = {}  # a curve and its held-out twin share a colour
-    for name, (x, y) in sorted(series.items(), key=lambda item: item[0].startswith("held_out/")):
-        held_out = name.startswith("held_out/")
-        colour = colours.setdefault(name.removeprefix("held_out/"), SERIES[len(colours) % len(SERIES)])
-        style: dict[str, Any] = (
-            {"linestyle": "--", "marker": "o"} if held_out else {"marker": "o" if len(x) < 2 else ""}
-        )
+    colours: dict[str, str] = {}  # a curve and its twin share a colour
+    for name, (x, y) in sorted(series.items(), key=lambda item: item[0].startswith(twin)):
+        is_twin = name.startswith(twin)
+        colour = colours.setdefault(name.removeprefix(twin), SERIES[len(colours) % len(SERIES)])
+        style: dict[str, Any] = {"linestyle": "--", "marker": "o"} if is_twin else {"marker": "o" if len(x) < 9 else ""}
         axes.plot(x, y, color=colour, linewidth=1.5, markersize=3.5, label=name, **style)
     if level is not None:
         axes.axhline(level, color=MUTED, linewidth=0.9, linestyle=":", label="order-0 entropy")
-    axes.set(title=title, xlabel="images seen")
+    axes.set(title=title, xlabel=x_label)
     values = [value for _, y in series.values() for value in y]
     if log and min(values) > 0 and max(values) > 10 * min(values):  # over less than a decade, log ticks only confuse
         axes.set_yscale("log")

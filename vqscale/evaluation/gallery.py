@@ -1,11 +1,12 @@
 """Which images to show: sample shards -> the first images of each class.
 
-In: a data set.  Out: {class name: images uint8 [3, R, R]}.
+In: a data set.  Out: {class name: images uint8 [3, R, R]}; or the images at given positions.
 """
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
 from vqscale.data.cache import Cache, RemoteTar, open_place, tar_places
@@ -60,3 +61,19 @@ def _read(
         with open(open_place(places[shard]), "rb") as file:
             parts = read_row(file, manifest.index(folder, shard), row, SUFFIXES)
         yield decode_image(next(iter(parts.values())))
+
+
+def images_at(
+    folder: Path, manifest: Manifest, positions: Sequence[int], resolution: int, cache: Cache | None = None
+) -> list[tuple[Tensor, str]]:
+    """(image uint8 [3, R, R], class name) at each position in stored order. Raises ValueError for a damaged one."""
+    places = tar_places(folder, manifest, cache or Cache())
+    starts = np.cumsum([0, *(shard.num_samples for shard in manifest.shards)])
+    found = []
+    for position in positions:
+        shard = int(np.searchsorted(starts, position, side="right")) - 1
+        row = int(position - starts[shard])
+        (image,) = _read(folder, manifest, places, [(shard, row)])
+        label = int(manifest.index(folder, shard).labels[row])
+        found.append((resize_center_crop(image, resolution), _name(manifest, label)))
+    return found

@@ -6,16 +6,28 @@ In: the paths of a config.  Out: `Inputs`, or one line saying which two of them 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from vqscale.data.shards import Manifest, resolve
+from vqscale.evaluation.classify import ImageClassifier
 from vqscale.evaluation.scores import describe_set
 from vqscale.evaluation.statistics import PublishedReference, read_published
 from vqscale.sources import Source, load_prior, load_vqvae
 
 LEVELS = ("top", "middle", "bottom")
-INPUT_KEYS = ("samples", "reference", "vqvae", "codes", *(f"prior_{level}" for level in LEVELS))
+LEARNED_FROM = {"samples": "samples", "reconstructions": "reconstructions", "real": "images"}  # by classifier_<key>
+CLASSIFIERS = tuple(f"classifier_{name}" for name in LEARNED_FROM)
+INPUT_KEYS = (
+    "samples",
+    "reference",
+    "training",
+    "vqvae",
+    "codes",
+    *(f"prior_{level}" for level in LEVELS),
+    *CLASSIFIERS,
+)
 
 
 @dataclass(frozen=True)
@@ -46,22 +58,26 @@ class Inputs:
 
     samples: DataSet | None = None
     reference: DataSet | PublishedReference | None = None
+    training: DataSet | None = None
     vqvae: Source | None = None
     codes: DataSet | None = None
     train_codes: DataSet | None = None
     priors: dict[str, Source] = field(default_factory=dict)
+    classifiers: dict[str, ImageClassifier] = field(default_factory=dict)  # by what they learned from
     absent: dict[str, str] = field(default_factory=dict)
 
     def identity(self) -> dict[str, str]:
         """What the result depends on besides the config: fingerprints by input."""
-        data = {"samples": self.samples, "reference": self.reference, "codes": self.codes}
+        data = {"samples": self.samples, "reference": self.reference, "training": self.training, "codes": self.codes}
         models = {"vqvae": self.vqvae, **{f"prior_{level}": prior for level, prior in self.priors.items()}}
+        models |= {f"classifier_{name}": classifier.source for name, classifier in self.classifiers.items()}
         found = {name: one.manifest.fingerprint for name, one in data.items() if isinstance(one, DataSet)}
         return found | {name: one.fingerprint for name, one in models.items() if one is not None}
 
     def sources(self) -> list[Source]:
         """The models, the VQ-VAE first."""
-        return [source for source in (self.vqvae, *self.priors.values()) if source is not None]
+        classifiers = (classifier.source for classifier in self.classifiers.values())
+        return [source for source in (self.vqvae, *self.priors.values(), *classifiers) if source is not None]
 
     def resolution_of(self, data: DataSet) -> int:
         """Size at which images are read: the data set's own or, where it does not say, the model's."""
@@ -79,9 +95,11 @@ def find_inputs(
     weights_kind: str = "",
     checkpoint: int = 0,
     reference_images: int = 0,
+    training_images: int = 0,
     nll_images: int = 0,
+    weights: Mapping[str, str] | None = None,
 ) -> Inputs:
-    """Everything that is there, by INPUT_KEYS; the path `none` leaves an input out.
+    """Everything that is there, by INPUT_KEYS; the path `none` leaves an input out. `weights`: extractor -> path.
 
     Raises ValueError for an input that is broken or unfinished, and if inputs do not belong together.
     """
@@ -91,12 +109,16 @@ def find_inputs(
         found.reference = read_published(Path(paths["reference"]))
     else:
         found.reference = _data_set(paths, "reference", "pack", found, limit=reference_images)
+    found.training = _data_set(paths, "training", "pack", found, split="train", limit=training_images)
     found.codes = _data_set(paths, "codes", "extract_codes", found, limit=nll_images)
     if found.codes is not None:
         found.train_codes = _data_set(paths, "codes", "extract_codes", found, split="train")
-    for key in (key for key in INPUT_KEYS if key == "vqvae" or key.startswith("prior_")):
+    for key in (key for key in INPUT_KEYS if key == "vqvae" or key.startswith(("prior_", "classifier_"))):
         try:
-            _load_model(paths, key, device, weights_kind, checkpoint, found)
+            if key in CLASSIFIERS and paths[key] != "none":
+                found.classifiers[key.removeprefix("classifier_")] = ImageClassifier.load(paths[key], device, weights)
+            else:
+                _load_model(paths, key, device, weights_kind, checkpoint, found)
         except FileNotFoundError as error:
             found.absent[key] = f"{key}={paths[key]}: {error}" if paths[key] not in str(error) else f"{key}: {error}"
     _check(paths, found)
@@ -130,7 +152,7 @@ def _load_model(
 
 
 def _check(paths: Mapping[str, str], found: Inputs) -> None:
-    for key in ("samples", "reference"):
+    for key in ("samples", "reference", "training"):
         data = getattr(found, key)
         if isinstance(data, DataSet) and data.manifest.kind == "codes":
             raise ValueError(f"{key}={data.name}: images are needed, this is a data set of codes")
@@ -143,6 +165,40 @@ def _check(paths: Mapping[str, str], found: Inputs) -> None:
             raise ValueError(
                 f"samples={paths['samples']}: images of {mine} px, but reference={paths['reference']} has {theirs} px"
             )
+    if isinstance(found.reference, DataSet):
+        if found.reference.manifest.kind == "samples":
+            raise ValueError(
+                f"reference={paths['reference']}: these are samples; are samples= and reference= the wrong way round?"
+            )
+        for name, classifier in found.classifiers.items():
+            _check_classifier(paths, name, classifier.source.description, found, found.reference)
+
+
+def _check_classifier(
+    paths: Mapping[str, str], name: str, about: Mapping[str, Any], found: Inputs, reference: DataSet
+) -> None:
+    """A classifier must have learned from what its key says, from this evaluation's inputs, and not from the test."""
+    key = f"classifier_{name}"
+    where = f"{key}={paths[key]}"
+    if about["learned_from"] != LEARNED_FROM[name]:
+        raise ValueError(f"{where}: learned from {about['learned_from']}, expected {LEARNED_FROM[name]}")
+    if about["classes"] != list(reference.manifest.classes):
+        theirs = f"{len(about['classes'])} classes, reference={paths['reference']} {len(reference.manifest.classes)}"
+        raise ValueError(f"{where}: has other classes than the reference ({theirs})")
+    if reference.resolution not in (None, about["resolution"]):
+        raise ValueError(f"{where}: takes images of {about['resolution']} px, the reference has {reference.resolution}")
+    if about["data"] == reference.manifest.fingerprint:
+        raise ValueError(f"{where}: learned from the very images it would be tested on, reference={paths['reference']}")
+    belongs = {
+        "samples": ("data", "samples", found.samples.manifest.fingerprint if found.samples else None),
+        "reconstructions": ("vqvae", "vqvae", found.vqvae.fingerprint if found.vqvae else None),
+    }
+    field_name, other, expected = belongs.get(name, ("", "", None))
+    if expected is not None and about[field_name] != expected:
+        raise ValueError(
+            f"{where}: learned from {other} {about[field_name]}, but {other}={paths[other]} is {expected}; "
+            f"train it again or leave it out with {key}=none"
+        )
 
 
 def _check_tokenizers(paths: Mapping[str, str], found: Inputs) -> None:

@@ -14,7 +14,7 @@ CSS = """
   --line:#303843; --accent:#8db8de; --good:#86c39c; --warn:#dfa374; } }
 * { box-sizing:border-box; }
 html { -webkit-text-size-adjust:100%; scroll-behavior:smooth; }
-body { margin:0; background:var(--paper); color:var(--ink);
+body { margin:0; overflow-wrap:anywhere; background:var(--paper); color:var(--ink);
   font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif; }
 main, header.top { max-width:1180px; margin:0 auto; padding:0 20px; }
 header.top { padding-top:36px; }
@@ -47,6 +47,9 @@ code, .hash { font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace; 
 .trios { display:grid; grid-template-columns:repeat(auto-fill,minmax(250px,1fr)); gap:14px; margin-top:10px; }
 figure { margin:0; break-inside:avoid; } figcaption { font-size:.8rem; color:var(--muted); padding-top:3px; }
 .trio div { display:grid; grid-template-columns:repeat(3,1fr); gap:3px; }
+.near div { display:grid; grid-template-columns:repeat(4,1fr); gap:3px; }
+.near button:first-child { padding-right:6px; border-right:2px solid var(--accent); }
+ul { margin:4px 0 12px; padding-left:1.2em; font-size:.88rem; color:var(--muted); max-width:76ch; }
 .plots { display:grid; grid-template-columns:repeat(auto-fill,minmax(min(100%,430px),1fr)); gap:16px; margin-top:10px; }
 .plots img { width:100%; background:#fff; border:1px solid var(--line); border-radius:10px; padding:8px; }
 button.zoom { display:block; width:100%; padding:0; border:0; background:none; cursor:zoom-in; }
@@ -74,7 +77,7 @@ footer { max-width:1180px; margin:48px auto 0; padding:14px 20px 40px; color:var
 @media print {
   :root { --paper:#fff; --card:#fff; --ink:#000; --muted:#444; --line:#ccc; --accent:#000; --good:#000; --warn:#000; }
   body { font-size:10.5pt; } nav, dialog { display:none; } main, header.top, footer { max-width:none; padding:0; }
-  h2 { break-after:avoid; } tr, .tile, .class, .trio { break-inside:avoid; } table { font-size:8pt; }
+  h2 { break-after:avoid; } tr, .tile, .class, .trio, .near { break-inside:avoid; } table { font-size:8pt; }
   th, td { padding:3px 6px; }
   * { -webkit-print-color-adjust:exact; print-color-adjust:exact; }
 }
@@ -150,6 +153,6 @@ def page(title: str, subtitle: str, tiles: str, sections: Sequence[tuple[str, st
 <div class="tiles">{tiles}</div></header>
 <main>
 {body}
-</main><footer>{escape(footer)}</footer><dialog><img src="data:," alt=""></dialog>
+</main><footer>{escape(footer)}</footer><dialog><img alt=""></dialog>
 <script>{SCRIPT}</script></body></html>
 """

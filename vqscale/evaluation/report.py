@@ -14,7 +14,8 @@ from torch import Tensor
 
 from vqscale.evaluation import page
 from vqscale.evaluation.figures import ERROR_FULL, curves_svg, error_map, png_bytes, usage_svg
-from vqscale.evaluation.scores import Score, metric_of
+from vqscale.evaluation.neighbours import Neighbours
+from vqscale.evaluation.scores import Score, is_of_curve, metric_of
 
 # What the papers state. Grade P: read in the paper or the authors' code; S: transcribed by a secondary source. Values
 # known from memory only are not listed. (what, value, grade, our key or "")
@@ -52,6 +53,8 @@ class Report:
     reconstructions: tuple[Tensor, Tensor, list[str]] | None = None
     usage: Mapping[str, np.ndarray] = field(default_factory=dict)
     curves: Mapping[str, list[dict[str, Any]]] = field(default_factory=dict)
+    neighbours: Neighbours | None = None
+    checks: Sequence[str] = ()
     provenance: Sequence[Mapping[str, Any]] = ()
     footer: str = ""
 
@@ -64,6 +67,8 @@ def render(report: Report) -> str:
         _reconstructions(report),
         _usage(report),
         _curves(report),
+        _rejection(report),
+        _neighbours(report),
         _paper(report),
         _provenance(report),
     ]
@@ -89,7 +94,7 @@ def format_value(key: str, value: float | None) -> str:
 
 
 def _tiles(report: Report) -> str:
-    shown = [key for name in _TILES for key in report.scores if key.split("/")[0] == name]
+    shown = [key for name in _TILES for key in report.scores if key.split("/")[0] == name and not is_of_curve(key)]
     return "".join(
         page.tile(format_value(key, score.value), _with_unit(key))
         for key, score in ((key, report.scores[key]) for key in shown)
@@ -116,7 +121,8 @@ def _summary(report: Report) -> tuple[str, str]:
     columns = ("Metric", "Value", "n", "Measured against", "Comparable with papers")
     body = "" if report.scores else "<p>No metric was computed.</p>"
     for family, title in _FAMILIES:
-        rows = [_score_row(key, score) for key, score in report.scores.items() if metric_of(key).family == family]
+        shown = {key: s for key, s in report.scores.items() if metric_of(key).family == family and not is_of_curve(key)}
+        rows = [_score_row(key, score) for key, score in shown.items()]
         if rows:
             body += f"<h3>{title}</h3>" + page.table(columns, rows)
     if report.left_out:
@@ -125,6 +131,9 @@ def _summary(report: Report) -> tuple[str, str]:
         "Every number with the set it was measured against, the network behind it, and whether a paper's number may "
         "stand beside it. ↓ lower is better, ↑ higher is better."
     )
+    if report.checks:
+        lines = "".join(f"<li>{escape(line)}</li>" for line in report.checks)
+        body += f"<h3>Checked before any number</h3><ul>{lines}</ul>"
     return page.section("Summary", body, note)
 
 
@@ -199,6 +208,7 @@ _GROUPS = (  # (title, log scale, names: a curve belongs to the first group that
     ("reconstruction", True, ("reconstruction_mse", "held_out/reconstruction_mse")),
     ("nats per code", False, ("nll/", "held_out/nll/")),
     ("code perplexity", False, ("perplexity/", "held_out/perplexity/")),
+    ("accuracy", False, ("accuracy_", "held_out/accuracy_")),
     ("loss", True, ("loss",)),
 )
 
@@ -228,6 +238,74 @@ def _order0(report: Report, series: Mapping[str, Any]) -> float | None:
     level = next(iter(series)).rsplit("/", 1)[-1]
     score = report.scores.get(f"order0_entropy/{level}")
     return score.value if score else None
+
+
+def _rejection(report: Report) -> tuple[str, str]:
+    """The samples' metrics over acceptance rates: a plot for each, and all numbers."""
+    found: dict[str, dict[float, Score]] = {}  # "<metric>/accepted" -> by rate
+    for key in filter(is_of_curve, report.scores):
+        name, _, rate = key.rpartition("_")
+        found.setdefault(name, {})[float(rate)] = report.scores[key]
+    if not found:
+        return page.section(
+            "Rejection", "<p>The samples were not judged: `vqscale sample rejection=RUN` stores what it needs.</p>"
+        )
+    plots = "".join(
+        page.plot(_rate_svg(name, found), f"{label_of(name.split('/')[0])} over acceptance rates")
+        for name in found
+        if name.endswith("/accepted")
+    )
+    rates = sorted({rate for points in found.values() for rate in points}, reverse=True)
+    columns = ("Acceptance", "n", *(_curve_label(name) for name in found))
+    rows = [
+        [f"{rate:.2f}", f"{next(p[rate].n for p in found.values() if rate in p):,}"]
+        + [format_value(name, points[rate].value) if rate in points else "" for name, points in found.items()]
+        for rate in rates
+    ]
+    note = (
+        "Of every class the samples kept whose class a classifier is surest of (Razavi et al. 2019, section 3.4). A "
+        "distance rises as n falls; dashed: as many samples kept at random."
+    )
+    return page.section("Rejection", f'<div class="plots">{plots}</div>' + page.table(columns, rows), note)
+
+
+def _curve_label(name: str) -> str:
+    metric, _, kind = name.partition("/")
+    return label_of(metric) + (", at random" if kind == "random" else "")
+
+
+def _rate_svg(name: str, found: Mapping[str, Mapping[float, Score]]) -> bytes:
+    """One metric over the rates, its random twin dashed."""
+    metric = name.split("/")[0]
+    series = {}
+    label = label_of(metric)
+    for shown, key in ((label, name), (f"at random: {label}", f"{metric}/random")):
+        points = [(rate, score.value) for rate, score in sorted(found.get(key, {}).items()) if score.value is not None]
+        if points:
+            series[shown] = ([rate for rate, _ in points], [value for _, value in points])
+    return curves_svg(label, series, x_label="acceptance rate", twin="at random: ")
+
+
+def _neighbours(report: Report) -> tuple[str, str]:
+    title = "Nearest training images"
+    if report.neighbours is None:
+        return page.section(title, "<p>Not asked for: `vqscale evaluate … neighbours=12` looks for them.</p>")
+    rows = "".join(
+        '<figure class="near"><div>'
+        + "".join(page.zoomable(png_bytes(image), name) for image, name in zip(images, names, strict=True))
+        + f"</div><figcaption>{escape(names[0])}: {', '.join(f'{d:.3g}' for d in distances)}</figcaption></figure>"
+        for images, names, distances in zip(
+            report.neighbours.images,
+            report.neighbours.names,
+            report.neighbours.distances.tolist(),
+            strict=True,
+        )
+    )
+    note = (
+        report.neighbours.summary + " Below, the samples that are closest: first the sample, then its nearest training "
+        "images in feature space. A sample that was learned by heart would show its own twin."
+    )
+    return page.section(title, f'<div class="trios">{rows}</div>', note)
 
 
 def _paper(report: Report) -> tuple[str, str]:

@@ -79,6 +79,11 @@ def metric_of(key: str) -> Metric:
     return METRICS[key.split("/")[0]]
 
 
+def is_of_curve(key: str) -> bool:
+    """Whether a key is a point of the curve over acceptance rates, which is shown apart."""
+    return key.partition("/")[2].startswith(("accepted_", "random_"))
+
+
 def chosen_metrics(asked: Sequence[str]) -> set[str]:
     """The names to compute; all of them for an empty list. Raises ValueError naming the nearest known one."""
     for name in asked:
@@ -139,7 +144,8 @@ def why_not_comparable(extractor: Extractor | None, *, n: int, published_referen
     """Why a number can't stand beside the papers' ones, or "". `standard`: the usual protocol was followed."""
     reasons = []
     if extractor is not None and extractor.name != "inception":
-        reasons.append("features of EfficientNet-Lite0, papers use Inception v3")
+        own = {"lite0": "EfficientNet-Lite0", "vgg16": "VGG16"}[extractor.name]
+        reasons.append(f"features of {own}, papers use Inception v3")
     if extractor is not None and not extractor.verified:
         reasons.append("weights of unknown origin")
     if n < PAPERS_SAMPLES:

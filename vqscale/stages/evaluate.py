@@ -1,32 +1,29 @@
 """Samples, reconstructions, codes and priors -> scores.json, report.html and a table on the terminal."""
 
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from vqscale import runtime
 from vqscale.config import ReadsShards, fingerprint, run_of
 from vqscale.data.cache import Cache
-from vqscale.data.shards import write_atomically
-from vqscale.evaluation import families, report
+from vqscale.evaluation import families
+from vqscale.evaluation.cas import score_cas
+from vqscale.evaluation.checks import check_extractor, check_metrics
 from vqscale.evaluation.collect import Reconstructions
 from vqscale.evaluation.families import Bench
-from vqscale.evaluation.features import Extractor, MissingPackage, load_extractor
-from vqscale.evaluation.figures import grid_png
-from vqscale.evaluation.gallery import first_of_each_class
+from vqscale.evaluation.features import NEED_A_PATH, Extractor, MissingPackage, load_extractor
+from vqscale.evaluation.gallery import images_at
 from vqscale.evaluation.inputs import INPUT_KEYS, DataSet, Inputs, find_inputs
+from vqscale.evaluation.neighbours import Neighbours, find_neighbours
 from vqscale.evaluation.nll import Codes, read_codes
-from vqscale.evaluation.provenance import about_data, about_run, metrics_of_run
-from vqscale.evaluation.scores import METRICS, Score, Scores, is_published_set
-from vqscale.evaluation.statistics import PublishedReference
-from vqscale.sources import Source
+from vqscale.evaluation.rejection import check_networks, check_rates, score_rejection
+from vqscale.evaluation.results import Shown, print_table, write_results
+from vqscale.evaluation.scores import METRICS, Scores, is_published_set
+from vqscale.evaluation.statistics import FeatureSet, PublishedReference
 
 
 @dataclass(frozen=True)
@@ -36,23 +33,32 @@ class EvaluateConfig(ReadsShards):
     recomputes: ClassVar[bool] = True
     samples: str = run_of("sample")  # sample shards, or any data set of images
     reference: str = run_of("pack")  # real images (the holdout part), or ADM's reference .npz
+    training: str = run_of("pack")  # training images (the train part), for `neighbours`
     vqvae: str = run_of("train_vqvae")
     codes: str = run_of("extract_codes")
     prior_top: str = run_of("train_prior_top")
     prior_middle: str = run_of("train_prior_middle")
     prior_bottom: str = run_of("train_prior_bottom")
+    classifier_samples: str = run_of("train_classifier_samples")
+    classifier_reconstructions: str = run_of("train_classifier_reconstructions")
+    classifier_real: str = run_of("train_classifier_real")
     metrics: list[str] = field(default_factory=list)  # keys of scores.json without the level; [] = all that can be had
-    extractor: str = "lite0"  # lite0 | inception
-    weights: str = ""  # path of the extractor's weights; needed for inception
+    extractor: str = "lite0"  # lite0 | inception | vgg16 (precision and recall as first published)
+    weights: str = ""  # path of the extractor's weights; needed for inception and vgg16
     allow_unverified_weights: bool = False  # use weights of unknown sha256, and mark every number
     weights_kind: str = ""  # ema | raw; "" = ema if there is one
     checkpoint: int = 0  # of the VQ-VAE, in images seen; 0 = the last checkpoint of a finished run
     batch: int = 64  # images at a time and rank
     workers: int = 1  # loader processes per rank
     reference_images: int = 0  # at most so many reference images; 0 = all
+    neighbours: int = 0  # show so many samples beside their nearest training images, those that are closest
+    training_images: int = 0  # look among the first so many training images; 0 = all, at most 50,000
     nll_images: int = 0  # at most so many held-out code samples; 0 = all
     nll_train_images: int = 0  # also the NLL of so many training samples
     shuffled_conditioning: bool = True  # also the NLL with shuffled classes and shuffled upper codes
+    acceptance: list[float] = field(
+        default_factory=lambda: [1.0, 0.7, 0.5, 0.3, 0.1, 0.05]
+    )  # rejection curve; [] = none
     kid_subset_size: int = 1_000  # as in torch-fidelity; another size is not comparable with papers
     num_reconstructions: int = 12  # shown in the report and the picture
     samples_shown: int = 10  # per class, in the report and the picture
@@ -66,12 +72,14 @@ _RECONSTRUCTION = [m.key for m in METRICS.values() if m.family == "reconstructio
 _SAMPLES = [m.key for m in METRICS.values() if m.family == "samples"]
 _NLL = [m.key for m in METRICS.values() if m.family == "nll"]
 _USAGE = ["perplexity", "used_codes"]
+_CHECKED = 8  # reference images that the extractor is tried on
 
 
 def main(config: EvaluateConfig) -> None:
     """Evaluate into `config.run_dir`. Raises ValueError for inputs that do not belong together, and for a metric asked
     for by name that cannot be computed."""
     scores = Scores(config.metrics)
+    check_rates(config.acceptance)
     with runtime.run(config, "evaluate") as run:
         found = inputs_of(config, run.topology.device)
         identity = {"config": fingerprint(config), **found.identity()}
@@ -81,7 +89,7 @@ def main(config: EvaluateConfig) -> None:
         shown = compute(config, run, scores, found)
         run.images_seen = max((score.n for score in scores.found.values()), default=0)
         if run.topology.is_main:
-            write_results(config, run, scores, found, shown)
+            write_results(config, run, scores, found, shown, Cache.of(config))
             if shown.nll_by_class:
                 runtime.write_json(run.run_dir / "nll_by_class.json", shown.nll_by_class)
             runtime.write_json(run.run_dir / "inputs.json", identity)
@@ -97,27 +105,19 @@ def inputs_of(config: EvaluateConfig, device: torch.device) -> Inputs:
         weights_kind=config.weights_kind,
         checkpoint=config.checkpoint,
         reference_images=config.reference_images,
+        training_images=config.training_images,
         nll_images=config.nll_images,
+        weights={config.extractor: config.weights},
     )
 
 
 # --- computing --------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Shown:
-    """What the report shows besides the scores."""
-
-    reconstructions: Reconstructions | None = None
-    usage: dict[str, np.ndarray] = field(default_factory=dict)
-    nll_by_class: dict[str, dict[str, float]] = field(default_factory=dict)  # level -> class -> nats per code
-
-
 def compute(config: EvaluateConfig, run: runtime.Run, scores: Scores, found: Inputs) -> Shown:
     """All families of metrics, on all ranks."""
     extractor, why_none = _extractor(config, run, scores)
     families.leave_out_other_features(scores, extractor, why_none)
-    scores.leave_out(["cas_top1", "cas_top5"], "a classifier trained on the samples is needed; this version has none")
     bench = Bench(
         scores,
         run.topology,
@@ -125,13 +125,16 @@ def compute(config: EvaluateConfig, run: runtime.Run, scores: Scores, found: Inp
         run.run_dir / "statistics",
         run.run_dir / "bad.jsonl",
         lambda batches, name, total: _watched(run, batches, name, total),
+        lambda batches, name, total: _shared(run, batches, name, total),
         config.batch,
         config.workers,
         Cache.of(config),
     )
-    _samples(config, bench, found)
-    shown = Shown(_reconstructions(config, bench, found))
+    shown = Shown()
+    _samples(config, bench, found, shown)
+    shown.reconstructions = _reconstructions(config, bench, found)
     _codes(config, bench, found, shown)
+    score_cas(bench, found)
     return shown
 
 
@@ -140,8 +143,8 @@ def _extractor(config: EvaluateConfig, run: runtime.Run, scores: Scores) -> tupl
     names = [*_SAMPLES, "reconstruction_fid", "reconstruction_fd_lite0"]
     if not scores.wants(*names):
         return None, "no metric of features was asked for"
-    if config.extractor == "inception" and not config.weights:
-        return None, "extractor=inception needs weights=PATH"
+    if config.extractor in NEED_A_PATH and not config.weights:
+        return None, f"extractor={config.extractor} needs weights=PATH, {NEED_A_PATH[config.extractor]}"
     try:
         extractor = load_extractor(
             config.extractor,
@@ -164,7 +167,16 @@ def _watched(run: runtime.Run, batches: Iterable[Any], name: str, total: int) ->
         yield batch
 
 
-def _samples(config: EvaluateConfig, bench: Bench, found: Inputs) -> None:
+def _shared(run: runtime.Run, batches: Iterable[Any], name: str, total: int) -> Iterator[Any]:
+    """The same for ranks that have different numbers of batches; they leave it together."""
+    with run.stoppable(), tqdm(total=total, desc=name, unit="batch", disable=not run.topology.is_main) as bar:
+        for batch in batches:
+            run.poll()
+            yield batch
+            bar.update()
+
+
+def _samples(config: EvaluateConfig, bench: Bench, found: Inputs, shown: Shown) -> None:
     wanted = [name for name in _SAMPLES if bench.scores.wants(name) and name not in bench.scores.left_out]
     for key, data in (("samples", found.samples), ("reference", found.reference)):
         if data is None:
@@ -172,7 +184,9 @@ def _samples(config: EvaluateConfig, bench: Bench, found: Inputs) -> None:
             return
     if not wanted:
         return
-    assert found.samples is not None and found.reference is not None
+    assert found.samples is not None and found.reference is not None and bench.extractor is not None
+    if config.acceptance:
+        check_networks(found.samples, bench.extractor)
     generated = families.features_of(bench, found.samples, found.resolution_of(found.samples))
     if isinstance(found.reference, PublishedReference):
         real = families.published_features(bench, found.reference, config.reference)
@@ -183,7 +197,52 @@ def _samples(config: EvaluateConfig, bench: Bench, found: Inputs) -> None:
             found.reference.describe(),
             is_published_set(found.reference.manifest, found.reference.n),
         )
+    shown.checks = self_checks(bench, found, real)
     families.score_samples(bench, generated, real, about, published, config.kid_subset_size)
+    score_rejection(bench, found.samples, generated, real, about, config.acceptance, config.seed)
+    if config.neighbours:
+        shown.neighbours = _neighbours(config, bench, found, generated, real)
+
+
+def self_checks(bench: Bench, found: Inputs, real: FeatureSet) -> list[str]:
+    """Before any number. Raises CheckFailed where one would be wrong."""
+    assert bench.extractor is not None
+    images = None
+    if isinstance(found.reference, PublishedReference):
+        images = found.reference.images
+    elif found.reference is not None:
+        few = range(min(_CHECKED, found.reference.n))
+        size = found.resolution_of(found.reference)
+        images = torch.stack(
+            [x for x, _ in images_at(found.reference.folder, found.reference.manifest, few, size, bench.shards)]
+        )
+    lines = check_metrics(real)
+    return (
+        lines if images is None else lines + check_extractor(bench.extractor, images[:_CHECKED].to(bench.place.device))
+    )
+
+
+def _neighbours(
+    config: EvaluateConfig, bench: Bench, found: Inputs, generated: FeatureSet, real: FeatureSet
+) -> Neighbours | None:
+    """Raises ValueError without training images: they were asked for."""
+    if found.training is None:
+        raise ValueError(f"neighbours={config.neighbours} needs training images: {found.absent['training']}")
+    assert found.samples is not None
+    resolution = found.resolution_of(found.samples)
+    training = families.features_of(bench, found.training, resolution)
+    if not bench.place.is_main:
+        return None
+    return find_neighbours(
+        found.samples,
+        generated.features,
+        found.training,
+        training.features,
+        real.features,
+        count=config.neighbours,
+        resolution=resolution,
+        cache=bench.shards,
+    )
 
 
 def _reconstructions(config: EvaluateConfig, bench: Bench, found: Inputs) -> Reconstructions | None:
@@ -256,103 +315,6 @@ def _likelihood(config: EvaluateConfig, bench: Bench, found: Inputs, codes: Code
         if not any(key.startswith(name) for key in scores.found):
             why = "shuffled_conditioning=false" if not shuffled else "there is nothing to shuffle"
             scores.leave_out([name], why)
-
-
-# --- results ----------------------------------------------------------------------------------------------------------
-
-
-def write_results(config: EvaluateConfig, run: runtime.Run, scores: Scores, found: Inputs, shown: Shown) -> None:
-    """scores.json, samples.png and report.html, each whole or not at all; the report last."""
-    runtime.write_json(run.run_dir / "scores.json", scores.as_json())
-    samples = _shown_samples(config, found)
-    triples = _shown_reconstructions(found, shown)
-    if samples or triples:
-        originals, pictures = (list(triples[0]), list(triples[1])) if triples else ([], [])
-        wide = config.samples_shown
-        for path in filter(None, (str(run.run_dir / "samples.png"), config.picture)):
-            grid_png(path, originals=originals[:wide], reconstructions=pictures[:wide], samples=samples)
-    name = Path(config.run_dir).parent.name
-    text = report.render(
-        report.Report(
-            title=f"{name}: evaluation",
-            subtitle=f"{time.strftime('%Y-%m-%d')} · {_subtitle(found)}",
-            scores={key: Score(**value) for key, value in scores.as_json().items()},
-            left_out=scores.left_out,
-            samples=samples,
-            reconstructions=triples,
-            usage=shown.usage,
-            curves={source.path.name: metrics_of_run(source.path) for source in found.sources()},
-            provenance=_provenance(run, found),
-            footer=f"Written by vqscale evaluate · {run.run_dir / 'scores.json'} has the same numbers.",
-        )
-    )
-    write_atomically(run.run_dir / "report.html", text.encode())
-
-
-def _subtitle(found: Inputs) -> str:
-    parts = []
-    if found.samples is not None:
-        parts.append(f"{found.samples.n:,} samples of {len(found.samples.manifest.classes)} classes")
-    if isinstance(found.reference, DataSet):
-        parts.append(f"{found.reference.n:,} reference images")
-    if found.vqvae is not None:
-        grids = ", ".join(f"{name} {h}×{w}" for name, (h, w) in _grids(found.vqvae))
-        parts.append(f"{found.vqvae.description['resolution']} px, K = {found.vqvae.model.num_codes}, {grids}")
-    return " · ".join(parts) or "no inputs"
-
-
-def _grids(source: Source) -> list[tuple[str, tuple[int, int]]]:
-    return list(zip(source.model.level_names, source.model.grids, strict=True))
-
-
-def _shown_samples(config: EvaluateConfig, found: Inputs) -> dict[str, list[Tensor]]:
-    if found.samples is None:
-        return {}
-    return first_of_each_class(
-        found.samples.folder,
-        found.samples.manifest,
-        resolution=found.resolution_of(found.samples),
-        per_class=config.samples_shown,
-        most_classes=config.classes_shown,
-        cache=Cache.of(config),
-    )
-
-
-def _shown_reconstructions(found: Inputs, shown: Shown) -> tuple[Tensor, Tensor, list[str]] | None:
-    if shown.reconstructions is None or not isinstance(found.reference, DataSet):
-        return None
-    classes, labels = found.reference.manifest.classes, shown.reconstructions.labels.tolist()
-    names = [classes[label] if 0 <= label < len(classes) else str(label) for label in labels]
-    return shown.reconstructions.originals, shown.reconstructions.pictures, names
-
-
-def _provenance(run: runtime.Run, found: Inputs) -> list[dict[str, Any]]:
-    parts = [about_run(run.run_dir, "this evaluation")]
-    for source in found.sources():
-        facts = {"fingerprint": source.fingerprint, "weights": source.weights, "images seen": source.images_seen}
-        parts.append(about_run(source.path, f"{source.description['kind']}: {source.path}", **facts))
-    for name, data in (("samples", found.samples), ("reference", found.reference), ("codes", found.codes)):
-        if isinstance(data, DataSet):
-            parts.append(about_data(data.folder, data.manifest, f"{name}: {data.folder}"))
-    return parts
-
-
-def print_table(scores: Scores) -> None:
-    """The scores on the terminal."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title="scores", title_justify="left")
-    for column, justify in (("metric", "left"), ("value", "right"), ("n", "right"), ("extractor", "left")):
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
-    for key, value in scores.as_json().items():
-        score = Score(**value)
-        shown = report.format_value(key, score.value)
-        table.add_row(key, shown, f"{score.n:,}", score.extractor or "")
-    console = Console()
-    console.print(table)
-    for reason, names in report.by_reason(scores.left_out).items():
-        console.print(f"left out: {', '.join(names)}: {reason}", soft_wrap=True, markup=False, highlight=False)
 
 
 def plan(config: EvaluateConfig) -> str:

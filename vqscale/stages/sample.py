@@ -20,6 +20,8 @@ from vqscale.config import StageConfig, run_of
 from vqscale.data.images import decode_image, to_uint8
 from vqscale.data.packing import Encoding, encode_image
 from vqscale.data.shards import Manifest, ShardInfo, ShardWriter, iterate, shard_info
+from vqscale.evaluation.classify import CLASS_PROBABILITY, ImageClassifier
+from vqscale.evaluation.features import NEED_A_PATH
 from vqscale.models.sampling import sample_codes
 from vqscale.sources import Source, build, load_prior, load_vqvae
 
@@ -32,6 +34,8 @@ class SampleConfig(StageConfig):
     prior_top: str = run_of("train_prior_top")
     prior_middle: str = run_of("train_prior_middle")
     prior_bottom: str = run_of("train_prior_bottom")
+    rejection: str = "none"  # a classifier of real images: store with each sample how likely it finds its class
+    weights: str = ""  # path of the weights of the network below that classifier, where it needs one
     weights_kind: str = ""  # ema | raw; "" = ema if there is one
     classes: Any = "all"  # all, or a list of class names or indices
     samples_per_class: int = 10  # how many of each
@@ -57,6 +61,7 @@ class Chain:
 
     vqvae: Source
     priors: list[Source]  # top first
+    judge: ImageClassifier | None = None
 
     @property
     def classes(self) -> list[str]:
@@ -108,9 +113,22 @@ def load_chain(config: SampleConfig, device: torch.device) -> Chain:
                 f"but vqvae={config.vqvae} is {vqvae.fingerprint}"
             )
         priors.append(prior)
-    chain = Chain(vqvae, priors)
+    chain = Chain(vqvae, priors, load_judge(config, priors[0].description["classes"], device))
     check_options(config, chain)
     return chain
+
+
+def load_judge(config: SampleConfig, classes: list[str], device: torch.device) -> ImageClassifier | None:
+    """The classifier whose opinion is stored with each sample (Razavi et al. 2019, section 3.4)."""
+    if config.rejection == "none":
+        return None
+    judge = ImageClassifier.load(config.rejection, device, dict.fromkeys(NEED_A_PATH, config.weights))
+    learned_from = judge.source.description["learned_from"]
+    if learned_from != "images":
+        raise ValueError(f"rejection={config.rejection}: learned from {learned_from}, not from real images")
+    if judge.classes != list(classes):
+        raise ValueError(f"rejection={config.rejection}: has other classes ({len(judge.classes)}) than the priors")
+    return judge
 
 
 def check_options(config: SampleConfig, chain: Chain) -> None:
@@ -153,10 +171,13 @@ def _drawn(
         block = [min(i, ids.stop - 1) for i in range(first, first + config.batch)]
         label = torch.tensor([labels[i] for i in block], device=run.topology.device)
         images = draw(config, chain, label, torch.tensor(block, device=run.topology.device))
+        opinions = chain.judge.probabilities_of(images.to(label.device), label) if chain.judge else None
         for i in range(first, min(first + config.batch, ids.stop)):
-            about = json.dumps({"sample": i, "seed": config.seed}).encode()
+            about: dict[str, Any] = {"sample": i, "seed": config.seed}
+            if opinions is not None:
+                about[CLASS_PROBABILITY] = opinions[i - first].item()
             pixels = encode_image(images[i - first].numpy(), encoding)
-            yield f"{i:09d}", {"png": pixels, "cls": str(labels[i]).encode(), "json": about}
+            yield f"{i:09d}", {"png": pixels, "cls": str(labels[i]).encode(), "json": json.dumps(about).encode()}
 
 
 @torch.inference_mode()
@@ -197,6 +218,7 @@ def _finish(config: SampleConfig, chain: Chain, run_dir: Path, shards: list[Shar
         "top_p": dict(config.top_p),
         "guidance": dict(config.guidance),
         "precision": config.precision,
+        "rejection": chain.judge.describe() if chain.judge else {},
     }
     transform = {"resolution": chain.vqvae.description["resolution"], "format": "png"}
     Manifest.of("samples", shards, chain.classes, transform, provenance).save(run_dir)

@@ -1,0 +1,137 @@
+"""The report in a real browser: it loads without an error, shows every picture, and fits a phone and a screen."""
+
+import html
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from vqscale.evaluation.neighbours import Neighbours
+from vqscale.evaluation.report import Report, render
+from vqscale.evaluation.scores import METRICS, Score
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here; .ci/run installs one")
+QUIET = (
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
+    *("--disable-background-networking", "--disable-component-update", "--hide-scrollbars"),
+    *("--proxy-server=127.0.0.1:9", "--virtual-time-budget=10000"),  # whatever asked for the network would fail
+)
+WIDTHS = (400, 1400)
+WATCH = (
+    "<script>window.errors = []; addEventListener('error', e => errors.push(`${e.message} ${e.target}`), true)</script>"
+)
+# In a page of frames, one per width, each with the report: a media query in a frame goes by the frame's width.
+PROBE = """
+<script>
+addEventListener('load', () => {
+  const found = [...document.querySelectorAll('iframe')].map(frame => {
+    const page = frame.contentDocument, root = page.documentElement, images = [...page.images];
+    const box = page.querySelector('dialog'), picture = page.querySelector('button.zoom img');
+    picture.click();
+    const opened = box.open && box.querySelector('img').src === picture.src;
+    box.click();
+    const all = [...page.querySelectorAll('main *')], edge = root.clientWidth + 1;
+    const cut = all.filter(e => e.getBoundingClientRect().right > edge);
+    const size = e => parseFloat(frame.contentWindow.getComputedStyle(e).fontSize);
+    const small = all.filter(e => ['TD', 'P', 'LI'].includes(e.tagName) && size(e) < 12);
+    return {width: root.clientWidth, overflow: root.scrollWidth - root.clientWidth, images: images.length,
+      broken: images.filter(i => !i.naturalWidth && i.closest('dialog') === null).length, opened, closed: !box.open,
+      cut: cut.map(e => e.outerHTML.slice(0, 80)), small: small.length, errors: frame.contentWindow.errors,
+      heads: [...page.querySelectorAll('thead')].some(e => e.offsetHeight > 0)};
+  });
+  document.body.replaceChildren(Object.assign(document.createElement('pre'), {textContent: JSON.stringify(found)}));
+});
+</script>
+"""
+
+
+def images(*shape: int) -> torch.Tensor:
+    return torch.randint(0, 256, (*shape, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def full() -> Report:
+    """A report with something in every section, and with names and reasons that are long."""
+    long = "runs/an-experiment/with_a_name_that_is_much_longer_than_names_should_be_on_a_telephone, sha256:0123456789"
+    scores = {
+        key: Score(1.23456, 50_000, long, "lite0", "ab" * 32, "bilinear, antialiased", reason=long) for key in METRICS
+    }
+    for rate in (1.0, 0.5, 0.1):
+        scores |= {f"{key}/accepted_{rate:.2f}": Score(10 / rate, int(100 * rate)) for key in ("fid", "recall")}
+    scores["fid/random_0.50"] = Score(30.0, 50)
+    lines = [{"images_seen": n, "nll/top": 3 / n, "held_out/nll/top": 3 / n, "accuracy_top1": 0.1} for n in (1, 2, 3)]
+    return Report(
+        title="an-experiment-with-a-long-name: evaluation",
+        subtitle="2026-01-01 · 200 samples of 10 classes · " + long,
+        scores=scores,
+        left_out={"sfid": "extractor=inception needs weights=PATH", "nll/middle": long},
+        samples={f"class {n} with a long name": list(images(10)) for n in range(4)},
+        reconstructions=(images(5), images(5), ["a", "b", "c", "d", "e"]),
+        usage={"top": np.arange(64), "bottom": np.arange(64)},
+        curves={"train_prior_top": lines},
+        neighbours=Neighbours(images(3, 4), torch.ones(3, 3), [["a", "b", "c", "d"]] * 3, "Median distance: 1."),
+        checks=["The reference is at distance 0 from itself."],
+        provenance=[{"name": "vqvae: " + long, "fingerprint": "sha256:" + "0" * 64, "config": "seed: 0\n" * 20}],
+        footer="the end",
+    )
+
+
+def dumped(page: Path, profile: Path) -> str:
+    """The DOM after the page's scripts have run."""
+    assert CHROMIUM is not None
+    command = [CHROMIUM, *QUIET, f"--user-data-dir={profile}", "--window-size=2000,2000", "--dump-dom", page.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What the report looks like at each of WIDTHS."""
+    folder = tmp_path_factory.mktemp("browser")
+    report = html.escape(render(full()).replace("<head>", "<head>" + WATCH, 1), quote=True)
+    frames = "".join(
+        f'<iframe width="{width}" height="1000" style="border:0" srcdoc="{report}"></iframe>' for width in WIDTHS
+    )
+    (folder / "frames.html").write_text(f"<!doctype html><body>{frames}{PROBE}</body>")
+    answer = re.search(r"<pre>(.*)</pre>", dumped(folder / "frames.html", folder / "profile"), re.DOTALL)
+    assert answer, "the probe has not run"
+    return json.loads(html.unescape(answer[1]))
+
+
+def test_it_loads_without_an_error_and_every_picture_is_there(seen: list[dict[str, Any]]) -> None:
+    assert [page["width"] for page in seen] == list(WIDTHS)
+    for page in seen:
+        assert page["errors"] == []
+        assert page["images"] > 4 * 10 + 5 * 3 + 3 * 4 and page["broken"] == 0
+
+
+def test_nothing_is_cut_off_and_no_text_is_tiny(seen: list[dict[str, Any]]) -> None:
+    for page in seen:
+        assert page["overflow"] <= 0 and page["cut"] == [], page["width"]
+        assert page["small"] == 0
+
+
+def test_tables_become_cards_on_a_phone(seen: list[dict[str, Any]]) -> None:
+    assert [page["heads"] for page in seen] == [False, True]
+
+
+def test_a_click_enlarges_a_picture_and_another_closes_it(seen: list[dict[str, Any]]) -> None:
+    assert all(page["opened"] and page["closed"] for page in seen)
+
+
+def test_it_prints(tmp_path: Path) -> None:
+    assert CHROMIUM is not None
+    (tmp_path / "report.html").write_text(render(full()))
+    out = tmp_path / "report.pdf"
+    page = (tmp_path / "report.html").as_uri()
+    profile = f"--user-data-dir={tmp_path}/profile"
+    subprocess.run(
+        [CHROMIUM, *QUIET, profile, f"--print-to-pdf={out}", page], capture_output=True, timeout=120, check=True
+    )
+    pages = len(re.findall(rb"/Type\s*/Page\b", out.read_bytes()))
+    assert 3 <= pages <= 30

@@ -1,0 +1,88 @@
+"""Features part by part: the same at any number of ranks, and after a kill."""
+
+import json
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.distributed import run_ranks, started
+from torch import Tensor
+
+from vqscale import cli
+from vqscale.evaluation import parts
+from vqscale.evaluation.features import Extractor, Features
+from vqscale.stages import evaluate
+
+METRICS = "[fd_lite0, kid, inception_score, precision, recall, density, coverage, reconstruction_fd_lite0, psnr, ssim]"
+
+
+def projection(calls: Path, pause: float) -> Extractor:
+    """A cheap extractor that notes every batch in a file, and takes its time."""
+    weight = torch.randn(3 * 16 * 16, 24, generator=torch.Generator().manual_seed(9)) / 50
+
+    def features(images: Tensor) -> Features:
+        time.sleep(pause)
+        with calls.open("a") as file:
+            file.write(f"{len(images)}\n")
+        pooled = (images.float().flatten(1) / 255) @ weight
+        return Features(pooled, pooled[:, :10], pooled[:, :7])
+
+    return Extractor("lite0", "0" * 64, True, "none", "random projection", features)
+
+
+def evaluated(run_dir: str, config: str, words: list[str], pause: float = 0.0) -> int:
+    parts.PART = 8
+    extractor = projection(Path(f"{run_dir}.calls"), pause)
+    evaluate.load_extractor = lambda *_args, **_more: extractor  # type: ignore[assignment]
+    return cli.main(["evaluate", config, *words])
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    path = tmp_path / "evaluate.yaml"
+    path.write_text(f"kid_subset_size: 12\nmetrics: {METRICS}\n")
+    return str(path)
+
+
+def values(run_dir: Path) -> dict[str, float]:
+    return {key: score["value"] for key, score in json.loads((run_dir / "scores.json").read_text()).items()}
+
+
+def test_one_two_and_four_ranks_agree_to_ten_digits(world: Any, tmp_path: Path, config: str) -> None:
+    for ranks in (1, 2, 4):
+        run_dir = tmp_path / str(ranks)
+        words = world.overrides(run_dir=run_dir, batch=5)
+        assert run_ranks(evaluated, ranks, str(run_dir), config, words) == [0] * ranks
+        assert sorted(path.suffix for path in (run_dir / "statistics").iterdir()) == [".safetensors"] * 2
+    one = values(tmp_path / "1")
+    assert len(one) == 10 and all(value is not None for value in one.values())
+    for ranks in (2, 4):
+        assert values(tmp_path / str(ranks)) == pytest.approx(one, rel=1e-10)
+
+
+def test_killed_and_run_again_on_other_ranks_gives_the_same(world: Any, tmp_path: Path, config: str) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert run_ranks(evaluated, 1, str(whole), config, world.overrides(run_dir=whole, batch=4)) == [0]
+    words = world.overrides(run_dir=killed, batch=4)
+    with started(evaluated, 2, str(killed), config, words, 0.2) as ranks:
+        until = time.monotonic() + 60
+        while len(list(killed.glob("statistics/*/*.safetensors"))) < 2 and time.monotonic() < until:
+            time.sleep(0.02)
+        ranks.signal(signal.SIGKILL)
+        ranks.wait(10)
+    kept = len(list(killed.glob("statistics/*/*.safetensors")))
+    assert kept >= 2 and not (killed / "scores.json").exists()
+    before = len(Path(f"{killed}.calls").read_text().splitlines())
+    assert run_ranks(evaluated, 1, str(killed), config, words) == [0]
+    assert values(killed) == pytest.approx(values(whole), rel=1e-10)
+    again = len(Path(f"{killed}.calls").read_text().splitlines()) - before
+    assert again <= len(Path(f"{whole}.calls").read_text().splitlines()) - 2 * kept + 2  # two batches of a part spared
+
+
+def test_a_damaged_part_is_computed_again(tmp_path: Path) -> None:
+    path = parts.path_of(tmp_path, range(0, 8))
+    path.write_bytes(b"no tensors")
+    assert parts.unfinished(tmp_path, [range(0, 8)]) == [range(0, 8)]

@@ -1,0 +1,147 @@
+"""What an evaluation leaves behind: scores.json, the labelled grid, report.html, and a table on the terminal.
+
+In: scores, inputs, what is to be shown.  Out: files in the run directory, each whole or not at all; the report last.
+"""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from vqscale import runtime
+from vqscale.data.cache import Cache
+from vqscale.data.shards import write_atomically
+from vqscale.evaluation import report
+from vqscale.evaluation.collect import Reconstructions
+from vqscale.evaluation.figures import grid_png
+from vqscale.evaluation.gallery import first_of_each_class
+from vqscale.evaluation.inputs import DataSet, Inputs
+from vqscale.evaluation.neighbours import Neighbours
+from vqscale.evaluation.provenance import about_data, about_run, metrics_of_run
+from vqscale.evaluation.scores import Score, Scores, is_of_curve
+from vqscale.sources import Source
+
+
+class Wanted(Protocol):
+    """What of an evaluation's config decides how much is shown."""
+
+    @property
+    def run_dir(self) -> str: ...
+    @property
+    def picture(self) -> str: ...
+    @property
+    def samples_shown(self) -> int: ...
+    @property
+    def classes_shown(self) -> int: ...
+
+
+@dataclass
+class Shown:
+    """What the report shows besides the scores."""
+
+    reconstructions: Reconstructions | None = None
+    usage: dict[str, np.ndarray] = field(default_factory=dict)
+    nll_by_class: dict[str, dict[str, float]] = field(default_factory=dict)  # level -> class -> nats per code
+    neighbours: Neighbours | None = None
+    checks: list[str] = field(default_factory=list)
+
+
+def write_results(config: Wanted, run: runtime.Run, scores: Scores, found: Inputs, shown: Shown, cache: Cache) -> None:
+    """scores.json, samples.png, the picture and report.html."""
+    runtime.write_json(run.run_dir / "scores.json", scores.as_json())
+    samples = _shown_samples(config, found, cache)
+    triples = _shown_reconstructions(found, shown)
+    if samples or triples:
+        originals, pictures = (list(triples[0]), list(triples[1])) if triples else ([], [])
+        wide = config.samples_shown
+        for path in filter(None, (str(run.run_dir / "samples.png"), config.picture)):
+            grid_png(path, originals=originals[:wide], reconstructions=pictures[:wide], samples=samples)
+    name = Path(config.run_dir).parent.name
+    text = report.render(
+        report.Report(
+            title=f"{name}: evaluation",
+            subtitle=f"{time.strftime('%Y-%m-%d')} · {_subtitle(found)}",
+            scores={key: Score(**value) for key, value in scores.as_json().items()},
+            left_out=scores.left_out,
+            samples=samples,
+            reconstructions=triples,
+            usage=shown.usage,
+            neighbours=shown.neighbours,
+            checks=shown.checks,
+            curves={source.path.name: metrics_of_run(source.path) for source in found.sources()},
+            provenance=_provenance(run, found),
+            footer=f"Written by vqscale evaluate · {run.run_dir / 'scores.json'} has the same numbers.",
+        )
+    )
+    write_atomically(run.run_dir / "report.html", text.encode())
+
+
+def _subtitle(found: Inputs) -> str:
+    parts = []
+    if found.samples is not None:
+        parts.append(f"{found.samples.n:,} samples of {len(found.samples.manifest.classes)} classes")
+    if isinstance(found.reference, DataSet):
+        parts.append(f"{found.reference.n:,} reference images")
+    if found.vqvae is not None:
+        grids = ", ".join(f"{name} {h}×{w}" for name, (h, w) in _grids(found.vqvae))
+        parts.append(f"{found.vqvae.description['resolution']} px, K = {found.vqvae.model.num_codes}, {grids}")
+    return " · ".join(parts) or "no inputs"
+
+
+def _grids(source: Source) -> list[tuple[str, tuple[int, int]]]:
+    return list(zip(source.model.level_names, source.model.grids, strict=True))
+
+
+def _shown_samples(config: Wanted, found: Inputs, cache: Cache) -> dict[str, list[Tensor]]:
+    if found.samples is None:
+        return {}
+    return first_of_each_class(
+        found.samples.folder,
+        found.samples.manifest,
+        resolution=found.resolution_of(found.samples),
+        per_class=config.samples_shown,
+        most_classes=config.classes_shown,
+        cache=cache,
+    )
+
+
+def _shown_reconstructions(found: Inputs, shown: Shown) -> tuple[Tensor, Tensor, list[str]] | None:
+    if shown.reconstructions is None or not isinstance(found.reference, DataSet):
+        return None
+    classes, labels = found.reference.manifest.classes, shown.reconstructions.labels.tolist()
+    names = [classes[label] if 0 <= label < len(classes) else str(label) for label in labels]
+    return shown.reconstructions.originals, shown.reconstructions.pictures, names
+
+
+def _provenance(run: runtime.Run, found: Inputs) -> list[dict[str, Any]]:
+    parts = [about_run(run.run_dir, "this evaluation")]
+    for source in found.sources():
+        facts = {"fingerprint": source.fingerprint, "weights": source.weights, "images seen": source.images_seen}
+        parts.append(about_run(source.path, f"{source.description['kind']}: {source.path}", **facts))
+    for name, data in (("samples", found.samples), ("reference", found.reference), ("codes", found.codes)):
+        if isinstance(data, DataSet):
+            parts.append(about_data(data.folder, data.manifest, f"{name}: {data.folder}"))
+    return parts
+
+
+def print_table(scores: Scores) -> None:
+    """The scores on the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="scores", title_justify="left")
+    for column, justify in (("metric", "left"), ("value", "right"), ("n", "right"), ("extractor", "left")):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    for key, value in scores.as_json().items():
+        if is_of_curve(key):
+            continue
+        score = Score(**value)
+        shown = report.format_value(key, score.value)
+        table.add_row(key, shown, f"{score.n:,}", score.extractor or "")
+    console = Console()
+    console.print(table)
+    for reason, names in report.by_reason(scores.left_out).items():
+        console.print(f"left out: {', '.join(names)}: {reason}", soft_wrap=True, markup=False, highlight=False)

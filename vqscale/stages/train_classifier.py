@@ -1,0 +1,185 @@
+"""Images, samples or reconstructions -> a classifier, tested on real held-out images.
+
+Trained on samples alone and tested on real images it gives the classification accuracy score (Ravuri and Vinyals 2019;
+Razavi et al. 2019, section 4.2.2); trained on real images it is what rejection sampling asks (section 3.4).
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vqscale import runtime
+from vqscale.config import as_dict, run_of
+from vqscale.data.cache import Cache
+from vqscale.data.images import ImageReader
+from vqscale.data.loader import build_loader
+from vqscale.data.sequential import SequentialBatches, sequential_batches
+from vqscale.data.shards import Manifest, resolve
+from vqscale.engine.loop import Batch, FitConfig, fit, loader_options
+from vqscale.engine.parallel import compile_units, make_engine
+from vqscale.evaluation.classify import accuracy, hits, network_input, reconstructed
+from vqscale.evaluation.features import WIDTHS, Extractor, load_extractor
+from vqscale.models.classifier import ClassifierConfig
+from vqscale.models.init import initialise
+from vqscale.sources import Source, build, load_vqvae
+
+
+@dataclass(frozen=True)
+class TrainClassifierConfig(FitConfig):
+    """One classifier's training. Image size and classes are read from the data set."""
+
+    data: str = run_of("pack")  # what it learns from: packed images or sample shards
+    vqvae: str = "none"  # a VQ-VAE: learn from its reconstructions of `data` instead
+    test: str = run_of("pack")  # real held-out images
+    model: ClassifierConfig = field(default_factory=ClassifierConfig)
+    features: str = ""  # network=linear: lite0 | inception | vgg16, the frozen network below it
+    weights: str = ""  # path of that network's weights, where it needs one
+    crop: str = "center"  # center | random
+    flip: bool = True  # mirror half of the images
+    label_smoothing: float = 0.0  # probability mass spread over all classes
+    evaluate_images: int = 0  # held-out images per evaluation; 0 = all
+
+
+Config = TrainClassifierConfig
+
+
+def main(config: TrainClassifierConfig) -> None:
+    """Train, or go on training, in `config.run_dir`. Raises ValueError for anything that does not fit before step 1."""
+    with runtime.run(config, "train_classifier") as run:
+        place = run.topology
+        folder = resolve(config.data, "train", made_by="pack or sample")
+        extractor = _extractor(config, place.device)
+        vqvae = None if config.vqvae == "none" else load_vqvae(config.vqvae, device=place.device)
+        description = describe(config, Manifest.load(folder), extractor, vqvae)
+        held_out = HeldOutAccuracy(config, description, extractor, run)
+        reader = ImageReader(description["resolution"], flip=config.flip, crop=config.crop, seed=config.seed)
+        loader = build_loader(folder, read=reader, cache=Cache.of(config), **loader_options(config, run))
+        with torch.device("meta"):
+            model: Any = build(description)
+        if config.compile:
+            compile_units(model)
+        accumulation = loader.micro_batches_per_step
+        engine = make_engine(model, place, config, accumulation, partial(initialise, seed=config.seed))
+        fit(
+            engine,
+            loader,
+            training_step(config, extractor, vqvae),
+            config=config,
+            run=run,
+            description=description,
+            evaluators=[held_out],
+        )
+
+
+def _extractor(config: TrainClassifierConfig, device: torch.device) -> Extractor | None:
+    linear = config.model.network == "linear"
+    if linear != bool(config.features):
+        needed = "needs features=lite0 or features=inception" if linear else "takes images, not features; leave it out"
+        raise ValueError(f"features={config.features}: model.network={config.model.network} {needed}")
+    if not linear:
+        return None
+    return load_extractor(config.features, weights=config.weights, allow_unverified_weights=True, device=device)
+
+
+def describe(
+    config: TrainClassifierConfig, manifest: Manifest, extractor: Extractor | None, vqvae: Source | None
+) -> dict[str, Any]:
+    """What it takes to build this classifier again, and what it learned from."""
+    resolution = manifest.transform.get("resolution")
+    if manifest.kind not in ("images", "samples") or not resolution:
+        raise ValueError(f"data={config.data}: images or samples of one size are needed, this is {manifest.kind}")
+    if len(manifest.classes) < 2:
+        raise ValueError(f"data={config.data}: a classifier needs 2 classes, there are {len(manifest.classes)}")
+    if vqvae is not None and vqvae.description["resolution"] != resolution:
+        theirs = vqvae.description["resolution"]
+        raise ValueError(f"vqvae={config.vqvae}: takes images of {theirs} px, data={config.data} has {resolution} px")
+    return {
+        "kind": "classifier",
+        "config": as_dict(config.model),
+        "resolution": resolution,
+        "classes": list(manifest.classes),
+        "learned_from": manifest.kind if vqvae is None else "reconstructions",
+        "data": manifest.fingerprint,
+        "vqvae": vqvae.fingerprint if vqvae is not None else "",
+        "features": config.features,
+        "features_sha256": extractor.weights_sha256 if extractor is not None else "",
+        "feature_width": WIDTHS[config.features] if config.features else 0,
+    }
+
+
+def training_step(
+    config: TrainClassifierConfig, extractor: Extractor | None, vqvae: Source | None
+) -> Callable[[Any, Batch], tuple[Tensor, dict[str, Tensor]]]:
+    """Cross-entropy in nats, and how often the likeliest class is the right one."""
+
+    def step(model: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        image = batch["image"] if vqvae is None else reconstructed(vqvae.model, batch["image"])
+        logits = model(network_input(image, extractor))
+        loss = F.cross_entropy(logits, batch["label"], label_smoothing=config.label_smoothing)
+        return loss, {"accuracy_top1": hits(logits.detach(), batch["label"])[:, 0].mean()}
+
+    return step
+
+
+class HeldOutAccuracy:
+    """Top-1 and top-5 accuracy on real held-out images."""
+
+    def __init__(
+        self,
+        config: TrainClassifierConfig,
+        description: dict[str, Any],
+        extractor: Extractor | None,
+        run: runtime.Run,
+    ):
+        """Raises ValueError if the test images have other classes than the training images."""
+        self.every = config.evaluate_every
+        self._config, self._extractor, self._run = config, extractor, run
+        self._resolution = description["resolution"]
+        self._folder = resolve(config.test, "holdout")
+        classes = list(Manifest.load(self._folder).classes)
+        if classes != description["classes"]:
+            raise ValueError(
+                f"test={config.test}: its {len(classes)} classes are not the {len(description['classes'])} classes "
+                f"of data={config.data}"
+            )
+
+    def run(self, model: nn.Module, images_seen: int) -> Iterator[tuple[str, float]]:
+        """Yields held_out/accuracy_top1 and _top5."""
+        top_1, top_5, _ = accuracy(
+            lambda images: model(network_input(images, self._extractor)), self._batches(), self._run.topology
+        )
+        yield "held_out/accuracy_top1", top_1
+        yield "held_out/accuracy_top5", top_5
+
+    def _batches(self) -> SequentialBatches:
+        place = self._run.topology
+        return sequential_batches(
+            self._folder,
+            read=ImageReader(self._resolution),
+            batch=64,
+            rank=place.rank,
+            world_size=place.world_size,
+            workers=0,
+            limit=self._config.evaluate_images,
+            cache=Cache.of(self._config),
+        )
+
+
+def plan(config: TrainClassifierConfig) -> str:
+    """Sizes and steps, for --dry-run."""
+    manifest = Manifest.load(resolve(config.data, "train", made_by="pack or sample"))
+    vqvae = None if config.vqvae == "none" else load_vqvae(config.vqvae)
+    description = describe(config, manifest, _extractor(config, torch.device("cpu")), vqvae)
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in build(description).parameters())
+    return (
+        f"\ndata: {manifest.num_samples:,} {description['learned_from']}, {len(manifest.classes)} classes"
+        f"\nmodel: {config.model.network}, {parameters:,} parameters"
+        f"\nsteps: {-(-config.total_images // config.global_batch):,} of {config.global_batch} images"
+        f" ({config.total_images / manifest.num_samples:.1f} epochs)"
+    )
