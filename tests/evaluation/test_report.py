@@ -136,6 +136,7 @@ def test_the_papers_figures_carry_grades_and_none_is_from_memory() -> None:
         ("used_codes/top", 512.0, "512"),
         ("recall", 0.0, "0"),
         ("kid", None, "–"),
+        ("cas_top1/real", 0.5483, "54.83 %"),
     ],
 )
 def test_values_have_the_digits_they_deserve(key: str, value: float | None, shown: str) -> None:
