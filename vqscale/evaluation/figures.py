@@ -196,7 +196,8 @@ def _plot_curves(
     if log and min(values) > 0 and max(values) > 10 * min(values):  # over less than a decade, log ticks only confuse
         axes.set_yscale("log")
     axes.ticklabel_format(axis="x", style="sci", scilimits=(-3, 5))
-    axes.legend(frameon=False, fontsize=8)
+    if len(series) > 1 or level is not None:
+        axes.legend(frameon=False, fontsize=8)
 
 
 def _axes(width: float, height: float) -> tuple[Any, Any]:

@@ -130,17 +130,26 @@ def _summary(report: Report) -> tuple[str, str]:
         shown = {key: s for key, s in report.scores.items() if metric_of(key).family == family and not is_of_curve(key)}
         rows = [_score_row(key, score) for key, score in shown.items()]
         if rows:
-            body += f"<h3>{title}</h3>" + page.table(columns, rows)
+            body += f"<h3>{title}</h3>" + page.table(columns, _without_repeats(rows))
     if report.left_out:
         body += "<h3>Left out</h3>" + page.table(("Metrics", "Why"), _left_out_rows(report.left_out), value_column=None)
     note = (
         "Every number with the set it was measured against, the network behind it, and whether a paper's number may "
-        "stand beside it. ↓ lower is better, ↑ higher is better."
+        "stand beside it; an empty cell says what the one above says. ↓ lower is better, ↑ higher is better."
     )
     if report.checks:
         lines = "".join(f"<li>{escape(line)}</li>" for line in report.checks)
         body += f"<h3>Checked before any number</h3><ul>{lines}</ul>"
     return page.section("Summary", body, note)
+
+
+def _without_repeats(rows: list[list[str]]) -> list[list[str]]:
+    """The long cells emptied where they repeat the row above: on a phone they would be most of the page."""
+    shown, above = [], ["", ""]
+    for row in rows:
+        shown.append(row[:3] + ["" if cell == last else cell for cell, last in zip(row[3:], above, strict=True)])
+        above = row[3:]
+    return shown
 
 
 def by_reason(left_out: Mapping[str, str]) -> dict[str, list[str]]:
@@ -162,7 +171,8 @@ def _score_row(key: str, score: Score) -> list[str]:
     against = escape(score.reference or "")
     if score.extractor:
         sha = escape((score.weights_sha256 or "")[:12])
-        network = f'{escape(score.extractor)} <span class="hash">{sha}</span>, {escape(score.resize or "")}'
+        network = f'{escape(score.extractor)} <span class="hash">{sha}</span>'
+        network += f", {escape(score.resize)}" if score.resize else ""
         against += f'<span class="note line">{network}</span>'
     verdict = '<span class="yes">yes</span>' if score.comparable_with_papers else '<span class="no">no</span>'
     reason = f'<span class="note">: {escape(score.reason)}</span>' if score.reason else ""

@@ -59,7 +59,7 @@ def write_results(config: Wanted, run: runtime.Run, scores: Scores, found: Input
         wide = config.samples_shown
         for path in filter(None, (str(run.run_dir / "samples.png"), config.picture)):
             grid_png(path, originals=originals[:wide], reconstructions=pictures[:wide], samples=samples)
-    name = Path(config.run_dir).parent.name
+    name = Path(config.run_dir).resolve().parent.name
     text = report.render(
         report.Report(
             title=f"{name}: evaluation",
