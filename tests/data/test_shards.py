@@ -127,6 +127,21 @@ def test_manifest_round_trip_and_tampering(images: Path, tmp_path: Path) -> None
         Manifest.load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("names", "results"),
+    [
+        (["/a/x-000.tar", "/b/x-001.tar"], ["x-000.tar", "x-001.tar"]),
+        (["https://host/x-000.tar", "s3://b/x-001.tar"], ["x-000.tar", "x-001.tar"]),
+        (["/a/x.tar", "/b/x.tar"], ["000000.tar", "000001.tar"]),
+        (["https://host/x.tar?sign=a/b", "pipe:cat y | zcat"], ["000000.tar", "000001.tar"]),
+        (["..", "a/.tar"], ["000000.tar", "000001.tar"]),
+    ],
+)
+def test_results_have_names_of_their_own(names: list[str], results: list[str]) -> None:
+    shards = [ShardInfo(name, 1, 1, "", f"{n:06d}.index.safetensors") for n, name in enumerate(names)]
+    assert Manifest.of("images", shards, ["all"]).names_of_results() == results
+
+
 def test_an_index_of_another_tar_is_refused(own_images: Path) -> None:
     (own_images / "000000.index.safetensors").write_bytes((own_images / "000003.index.safetensors").read_bytes())
     with pytest.raises(ValueError, match="another tar"):

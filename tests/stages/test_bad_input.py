@@ -96,6 +96,16 @@ def test_collapsed_codes_are_refused(chain: Path, capsys: pytest.CaptureFixture[
     assert "collapsed (perplexity 1.20 of 32)" in line
 
 
+def test_codes_beyond_the_codebook_are_refused_before_step_0(chain: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = chain / "extract_codes" / "train" / "dataset.json"
+    found = json.loads(path.read_text())
+    found["extra"]["num_codes"] = 16
+    path.write_text(json.dumps(found))
+    line = error_of(capsys, "train_prior", "train_prior_top", "run_dir=again")
+    assert "num_codes is 16, but 32 different top codes were counted" in line
+    assert not list(Path("again").glob("checkpoints/*"))
+
+
 def test_every_stage_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
     for stage in cli.STAGES:
         assert cli.main([stage, "--help"]) == 0

@@ -79,9 +79,14 @@ def levels_of(config: TrainPriorConfig, manifest: Manifest) -> tuple[list[str], 
 
 
 def describe(config: TrainPriorConfig, manifest: Manifest) -> dict[str, Any]:
-    """What it takes to build this prior again. Raises ValueError for collapsed codes."""
+    """What it takes to build this prior again. Raises ValueError for collapsed codes, or such as their K denies."""
     names, grids = levels_of(config, manifest)
     for name in names:
+        if (counted := len(manifest.extra["usage"][name])) != manifest.extra["num_codes"]:
+            raise ValueError(
+                f"data={config.data}: num_codes is {manifest.extra['num_codes']}, but {counted} different {name} codes "
+                "were counted: these are the codes of another tokenizer"
+            )
         perplexity = manifest.extra["perplexity"][name]
         if perplexity < 2 and not config.allow_collapsed_codes:
             raise ValueError(
