@@ -8,7 +8,7 @@ codes per rank, the same at every step, in fp32 with activation checkpointing, a
 first loss must be near ln K and the later ones below it. With --ranks 2 or more the model is sharded by FSDP2.
 
     python benchmarks/paper_step.py                                    # 875M parameters: some 16 GiB
-    python benchmarks/paper_step.py --ranks 2 model.residual=640       # 300M parameters on two ranks
+    python benchmarks/paper_step.py --ranks 2 model.residual=680       # 301M parameters on two ranks
 
 Memory is the high-water mark of the process less what it held before the model was built. It counts what the plan does
 not: the allocator's slack, and buffers of oneDNN's convolutions.

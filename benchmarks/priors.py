@@ -32,6 +32,7 @@ from vqscale.models.init import initialise
 from vqscale.models.prior import PriorConfig, nll
 from vqscale.sources import PRIORS
 
+PARAMETERS = 2_000_000  # for which the widths below are meant; other sizes scale them
 PIXELCNN = PriorConfig(hidden=96, layers=6, attention_every=3, heads=4, filter=5, class_dim=64)
 VARIANTS = {
     "pixelcnn": PIXELCNN,
@@ -43,7 +44,9 @@ NO_CLASS = "pixelcnn without class"
 
 
 def build(config: PriorConfig, parameters: int, shape: Mapping[str, Any]) -> Any:
-    """The prior whose layers have about `parameters` parameters, by its `residual`, a multiple of 8."""
+    """The prior whose layers have about `parameters` parameters: its hidden width by scale, `residual` by search."""
+    width = max(1, round(config.hidden * (parameters / PARAMETERS) ** 0.5 / (4 * config.heads)))
+    config = dataclasses.replace(config, hidden=4 * config.heads * width)
 
     def size(eighths: int) -> int:
         with torch.device("meta"):
@@ -140,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--level", default="top")
     parser.add_argument("--images", type=int, default=64_000)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--parameters", type=int, default=2_000_000, help="of each model's layers")
+    parser.add_argument("--parameters", type=int, default=PARAMETERS, help="of each model's layers")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="peak")
     parser.add_argument("--evaluate", type=int, default=1_024, help="held-out samples, at most")
     parser.add_argument("--points", type=int, default=8, help="of each curve")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.distributed import run_ranks
 from support.stages import CONFIGS, run_stage
 
@@ -132,3 +133,18 @@ def test_imagenet256_is_the_papers(name: str) -> None:
         for part in key.split("."):
             found = getattr(found, part)
         assert found == value, key
+
+
+PAPER_SIZE = sorted(
+    path for name in ("imagenet256", "ffhq1024") for path in (ROOT / "configs" / name).glob("train_prior*")
+)
+
+
+@pytest.mark.parametrize("path", PAPER_SIZE, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_a_header_tells_the_size_and_the_command(path: Path) -> None:
+    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    description, _ = plan.describe(plan.load([str(path)]))
+    with torch.device("meta"):
+        size = sum(parameter.numel() for parameter in plan.build(description).parameters())
+    assert header[-1].startswith(f"# {size / 1e6:.0f}M parameters")
+    assert header[-1].endswith(f" vqscale train_prior {path.relative_to(ROOT)}")
