@@ -8,6 +8,7 @@ from support import priors
 from support.priors import CLASSES, K
 from torch import Tensor
 
+from vqscale.models import sampling
 from vqscale.models.sampling import SamplingStopped, choose, draw_uniforms, sample_codes
 from vqscale.seeding import key_of, uniform
 
@@ -62,6 +63,7 @@ def test_cached_equals_reference(grid, upper, changes, dtype):
     [
         {"temperature": 0.7},
         {"temperature": 0.0},
+        {"temperature": 1.3, "temperature_end": 0.3},
         {"top_k": 3},
         {"top_p": 0.6},
         {"temperature": 1.3, "top_k": 9, "top_p": 0.8},
@@ -153,6 +155,21 @@ def test_draw_at_the_edges():
     assert choose(logits.flip(1), torch.zeros(1, dtype=torch.float64)).item() == 1  # never a code of probability 0
 
 
+def test_temperature_changes_linearly_from_the_first_code_to_the_last(monkeypatch):
+    told: list[float] = []
+
+    def likeliest(logits: Tensor, _uniform: Tensor, *, temperature: float, **_rest: Any) -> Tensor:
+        told.append(temperature)
+        return logits.argmax(dim=-1)
+
+    monkeypatch.setattr(sampling, "choose", likeliest)
+    sample_codes(build((2, 3)), torch.tensor([0]), seed=0, sample_ids=torch.tensor([0]), temperature_end=0.5)
+    assert told == pytest.approx([1.0, 0.9, 0.8, 0.7, 0.6, 0.5])
+    told.clear()
+    sample_codes(build((2, 2)), torch.tensor([0]), seed=0, sample_ids=torch.tensor([0]), temperature=0.7)
+    assert told == pytest.approx([0.7] * 4)
+
+
 def test_progress_and_stop():
     model, seen = build((4, 3)), []
     label, ids = torch.tensor([0]), torch.tensor([0])
@@ -196,6 +213,7 @@ def test_memory_per_sample_counts_what_is_held(kind, blocks):
         ({"sample_ids": torch.arange(3)}, r"label has shape \(2,\), sample_ids \(3,\)"),
         ({"upper": []}, r"codes above have shapes \[\], the prior needs \[\(2, 2, 2\)\]"),
         ({"temperature": -1.0}, "temperature=-1.0 must be >= 0"),
+        ({"temperature_end": -0.5}, "temperature=-0.5 must be >= 0"),
         ({"top_p": 0.0}, r"top_p=0.0 in \(0, 1\]"),
     ],
 )
