@@ -1,6 +1,7 @@
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -18,6 +19,8 @@ class InnerConfig:
 
 @dataclass(frozen=True)
 class OuterConfig(StageConfig):
+    knobs: ClassVar[frozenset[str]] = frozenset({"learning_rate"})
+
     total_images: int = 100
     learning_rate: float = 0.1
     save_every: int = 10
@@ -102,19 +105,24 @@ def test_what_a_resumed_run_may_change(tmp_path: Path) -> None:
     saved = tmp_path / "config.yaml"
     first = OuterConfig(run_dir="a", data="old")
     config.save(first, saved)
+    assert config.changes(first, saved) == {"refused": [], "warned": [], "allowed": []}
     free = {"total_images": 200, "save_every": 1, "device": "cpu", "strategy": "ddp", "threads": 2, "data": "new"}
     allowed = replace(first, **free)
-    assert config.refused_changes(allowed, saved) == []
+    found = config.changes(allowed, saved)
+    assert (found["refused"], found["warned"]) == ([], [])
+    assert [line.partition(":")[0] for line in found["allowed"]] == sorted(free)
+    assert "total_images: was 100, now 200" in found["allowed"]
     assert config.fingerprint(allowed) == config.fingerprint(first)
-    other = replace(first, learning_rate=0.2, model=InnerConfig(hidden=64))
-    assert config.refused_changes(other, saved) == [
-        "learning_rate: was 0.1, now 0.2",
-        "model.hidden: was 128, now 64",
-    ]
+    other = replace(first, learning_rate=0.2, seed=7, model=InnerConfig(hidden=64))
+    assert config.changes(other, saved) == {
+        "refused": ["model.hidden: was 128, now 64", "seed: was 0, now 7"],
+        "warned": ["learning_rate: was 0.1, now 0.2"],
+        "allowed": [],
+    }
     assert config.fingerprint(other) != config.fingerprint(first)
     saved.write_text("".join(line for line in saved.read_text().splitlines(True) if "learning_rate" not in line))
-    assert config.refused_changes(first, saved) == [], "a key that came later was at its default"
-    assert config.refused_changes(other, saved)[0] == f"learning_rate: was {first.learning_rate}, now 0.2"
+    assert config.changes(first, saved)["warned"] == [], "a key that came later was at its default"
+    assert config.changes(other, saved)["warned"] == [f"learning_rate: was {first.learning_rate}, now 0.2"]
 
 
 def test_help_has_every_key_with_its_comment() -> None:

@@ -1,5 +1,6 @@
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -145,3 +146,32 @@ def _runs(pid: int) -> bool:
             return file.read().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def test_a_port_in_use_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        job = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        for name, value in job.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(OSError, match=f"port {port} of this machine is in use, .*: choose another port"):
+            topology.bring_up(CPU)
+    assert not dist.is_initialized()
+
+
+def _meet(run_dir: str) -> list[int]:
+    place = topology.bring_up(StageConfig(device="cpu", threads=1, run_dir=run_dir))
+    pids = place.gather(os.getpid())
+    topology.take_down(orderly=True)
+    return pids
+
+
+def test_two_jobs_that_meet_on_one_port_do_not_mix() -> None:
+    """Both jobs' ranks use one store, as where a second job is sent to the port of a first one."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    with started(_meet, 2, "one", variables=shared) as one, started(_meet, 2, "other", variables=shared) as other:
+        assert one.results() == [one.pids] * 2
+        assert other.results() == [other.pids] * 2

@@ -20,10 +20,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 RUNS = Path("runs")
 
-# Fields that a resumed run may change besides every `…_every` and the inputs: inputs are held by their fingerprints.
+# Fields that a resumed run may change besides every `…_every` and the inputs, which are held by their fingerprints:
+# they say how the run is done, not what it learns.
 _FREE_ON_RESUME = {
     *("total_images", "micro_batch", "strategy", "device", "workers", "threads", "run_dir", "trackers"),
     *("max_bad_fraction", "verify", "cache_dir", "cache_gigabytes", "allow_pipe"),
+    *("max_bad_fraction", "verify", "watchdog_seconds", "keep_checkpoints", "max_skipped_steps"),
+    *("evaluate_images", "grid_images"),
 }
 
 
@@ -37,12 +40,14 @@ class StageConfig:
     """What every stage has."""
 
     recomputes: ClassVar[bool] = False  # whether a rerun with another config replaces the results, not refuses
+    knobs: ClassVar[frozenset[str]] = frozenset()  # fields that a resumed run may change, with a warning
 
     run_dir: str = ""  # where this stage writes; default runs/<experiment>/<config file's stem>
     seed: int = 0  # addresses all randomness of the stage
     device: str = "auto"  # auto (cuda if there is one) | cpu | cuda
     strategy: str = ""  # single | ddp | fsdp | hsdp | zero1 | zero2 | zero3; "" = what the launcher says
     threads: int = 0  # CPU threads per rank; 0 = the machine's cores shared by its ranks
+    watchdog_seconds: int = 3_600  # without progress for so long, the run ends with its stacks in the log; 0 = never
 
 
 @dataclass(frozen=True)
@@ -202,18 +207,26 @@ def _free(cls: Any, key: str) -> bool:
     return key in _FREE_ON_RESUME or key in inputs or key.endswith("_every")
 
 
-def refused_changes(config: StageConfig, path: Path) -> list[str]:
-    """Differences between `config` and the one saved at `path` that a resumed run may not have, as readable lines.
+def changes(config: StageConfig, path: Path) -> dict[str, list[str]]:
+    """What differs between `config` and the one saved at `path`, as readable lines under `refused` (a resumed run may
+    not have that), `warned` (it learns something else from here on) and `allowed`.
 
     A key that the saved config does not know yet was at its default then.
     """
-    if config.recomputes:
-        return []
     saved = dict(flatten(OmegaConf.to_container(OmegaConf.load(path))))  # type: ignore[arg-type]
     now, defaults = dict(flatten(as_dict(config))), dict(flatten(as_dict(type(config))))
     saved = {key: defaults.get(key) for key in now} | saved
-    keys = [key for key in sorted(saved.keys() | now.keys()) if not _free(type(config), key)]
-    return [f"{k}: was {saved.get(k)!r}, now {now.get(k)!r}" for k in keys if saved.get(k) != now.get(k)]
+    found: dict[str, list[str]] = {"refused": [], "warned": [], "allowed": []}
+    for key in sorted(saved.keys() | now.keys()):
+        if saved.get(key) != now.get(key):
+            found[_on_resume(config, key)].append(f"{key}: was {saved.get(key)!r}, now {now.get(key)!r}")
+    return found
+
+
+def _on_resume(config: StageConfig, key: str) -> str:
+    if config.recomputes or _free(type(config), key):
+        return "allowed"
+    return "warned" if key in config.knobs else "refused"
 
 
 def help_lines(cls: Any, prefix: str = "") -> list[str]:

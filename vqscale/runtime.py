@@ -5,30 +5,30 @@ config.yaml, command.json, status.json and log/<rank>.log.  The only importer of
 """
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
-import platform
 import signal
 import socket
-import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from importlib import metadata
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from vqscale import config as configs
 from vqscale import topology
 from vqscale.config import StageConfig
+from vqscale.lock import FolderLock
 from vqscale.topology import Topology, is_first_rank, under_launcher
+from vqscale.versions import git_commit, versions
+from vqscale.watchdog import Watchdog
 
 __all__ = [
+    "Leave",
     "Run",
     "Stopped",
     "Topology",
@@ -43,18 +43,29 @@ __all__ = [
 ]
 
 log = logging.getLogger("vqscale")
+T = TypeVar("T")
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 _BOOKKEEPING = {"config.yaml", "command.json", "status.json", "log", ".lock", "metrics.jsonl", "tensorboard", "STOP"}
 STOP_FILE_SECONDS = 1.0  # a run looks for its STOP file at most this often
-_VERSIONS_OF = ("vqscale", "torch", "torchvision", "deepspeed", "accelerate", "webdataset", "numpy")
 
 
 class Stopped(Exception):
     """The run saved its place and ended early because it was asked to."""
 
 
-class _Leave(Exception):
-    """This rank leaves the work of `Run.stoppable`."""
+class Leave(Exception):
+    """Work is left early because the run was asked to stop."""
+
+
+class _LogFile(logging.FileHandler):
+    """A full disk loses lines, and nothing else."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Nothing: the same line is on the screen, if it matters."""
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            super().close()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -78,7 +89,10 @@ class Run:
         self.images_seen = 0
         self._stop_reason = ""
         self._stop_file_checked = 0.0
-        self._lock: Any = None
+        self._lock: FolderLock | None = None
+        self._watchdog: Watchdog | None = None
+        self._changes: list[tuple[str, str]] = []  # (warned | allowed, what), since the last start
+        self._beats = 0  # rises with every sign of progress
         self._facts: dict[str, Any] = {}
         self.was_done = False
         self.resumed = False
@@ -100,28 +114,31 @@ class Run:
         if failure:
             raise ValueError(failure)
         self._start_log()
+        for kind, change in self._changes:
+            level = logging.WARNING if kind == "warned" else logging.INFO
+            log.log(level, "the config has changed since the last start: %s", change)
+        if seconds := self.config.watchdog_seconds:
+            log_file = self.run_dir / "log" / f"{self.topology.rank}.log"
+            self._watchdog = Watchdog(seconds, log_file, self.topology, lambda: self._beats, self._report_standstill)
         self.describe()
         self.write_status("running")
 
     def _take_folder(self) -> None:
         try:
             (self.run_dir / "log").mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.run_dir / ".lock", "a+")  # noqa: SIM115 - held until the process ends
+            self._lock = FolderLock(self.run_dir / ".lock")
+            self._lock.take()
         except OSError as error:
             raise ValueError(f"run directory {self.run_dir} cannot be written: {error.strerror}") from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            holder = read_status(self.run_dir)
-            who = f"pid {holder.get('pid')} on {holder.get('host')}"
-            raise ValueError(f"run directory {self.run_dir} is in use by {who}") from None
         saved = self.run_dir / "config.yaml"
         if saved.is_file():
-            if changed := configs.refused_changes(self.config, saved):
+            changes = configs.changes(self.config, saved)
+            if changes["refused"]:
                 raise ValueError(
-                    f"{saved}: this run was started with another config ({'; '.join(changed)}); "
+                    f"{saved}: this run was started with another config ({'; '.join(changes['refused'])}); "
                     "use those values again, or another run_dir"
                 )
+            self._changes = [(kind, change) for kind in ("warned", "allowed") for change in changes[kind]]
             self.resumed = True
             self.was_done = read_status(self.run_dir).get("state") == "done"
         configs.save(self.config, saved)
@@ -137,7 +154,7 @@ class Run:
         (self.run_dir / "log").mkdir(parents=True, exist_ok=True)
         log.setLevel(logging.DEBUG)
         log.propagate = False
-        file = logging.FileHandler(self.run_dir / "log" / f"{self.topology.rank}.log")
+        file = _LogFile(self.run_dir / "log" / f"{self.topology.rank}.log")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         self._handlers = [file]
         if self.topology.is_main:
@@ -148,6 +165,8 @@ class Run:
             log.addHandler(handler)
 
     def _close(self) -> None:
+        if self._watchdog is not None:
+            self._watchdog.close()
         with contextlib.suppress(Exception):  # the error that ended the run matters more
             self.at_exit.close()
         for tracker in self.trackers:
@@ -157,7 +176,7 @@ class Run:
             log.removeHandler(handler)
             handler.close()
         if self._lock is not None:
-            self._lock.close()
+            self._lock.release()
 
     def describe(self, **facts: Any) -> None:
         """Add facts about what really runs to command.json; called by all ranks."""
@@ -179,8 +198,8 @@ class Run:
                 "nodes": place.nodes,
                 "device": str(place.device),
                 "threads": torch.get_num_threads(),
-                "git_commit": _git_commit(),
-                "versions": _versions(),
+                "git_commit": git_commit(),
+                "versions": versions(),
                 **self._facts,
             },
         )
@@ -188,17 +207,24 @@ class Run:
     def write_status(self, state: str, reason: str = "") -> None:
         """Atomically, by rank 0 alone: running | stopped | done | failed."""
         if self.topology.is_main:
-            status = {
-                "state": state,
-                "images_seen": self.images_seen,
-                "reason": reason,
-                "host": socket.gethostname(),
-                "pid": os.getpid(),
-                "job_id": os.environ.get("SLURM_JOB_ID", ""),
-                "time": time.time(),
-            }
-            with contextlib.suppress(OSError):  # a full disk must not hide the error that is being reported
-                write_json(self.run_dir / "status.json", status)
+            self._write_status(state, reason)
+
+    def _write_status(self, state: str, reason: str) -> None:
+        status = {
+            "state": state,
+            "images_seen": self.images_seen,
+            "reason": reason,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "job_id": os.environ.get("SLURM_JOB_ID", ""),
+            "time": time.time(),
+        }
+        with contextlib.suppress(OSError):  # a full disk must not hide the error that is being reported
+            write_json(self.run_dir / "status.json", status)
+
+    def _report_standstill(self, reason: str) -> None:
+        """By whichever rank notices first: the first rank may be the one that hangs."""
+        self._write_status("failed", reason)
 
     # --- stop requests ----------------------------------------------------------------------------------------------
 
@@ -210,8 +236,10 @@ class Run:
     def stop_requested(self) -> str:
         """Why this rank was asked to stop (a signal's name, or a STOP file in the run directory), or "".
 
-        Ranks can differ: agree with `stop_agreed` before acting in a job of several ranks.
+        Ranks can differ: agree with `stop_agreed` before acting in a job of several ranks. Who asks is getting on: this
+        is the watchdog's sign of progress.
         """
+        self._beats += 1
         now = time.monotonic()
         if not self._stop_reason and now - self._stop_file_checked > STOP_FILE_SECONDS:
             self._stop_file_checked = now
@@ -236,7 +264,7 @@ class Run:
         together. Every rank must enter it."""
         try:
             yield
-        except _Leave:
+        except Leave:
             pass
         if reason := self.stop_agreed():
             self.stop(reason)
@@ -246,7 +274,24 @@ class Run:
         if self.stop_requested():
             with contextlib.suppress(OSError):
                 (self.run_dir / "STOP").touch()
-            raise _Leave
+            raise Leave
+
+    def poll_signals(self) -> None:
+        """Before the first step, with nothing to save: leave on a signal; a STOP file can wait for the step."""
+        self._beats += 1
+        if self._stop_reason:
+            raise Leave
+
+    def poll_together(self) -> None:
+        """Between two parts of the same work of all ranks: all of them leave it if any was asked to stop."""
+        if self.stop_agreed():
+            raise Leave
+
+    def watched(self, batches: Iterable[T]) -> Iterator[T]:
+        """The batches of all ranks, with `poll_together` before each."""
+        for batch in batches:
+            self.poll_together()
+            yield batch
 
     # --- trackers ---------------------------------------------------------------------------------------------------
 
@@ -352,22 +397,6 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
-
-
-def _git_commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in _VERSIONS_OF:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
 
 
 def dry_run(config: StageConfig, plan: Callable[[Any], str] | None) -> str:

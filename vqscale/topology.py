@@ -9,6 +9,7 @@ import os
 import signal
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -141,8 +142,8 @@ def bring_up(config: StageConfig) -> Topology:
     device = _device(config.device)
     torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // local_world))
     if under_launcher():
-        _die_with_parent()
-    _init_group(world, rank, device)
+        die_with_parent()
+    _init_group(world, rank, device, config.run_dir)
     # Two groups, because collectives of one group must be issued in the same order everywhere.
     control = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
     topology = Topology(rank, world, env_int("LOCAL_RANK", 0), local_world, nodes, strategy, device, control)
@@ -170,30 +171,49 @@ def _device(asked: str) -> torch.device:
     return device
 
 
-def _init_group(world: int, rank: int, device: torch.device) -> None:
+def _init_group(world: int, rank: int, device: torch.device, run_dir: str) -> None:
     on_gpu = device.type == "cuda"
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     common: dict[str, Any] = {"backend": backend, "timeout": GROUP_TIMEOUT}
     if on_gpu:
         common["device_id"] = device
-    dist.init_process_group(**common, store=_store(), rank=rank, world_size=world)
+    dist.init_process_group(**common, store=_store(run_dir), rank=rank, world_size=world)
 
 
-def _store() -> dist.Store:
+def _store(run_dir: str) -> dist.Store:
     """Where the ranks find each other. torchrun keeps one store over its restarts, in which the addresses of ranks that
-    died would be found again: each attempt gets a part of its own."""
+    died would be found again: each attempt gets a part of its own, and so does each run, should two meet on one port.
+
+    Raises OSError when the port is taken.
+    """
     if "RANK" not in os.environ:
         return dist.HashStore()
-    store, _, _ = next(dist.rendezvous("env://", timeout=GROUP_TIMEOUT))
-    return dist.PrefixStore(f"attempt-{env_int('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=GROUP_TIMEOUT))
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        port = os.environ.get("MASTER_PORT")
+        raise OSError(f"port {port} of this machine is in use, by another job perhaps: choose another port") from None
+    attempt = env_int("TORCHELASTIC_RESTART_COUNT", 0)
+    return dist.PrefixStore(f"{run_dir}-attempt-{attempt}", store)
 
 
-def _die_with_parent() -> None:
-    """A rank ends with its launcher: torchrun gives ranks sessions of their own, so they would train on as orphans."""
-    parent = os.getppid()
+def die_with_parent(parent: int = 0) -> None:
+    """A rank ends with its launcher (torchrun gives ranks sessions of their own, so they would train on as orphans), a
+    loader's worker with its rank, whose number it knows. Raises OSError if the parent is gone already."""
+    was = parent or os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent or parent == 1:
-        raise OSError("the launcher ended before this rank started")
+    if os.getppid() != was or (not parent and was == 1 and not _is_python(1)):
+        raise OSError("the process that started this one has ended")
+
+
+def _is_python(pid: int) -> bool:
+    """In a container the launcher may well be process 1, to which orphans go elsewhere."""
+    try:
+        return b"python" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
 
 
 def take_down(orderly: bool) -> None:

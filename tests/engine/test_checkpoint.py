@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from support import faults
 from support.distributed import run_ranks
 from torch import Tensor
 
@@ -178,14 +179,8 @@ def test_random_damage_is_never_loaded_silently(folder: Path) -> None:
     for trial in range(60):
         damaged = folder.parent / f"trial-{trial}"
         shutil.copytree(whole, damaged)
-        victim = chance.choice(sorted(damaged.iterdir()))
-        data = bytearray(victim.read_bytes())
-        if chance.random() < 0.3:
-            data = data[: chance.randrange(len(data))]
-        else:
-            data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
-        victim.write_bytes(data)
-        assert verify(damaged), f"trial {trial}: damage to {victim.name} was not seen"
+        what = faults.damage(damaged, chance)
+        assert verify(damaged), f"trial {trial}: {what} was not seen"
     assert verify(whole) == ""
 
 
@@ -246,12 +241,9 @@ def _save_where_it_fails(folder: str, fault: str) -> list[str]:
 
         checkpoints._sha256 = no_space
     if fault == "write":
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))
-        import signal
-
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        faults.full_disk()
+    if place.is_main and fault == "too little space":
+        shutil.disk_usage = lambda folder: shutil._ntuple_diskusage(1000, 900, 100)
     try:
         keeper.save(16, some_tensors(16), STATE)
         keeper.wait()
@@ -262,13 +254,16 @@ def _save_where_it_fails(folder: str, fault: str) -> list[str]:
 
 
 @pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize("fault", ["no space for a folder", "commit", "write"])
+@pytest.mark.parametrize("fault", ["no space for a folder", "commit", "write", "too little space"])
 def test_a_save_that_fails_is_an_error_on_all_ranks_and_the_old_one_stays(
     tmp_path: Path, world: int, fault: str
 ) -> None:
     for (told,) in run_ranks(_save_where_it_fails, world, str(tmp_path), fault):
         assert "a checkpoint could not be written to" in told
         assert "\n" not in told
+        if fault == "too little space":
+            assert "it needs 436 bytes, 100 are free; earlier checkpoints are untouched" in told
+            assert not list(tmp_path.glob(".saving-*"))
     latest = find_latest(tmp_path)
     assert latest is not None and latest.images_seen == 8
 

@@ -10,26 +10,10 @@ from typing import Any
 import pytest
 import torch
 from support.distributed import Ranks, run_ranks, started
-from support.training import TinyConfig, TinyModel, losses, metrics, train
+from support.training import TinyConfig, TinyModel, assert_bit_identical, config, losses, metrics, saved, train
 
 from vqscale import runtime
-from vqscale.engine import checkpoint as checkpoints
-from vqscale.engine.checkpoint import find_latest, verify
-
-
-def config(run_dir: Path | str, **changes: Any) -> TinyConfig:
-    return replace(TinyConfig(run_dir=str(run_dir)), **{"trackers": [], **changes})
-
-
-def assert_bit_identical(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == two.keys()
-    assert [name for name in one if not torch.equal(one[name], two[name])] == []
-
-
-def saved(run_dir: Path) -> dict[str, torch.Tensor]:
-    latest = find_latest(run_dir / "checkpoints")
-    assert latest is not None
-    return latest.read("")
+from vqscale.engine.checkpoint import find_latest
 
 
 @pytest.fixture(scope="module")
@@ -141,62 +125,6 @@ def test_a_killed_rank_ends_the_job_and_the_rerun_is_bit_identical(tmp_path: Pat
     assert losses(tmp_path / "other") == losses(tmp_path / "one")
 
 
-def _die(*_: Any, **__: Any) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _train_and_die_in_save(settings: TinyConfig, point: str, call: int) -> None:
-    """A run that kills itself at the `call`-th passing of a point inside a save."""
-    module, name = {
-        "nothing written": (checkpoints, "HuggingFaceStorageWriter"),
-        "tensors written": (checkpoints, "_sha256"),
-        "manifest written": (checkpoints, "_fsync"),
-        "before the rename": (os, "rename"),
-        "before retention": (checkpoints, "_committed_folders"),
-        "in retention": (shutil, "rmtree"),
-    }[point]
-    real, passed = getattr(module, name), 0
-
-    def counted(*arguments: Any, **options: Any) -> Any:
-        nonlocal passed
-        passed += 1
-        if passed == call:
-            if point == "in retention":
-                next(arguments[0].iterdir()).unlink()
-            _die()
-        return real(*arguments, **options)
-
-    setattr(module, name, counted)
-    train(settings)
-
-
-@pytest.mark.parametrize(
-    ("point", "call"),
-    [
-        ("nothing written", 3),
-        ("tensors written", 5),
-        ("manifest written", 7),
-        ("before the rename", 3),
-        ("before retention", 4),
-        ("in retention", 6),
-    ],
-)
-def test_killed_inside_a_save_a_whole_checkpoint_is_always_there(
-    uninterrupted: Path, tmp_path: Path, point: str, call: int
-) -> None:
-    with started(_train_and_die_in_save, 1, config(tmp_path), point, call) as ranks:
-        assert ranks.wait(60) == [-signal.SIGKILL], ranks.output()
-    latest = find_latest(tmp_path / "checkpoints", set_aside=False)
-    assert latest is not None and latest.images_seen >= 16
-    assert all(verify(path) == "" for path in (tmp_path / "checkpoints").glob("0*"))
-    before = latest.images_seen
-    (result,) = run_ranks(train, 1, config(tmp_path))
-    assert result["consumed"] == list(range(before, 160))
-    assert_bit_identical(saved(tmp_path), saved(uninterrupted))
-    left = {path.name for path in (tmp_path / "checkpoints").iterdir()}
-    assert left == {"000000000144", "000000000160"}
-
-
 def _signal_myself(settings: TinyConfig, rank: int, at: int, name: str) -> Any:
     def on_step(run: runtime.Run, seen: int) -> None:
         if run.topology.rank == rank and seen == at:
@@ -258,12 +186,17 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(tmp_path: Path,
     latest = find_latest(tmp_path / "checkpoints")
     assert latest is not None and latest.state["skipped_steps"] == 1
     assert all(tensor.isfinite().all() for tensor in saved(tmp_path).values())
+    first, second = ((tmp_path / "log" / f"{rank}.log").read_text() for rank in (0, 1))
+    assert "the step to 48 images is left out (no finite gradient); finite losses here: memory:0040, " in first
+    told = "; a loss that is not finite: memory:0044, memory:0045, memory:0046, memory:0047\n"
+    assert told in second and told not in first
 
 
 def test_many_such_steps_in_a_row_end_the_run(tmp_path: Path) -> None:
     settings = config(tmp_path, max_skipped_steps=3)
     results = run_ranks(_train_with_nan, 2, settings, (40, 55, 56))
-    assert results == ["3 steps in a row had no finite gradient, the last at 64 images"] * 2
+    told = "3 steps in a row had no finite gradient, the last at 64 images; log/<rank>.log names their samples"
+    assert results == [told] * 2
     assert runtime.read_status(tmp_path)["state"] == "failed"
     latest = find_latest(tmp_path / "checkpoints")
     assert latest is not None and latest.images_seen <= 48
@@ -312,6 +245,42 @@ def test_evaluators_run_at_their_cadence_on_the_averaged_weights(uninterrupted: 
     assert figures[160] == pytest.approx(tensors["ema.head.weight"].abs().sum().item(), rel=1e-6)
     assert figures[160] != pytest.approx(tensors["model.head.weight"].abs().sum().item(), rel=1e-6)
     assert_bit_identical(tensors, saved(uninterrupted))
+
+
+class Interrupted(Evaluations):
+    """An evaluator of three batches, asked to stop before the second one on one rank."""
+
+    def run(self, model: torch.nn.Module, images_seen: int) -> Any:
+        for batch in range(3):
+            if batch == 1 and self.live.topology.rank == self.live.topology.world_size - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            self.live.poll_together()
+        yield from super().run(model, images_seen)
+
+
+def _train_and_stop_in_evaluation(settings: TinyConfig, every: int) -> str:
+    evaluator = Interrupted(every)
+    try:
+        train(settings, evaluators=[evaluator], on_step=lambda run, seen: setattr(evaluator, "live", run))
+    except runtime.Stopped as stopped:
+        return str(stopped)
+    return ""
+
+
+@pytest.mark.parametrize(("world", "every"), [(1, 48), (2, 48), (1, 160)])
+def test_a_stop_in_an_evaluation_is_honoured_there_and_the_figures_come_later(
+    uninterrupted: Path, tmp_path: Path, world: int, every: int
+) -> None:
+    told = run_ranks(_train_and_stop_in_evaluation, world, config(tmp_path), every)
+    assert len(set(told)) == 1 and f"at {every} of 160" in told[0]
+    assert not any("held_out" in line for line in metrics(tmp_path))
+    assert runtime.read_status(tmp_path)["state"] == "stopped"
+    for _ in range(2):  # the second start finds a finished run
+        run_ranks(_train_and_evaluate, world, config(tmp_path), every)
+        seen = [line["images_seen"] for line in metrics(tmp_path) if "held_out" in line]
+        assert seen == [*range(every, 160, every), 160]
+    if world == 1:
+        assert_bit_identical(saved(tmp_path), saved(uninterrupted))
 
 
 def _train_another_model(settings: TinyConfig, averaged: bool) -> str:

@@ -58,8 +58,22 @@ def test_an_unfinished_run_is_not_consumed_unless_asked(chain: Path, capsys: pyt
 
 
 def test_a_changed_config_is_refused_with_both_values(chain: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    line = error_of(capsys, "train_vqvae", "train_vqvae", "learning_rate=0.5", "model.hidden=24")
-    assert "learning_rate: was 0.001, now 0.5" in line and "model.hidden: was 16, now 24" in line
+    line = error_of(capsys, "train_vqvae", "train_vqvae", "seed=5", "model.hidden=24", "learning_rate=0.5")
+    assert "seed: was 0, now 5" in line and "model.hidden: was 16, now 24" in line and "learning_rate" not in line
+
+
+def test_a_change_of_what_is_learned_is_told_and_done(chain: Path) -> None:
+    changed = ["learning_rate=0.0005", "total_images=1984", "evaluate_every=0"]
+    assert run_stage("train_vqvae", "train_vqvae", *changed) == 0
+    log = (chain / "train_vqvae" / "log" / "0.log").read_text()
+    for level, change in (
+        ("WARNING", "learning_rate: was 0.001, now 0.0005"),
+        ("INFO", "total_images: was 1920, now 1984"),
+    ):
+        line = f"the config has changed since the last start: {change}"
+        assert f"{level} {line}" in log
+    metrics = [json.loads(line) for line in (chain / "train_vqvae" / "metrics.jsonl").read_text().splitlines()]
+    assert metrics[-1]["learning_rate"] == 0.0005
 
 
 def test_a_global_batch_that_does_not_fit(chain: Path, capsys: pytest.CaptureFixture[str]) -> None:

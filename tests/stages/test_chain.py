@@ -208,15 +208,20 @@ def test_two_ddp_ranks_train_as_one(chain: Path, precision: str, tolerance: floa
         "total_images=640",
         "log_every=32",
         "evaluate_every=320",
+        "evaluate_images=50",  # by two ranks in batches of 50: one has nothing but padding
         "save_every=640",
     ]
-    losses = {}
+    losses, held_out = {}, {}
     for world, micro in ((1, 0), (2, 8)):
         run_dir = chain.parent / f"ddp{world}"
         overrides = [*common, f"run_dir={run_dir}", f"micro_batch={micro}"]
         assert run_ranks(rank_of_stage, world, "train_vqvae", overrides) == [0] * world
         losses[world] = [line["loss"] for line in lines(run_dir) if "loss" in line]
+        figures = [line for line in lines(run_dir) if "loss" not in line]
+        held_out[world] = [value for line in figures for name, value in sorted(line.items()) if "held_out" in name]
         command = json.loads((run_dir / "command.json").read_text())
         assert (command["world_size"], command["strategy"]) == (world, "single" if world == 1 else "ddp")
     assert len(losses[1]) == 20
     assert losses[2] == pytest.approx(losses[1], rel=tolerance, abs=0)
+    assert len(held_out[1]) == 2 * 6
+    assert held_out[2] == pytest.approx(held_out[1], rel=tolerance, abs=0)

@@ -94,3 +94,27 @@ def test_a_rank_that_dies_under_torchrun_is_started_again_and_ends_at_the_same_b
     assert one is not None and other is not None
     expected = one.read("")
     assert [name for name, tensor in other.read("").items() if not torch.equal(tensor, expected[name])] == []
+
+
+def test_a_launcher_that_is_killed_alone_takes_its_ranks_along(chain: Path) -> None:
+    launcher = ["torchrun", "--standalone", "--nproc-per-node", "2"]
+    run_dir = chain.parent / "orphans"
+    longer = ["strategy=fsdp", "total_images=1280"]
+    process = start(launcher, run_dir, *longer)
+    until = time.monotonic() + 120
+    while not list((run_dir / "checkpoints").glob("0*")):
+        assert time.monotonic() < until and process.poll() is None, run_dir.with_suffix(".log").read_text()[-3000:]
+        time.sleep(0.01)
+    ranks = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    assert json.loads((run_dir / "status.json").read_text())["pid"] in ranks and len(ranks) == 2
+    process.kill()
+    killed = time.monotonic()
+    process.wait()
+    while any(Path(f"/proc/{pid}").exists() for pid in ranks):
+        assert time.monotonic() < killed + 10, "ranks train on without their launcher"
+        time.sleep(0.05)
+    whole = chain.parent / "whole"
+    finish([start(launcher, run_dir, *longer)], run_dir)  # at once: the folder is free again
+    finish([start(launcher, whole, *longer)], whole)
+    assert json.loads((run_dir / "command.json").read_text())["resumed_from"] > 0
+    assert losses(run_dir) == losses(whole)

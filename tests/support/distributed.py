@@ -24,7 +24,13 @@ from types import ModuleType
 from typing import Any
 
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["vqscale.engine.loop", "support.distributed"])
+_PRELOADED = ["vqscale.engine.loop", "support.distributed"]
+_server.set_forkserver_preload(_PRELOADED)
+
+
+def preload(*modules: str) -> None:
+    """Import these in the server too, which starts with the first rank."""
+    _server.set_forkserver_preload([*_PRELOADED, *modules])
 
 
 class Ranks:
@@ -50,6 +56,10 @@ class Ranks:
         for rank in range(len(self.pids)) if ranks is None else ranks:
             if self._processes[rank].is_alive():
                 os.kill(self.pids[rank], number)
+
+    def alive(self) -> bool:
+        """Whether all of them still run."""
+        return all(process.is_alive() for process in self._processes)
 
     def wait(self, timeout: float = 120) -> list[int]:
         """Exit codes, negative for a signal; what still runs at the timeout is killed."""

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vqscale import runtime
 from vqscale.config import local_batching
+from vqscale.engine.checkpoint import find_latest
 from vqscale.engine.loop import FitConfig, fit
 from vqscale.engine.parallel import make_engine
 from vqscale.seeding import generator
@@ -86,6 +87,9 @@ class MemoryLoader:
                 flags = torch.tensor([int(p in self.bad) for p in positions], dtype=torch.uint8)
                 yield {"x": x, "position": torch.tensor(list(positions)), "bad": flags}
             start += self.global_batch
+
+    def describe(self, position: int) -> dict[str, Any]:
+        return {"shard": "memory", "key": f"{position:04d}"}
 
     def advance(self) -> None:
         self.consumed += self.global_batch
@@ -168,6 +172,23 @@ def train(
             "data": loader.state_dict(),
             "engine": type(engine.model).__name__,
         }
+
+
+def config(run_dir: Path | str, **changes: Any) -> TinyConfig:
+    """A TinyConfig without trackers, changed."""
+    return replace(TinyConfig(run_dir=str(run_dir)), **{"trackers": [], **changes})
+
+
+def saved(run_dir: Path) -> dict[str, Tensor]:
+    """All tensors of a run's newest checkpoint."""
+    latest = find_latest(run_dir / "checkpoints")
+    assert latest is not None
+    return latest.read("")
+
+
+def assert_bit_identical(one: dict[str, Tensor], two: dict[str, Tensor]) -> None:
+    assert one.keys() == two.keys()
+    assert [name for name in one if not torch.equal(one[name], two[name])] == []
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ workers, accumulation nor restarts change what a global batch holds.
 """
 
 import json
+import multiprocessing
 import os
 import signal
 import warnings
@@ -25,6 +26,7 @@ from vqscale.data.order import NAME, ShuffleOrder
 from vqscale.data.parts import BAD_KINDS, DECODE, PartReader, RawSample
 from vqscale.data.shards import Manifest
 from vqscale.seeding import key_of, mix
+from vqscale.topology import die_with_parent
 
 # read(parts, label, position) -> the decoded sample; raises ValueError for bytes that do not decode. It may have
 # `parts`, the names it wants, and `batch(parts, labels, positions)`, the same for many samples at once.
@@ -241,6 +243,10 @@ class Loader:
             name_bad_samples(batch, self.dataset, self._bad_path)
             yield batch
 
+    def describe(self, position: int) -> dict[str, Any]:
+        """Which sample stands at a position: {epoch, shard, key}."""
+        return self.dataset.describe(position)
+
     def advance(self) -> None:
         """Count one global batch as consumed."""
         self.state.consumed_samples += self.global_batch
@@ -312,7 +318,7 @@ def run_workers(
     """torch's DataLoader over lists of positions, in order. Closing the iterator ends the workers."""
     options: dict[str, Any] = {}
     if workers:
-        options = {"prefetch_factor": prefetch, "persistent_workers": True, "worker_init_fn": _leave_signals_alone}
+        options = {"prefetch_factor": prefetch, "persistent_workers": True, "worker_init_fn": _start_worker}
     with warnings.catch_warnings():
         # Workers mostly wait for storage, so more of them than cores is a choice, not a mistake.
         warnings.filterwarnings("ignore", message="This DataLoader will create")
@@ -344,8 +350,10 @@ def _small_as_arrays(batch: Any) -> Any:
     return {name: value.numpy() if name in small else value for name, value in batch.items()}
 
 
-def _leave_signals_alone(_worker: int) -> None:
+def _start_worker(_worker: int) -> None:
     """Slurm signals every process of a step; stopping is the trainer's decision. A worker ends with its parent."""
+    parent = multiprocessing.parent_process()
+    die_with_parent(parent.pid or 0 if parent else 0)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
 

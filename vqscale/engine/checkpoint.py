@@ -23,6 +23,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
 
 from vqscale.topology import GROUP_TIMEOUT, Topology
 
@@ -56,7 +57,7 @@ class Checkpointer:
         self.wait()
         final = self.folder / f"{images_seen:012d}"
         temporary = self.folder / f"{_TEMPORARY}{final.name}"
-        exists, failure = self._place.gather(self._prepare(temporary, final))[0]
+        exists, failure = self._place.gather(self._prepare(temporary, final, _bytes(tensors)))[0]
         if failure:
             raise OSError(f"a checkpoint could not be written to {self.folder}: {failure}")
         if exists:
@@ -69,12 +70,14 @@ class Checkpointer:
             text = json.dumps(whole, indent=1) + "\n"  # now: training goes on and changes what `state` refers to
             self._committed = self._committer.submit(self._commit, self._written, temporary, final, text)
 
-    def _prepare(self, temporary: Path, final: Path) -> tuple[bool, str]:
+    def _prepare(self, temporary: Path, final: Path, needed: int) -> tuple[bool, str]:
         """(whether this checkpoint exists, why it cannot be written), decided by rank 0."""
         if not self._place.is_main or final.exists():
             return final.exists(), ""
         try:
             shutil.rmtree(temporary, ignore_errors=True)
+            if (free := shutil.disk_usage(self.folder).free) < needed:
+                return False, f"it needs {needed:,} bytes, {free:,} are free; earlier checkpoints are untouched"
             temporary.mkdir()
         except OSError as error:
             return False, str(error)
@@ -153,7 +156,7 @@ class Checkpoint:
         """Fill the tensors (plain or sharded) in place. Raises ValueError naming the first that does not fit."""
         self._check(tensors)
         with torch.no_grad():
-            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(self.folder)))
+            self._fill(tensors)
 
     def read(self, prefix: str) -> dict[str, Tensor]:
         """All tensors whose names begin with `prefix`, whole, on the CPU, without the prefix."""
@@ -165,8 +168,15 @@ class Checkpoint:
         with warnings.catch_warnings():  # each rank that calls reads for itself: that is what is meant
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
             if wanted:
-                dcp.load(wanted, storage_reader=HuggingFaceStorageReader(str(self.folder)), no_dist=True)
+                self._fill(wanted, no_dist=True)
         return {name.removeprefix(prefix): tensor for name, tensor in wanted.items()}
+
+    def _fill(self, tensors: dict[str, Tensor], **options: Any) -> None:
+        try:
+            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(self.folder)), **options)
+        except CheckpointException as error:  # no Exception, by its own choice
+            cause = str(next(iter(error.failures.values()))[0])
+            raise ValueError(f"{self.folder} cannot be read: {' '.join(cause.split())}") from None
 
     def _check(self, tensors: Mapping[str, Tensor]) -> None:
         saved = self.state["tensors"]
@@ -226,6 +236,11 @@ def _committed_folders(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), reverse=True)
+
+
+def _bytes(tensors: Mapping[str, Tensor]) -> int:
+    """What the tensors take on disk, sharded ones whole; names and state take a little more."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def _sha256(path: Path) -> str:

@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,8 @@ from vqscale.engine.ema import WeightEMA
 from vqscale.engine.metrics import Metrics, drop_lines_beyond
 from vqscale.engine.optim import learning_rate_at
 from vqscale.engine.parallel import Engine
-from vqscale.runtime import Run
+from vqscale.engine.skipped import SkippedSteps
+from vqscale.runtime import Leave, Run
 
 log = logging.getLogger("vqscale")
 Batch = dict[str, Tensor]
@@ -33,6 +34,12 @@ AfterStep = Callable[[bool, float, int], Mapping[str, Tensor]]  # (applied, lear
 @dataclass(frozen=True)
 class FitConfig(ReadsShards):
     """What every trainer has. Every `…_every` and `total_images` counts images; 0 turns a cadence off."""
+
+    # They change what is learned from here on, and leave no state that would not fit: people turn them on purpose.
+    knobs: ClassVar[frozenset[str]] = frozenset(
+        "learning_rate warmup_images schedule final_learning_rate beta1 beta2 weight_decay max_norm ema_halflife "
+        "ema_rampup precision compile".split()
+    )
 
     total_images: int = 100_000  # train until this many images were seen
     global_batch: int = 64  # images per optimizer step, over all ranks
@@ -68,6 +75,7 @@ class Loader(Protocol):
     @property
     def bad_kinds(self) -> Sequence[str]: ...
     def __iter__(self) -> Iterator[Batch]: ...
+    def describe(self, position: int) -> Mapping[str, Any]: ...
     def advance(self) -> None: ...
     def count_bad(self, counts: Mapping[str, int]) -> None: ...
     def state_dict(self) -> dict[str, Any]: ...
@@ -92,7 +100,8 @@ def loader_options(config: FitConfig, run: Run) -> dict[str, Any]:
 
 
 class Evaluator(Protocol):
-    """Held-out figures at a cadence; `run` is called on all ranks, with the plain model in eval mode."""
+    """Held-out figures at a cadence; `run` is called on all ranks, with the plain model in eval mode. It may raise
+    runtime.Leave, on all ranks alike, when the run was asked to stop: it is then called again when the run goes on."""
 
     every: int
 
@@ -126,13 +135,14 @@ def fit(
         )
     checkpoints = Checkpointer(run.run_dir / "checkpoints", place, keep=config.keep_checkpoints)
     run.at_exit.callback(checkpoints.settle)
-    seen = skipped = skipped_in_a_row = 0
+    seen, owed, skipped = 0, False, SkippedSteps(config.max_skipped_steps, loader.describe)
     if latest := checkpoints.latest():
         _refuse_other_model(latest, description)
         _load(latest, engine, ema)
         loader.load_state_dict(latest.state["data"])
         engine.load_counters(latest.state["engine"])
-        seen, skipped = latest.images_seen, latest.state["skipped_steps"]
+        seen, skipped.total = latest.images_seen, latest.state["skipped_steps"]
+        owed = latest.state.get("evaluation_owed", False) and not run.was_done
         verb = "resuming at" if seen < config.total_images else "nothing left to do: already trained on"
         log.info("%s %s of %s images", verb, f"{seen:,}", f"{config.total_images:,}")
     run.images_seen = resumed_from = seen
@@ -146,9 +156,20 @@ def fit(
     batches = _on_device(iter(loader), place.device) if seen < config.total_images else iter(())
     bar = tqdm(total=config.total_images, initial=seen, unit="img", disable=not place.is_main, desc=run.stage)
 
+    def evaluated() -> bool:
+        """Write the figures that are due now; False when the run was asked to stop meanwhile."""
+        due = [e for e in evaluators if e.every and (seen >= config.total_images or _due(e.every, seen, batch_size))]
+        figures = _evaluate(engine, ema, due, seen) if due else {}
+        if figures:
+            metrics.write(seen, figures)
+        return figures is not None
+
+    if owed:
+        owed = stop = not evaluated()
     while seen < config.total_images and not stop:
         engine.module.train()
         bad = torch.zeros(len(loader.bad_kinds), dtype=torch.int64)
+        parts = []
         for index in range(accumulation):
             with clock.waiting_for_data():
                 batch = next(batches)
@@ -157,11 +178,12 @@ def fit(
             with engine.autocast():
                 loss, values = step_fn(engine.model, batch)
             engine.backward(loss)
+            parts.append((loss.detach(), batch["position"]))
             metrics.add({"loss": loss, **values}, parts=accumulation)
         learning_rate = _learning_rate(config, seen)
         applied, norm = engine.step(learning_rate, config.max_norm)
         seen = run.images_seen = seen + batch_size
-        skipped, skipped_in_a_row = (skipped, 0) if applied else (skipped + 1, skipped_in_a_row + 1)
+        skipped.count(applied, parts, seen)
         metrics.add({"gradient_norm": norm, **(after_step(applied, learning_rate, seen) if after_step else {})})
         if applied and ema:
             ema.update(seen, batch_size)
@@ -171,26 +193,24 @@ def fit(
         clock.count_step(batch_size)
         bar.update(batch_size)
 
-        at_end = seen >= config.total_images
-        saving = at_end or stop or _due(config.save_every, seen, batch_size)
-        evaluating = [e for e in evaluators if e.every and (at_end or _due(e.every, seen, batch_size))]
+        saving = seen >= config.total_images or stop or _due(config.save_every, seen, batch_size)
+        evaluating = any(_due(e.every, seen, batch_size) for e in evaluators)
         if saving or evaluating or _due(config.log_every, seen, batch_size):
             line = metrics.flush(seen, clock.steps, {"learning_rate": learning_rate, **clock.take()})
             bar.set_postfix(loss=f"{line['loss']:.4f}")
             run.write_status("running")
-        if skipped_in_a_row >= config.max_skipped_steps:
-            raise ValueError(f"{skipped_in_a_row} steps in a row had no finite gradient, the last at {seen} images")
-        if evaluating:
-            metrics.write(seen, _evaluate(engine, ema, evaluating, seen))
-        if saving:
+        skipped.check(seen)
+        owed = not evaluated()
+        stop = stop or owed
+        if saving or owed:
             late, counted = agreement.collect()
             stop = stop or late
             loader.count_bad(counted)
-            state = {"data": loader.state_dict(), "engine": engine.counters(), "skipped_steps": skipped}
-            checkpoints.save(seen, _tensors(engine, ema), state | facts)
+            state = {"data": loader.state_dict(), "engine": engine.counters(), "skipped_steps": skipped.total}
+            checkpoints.save(seen, _tensors(engine, ema), state | facts | {"evaluation_owed": owed})
     bar.close()
     checkpoints.wait()
-    if seen < config.total_images:
+    if seen < config.total_images or owed:
         run.stop(f"asked to, after {seen - resumed_from:,} images, at {seen:,} of {config.total_images:,}")
 
 
@@ -231,10 +251,15 @@ def _due(every: int, seen: int, batch_size: int) -> bool:
     return every > 0 and seen // every > (seen - batch_size) // every
 
 
-def _evaluate(engine: Engine, ema: WeightEMA | None, evaluators: Sequence[Evaluator], seen: int) -> dict[str, float]:
+def _evaluate(
+    engine: Engine, ema: WeightEMA | None, evaluators: Sequence[Evaluator], seen: int
+) -> dict[str, float] | None:
+    """Figures by name, or None when the evaluators were left."""
     engine.module.eval()
-    with ema.swapped_in() if ema else contextlib.nullcontext(), engine.autocast(), torch.no_grad():
+    averaged = ema.swapped_in() if ema else contextlib.nullcontext()
+    with contextlib.suppress(Leave), averaged, engine.autocast(), torch.no_grad():
         return {name: value for evaluator in evaluators for name, value in evaluator.run(engine.module, seen)}
+    return None
 
 
 def _bytes_per_rank(engine: Engine, run: Run) -> dict[str, list[int]]:

@@ -16,7 +16,7 @@ b batch, R resolution, c hidden units, D code dimension, h w a level's grid; lev
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -296,9 +296,12 @@ class VQVAE(nn.Module):
         )
 
     @torch.no_grad()
-    def init_codebooks(self, batches: Iterable[Tensor], *, seed: int) -> None:
+    def init_codebooks(
+        self, batches: Iterable[Tensor], *, seed: int, between: Callable[[], None] = lambda: None
+    ) -> None:
         """Fit the codebooks to images [b, 3, R, R], level by level from the top: a lower level's encoder vectors depend
-        on the quantized levels above. For the plain model, before it is wrapped."""
+        on the quantized levels above. For the plain model, before it is wrapped. `between` is called before each batch
+        is encoded."""
         images = list(batches)
         if not images:
             raise ValueError("codebook init needs at least one batch of images, got 0")
@@ -306,16 +309,17 @@ class VQVAE(nn.Module):
         self.eval()
         for index, (name, level) in enumerate(zip(self.level_names, self._levels, strict=True)):
             key = mix(seed, key_of("codebook"), key_of(name))
-            vectors = self._sample_vectors(images, index, key)
+            vectors = self._sample_vectors(images, index, key, between)
             level.quantizer.set_codebook(fit_codebook(vectors, self.num_codes, key))
         self.train(training)
 
-    def _sample_vectors(self, images: Sequence[Tensor], index: int, key: int) -> Tensor:
+    def _sample_vectors(self, images: Sequence[Tensor], index: int, key: int, between: Callable[[], None]) -> Tensor:
         """Encoder vectors [n, D] of one level: the same number of grid cells of every image."""
         level, cells = self._levels[index], math.prod(self.grids[index])
         count = min(cells, math.ceil(sample_size(self.num_codes) / sum(len(batch) for batch in images)))
         chosen: list[Tensor] = []
         for batch in images:
+            between()
             features = self._features(batch.to(level.quantizer.embedding.device))
             _, _, decoded = self._descend(features, index)
             z = rearrange(level.project(features[index], decoded), "b d h w -> b (h w) d")

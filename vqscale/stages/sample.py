@@ -5,7 +5,7 @@ the batch it is computed in is fixed.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -170,7 +170,7 @@ def _drawn(
         run.poll()
         block = [min(i, ids.stop - 1) for i in range(first, first + config.batch)]
         label = torch.tensor([labels[i] for i in block], device=run.topology.device)
-        images = draw(config, chain, label, torch.tensor(block, device=run.topology.device))
+        images = draw(config, chain, label, torch.tensor(block, device=run.topology.device), run.poll)
         opinions = chain.judge.probabilities_of(images.to(label.device), label) if chain.judge else None
         for i in range(first, min(first + config.batch, ids.stop)):
             about: dict[str, Any] = {"sample": i, "seed": config.seed}
@@ -181,8 +181,10 @@ def _drawn(
 
 
 @torch.inference_mode()
-def draw(config: SampleConfig, chain: Chain, label: Tensor, sample_ids: Tensor) -> Tensor:
-    """Images uint8 [b, 3, R, R] of classes int64 [b]."""
+def draw(
+    config: SampleConfig, chain: Chain, label: Tensor, sample_ids: Tensor, between: Callable[[], None] = lambda: None
+) -> Tensor:
+    """Images uint8 [b, 3, R, R] of classes int64 [b]. `between` is called after each row of codes."""
     codes: list[Tensor] = []
     for prior in chain.priors:
         name = prior.description["level"]
@@ -199,6 +201,7 @@ def draw(config: SampleConfig, chain: Chain, label: Tensor, sample_ids: Tensor) 
                 top_p=config.top_p.get(name, 1.0),
                 guidance=config.guidance.get(name, 0.0),
                 dtype=_DTYPES[config.precision],
+                progress=lambda done, rows: between(),
             )
         )
     return to_uint8(chain.vqvae.model.decode(codes)).cpu()

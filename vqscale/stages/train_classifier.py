@@ -151,7 +151,9 @@ class HeldOutAccuracy:
     def run(self, model: nn.Module, images_seen: int) -> Iterator[tuple[str, float]]:
         """Yields held_out/accuracy_top1 and _top5."""
         top_1, top_5, _ = accuracy(
-            lambda images: model(network_input(images, self._extractor)), self._batches(), self._run.topology
+            lambda images: model(network_input(images, self._extractor)),
+            self._run.watched(self._batches()),
+            self._run.topology,
         )
         yield "held_out/accuracy_top1", top_1
         yield "held_out/accuracy_top5", top_5

@@ -144,7 +144,7 @@ class HeldOutNLL:
         place, config = self._run.topology, self._config
         folder = resolve(config.data, "holdout", made_by="extract_codes")
         sums = torch.zeros(2, dtype=torch.float64, device=place.device)
-        for batch in sequential_batches(
+        batches = sequential_batches(
             folder,
             read=reader(config, Manifest.load(folder), flip=False),
             batch=min(64, config.evaluate_images),
@@ -153,7 +153,8 @@ class HeldOutNLL:
             workers=0,
             limit=config.evaluate_images,
             cache=Cache.of(config),
-        ):
+        )
+        for batch in self._run.watched(batches):
             moved = {name: value.to(place.device) for name, value in batch.items()}
             codes, above = inputs(moved, config.level)
             each = code_nll(model(codes, moved["label"], above), codes).flatten(1).mean(1).double()

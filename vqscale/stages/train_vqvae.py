@@ -118,26 +118,38 @@ def _init_codebooks(
     """Codebooks from the first images of the order, which stay unconsumed: rank 0 computes, all ranks receive."""
     place = run.topology
     model.to(place.device)
+    left = False
     if place.is_main:
-        loader = build_loader(
-            folder,
-            read=reader,
-            global_batch=min(64, config.init_images),
-            micro_batch=0,
-            rank=0,
-            world_size=1,
-            seed=config.seed,
-            shuffle_window=config.shuffle_window,
-            workers=0,
-            cache=Cache.of(config),
-        )
-        batches = iter(loader)
-        count = -(-config.init_images // min(64, config.init_images))
-        images = (to_float(next(batches)["image"].to(place.device)) for _ in range(count))
-        model.init_codebooks(images, seed=config.seed)
+        images = _first_images(folder, reader, config, place.device)
+        try:
+            model.init_codebooks(images, seed=config.seed, between=run.poll_signals)
+        except runtime.Leave:
+            left = True
+    if place.gather(left)[0]:
+        run.stop("asked to, before the first step")
     for _, buffer in model.named_buffers():
         place.broadcast_(buffer)
     assert_same_everywhere(dict(model.named_buffers()), place)
+
+
+def _first_images(
+    folder: Path, reader: ImageReader, config: TrainVQVAEConfig, device: torch.device
+) -> Iterator[Tensor]:
+    batch = min(64, config.init_images)
+    loader = build_loader(
+        folder,
+        read=reader,
+        global_batch=batch,
+        micro_batch=0,
+        rank=0,
+        world_size=1,
+        seed=config.seed,
+        shuffle_window=config.shuffle_window,
+        workers=0,
+        cache=Cache.of(config),
+    )
+    batches = iter(loader)
+    return (to_float(next(batches)["image"].to(device)) for _ in range(-(-config.init_images // batch)))
 
 
 class HeldOutReconstruction:
@@ -156,7 +168,7 @@ class HeldOutReconstruction:
         used = torch.zeros(len(names), vqvae.num_codes, dtype=torch.float64, device=place.device)
         sums = torch.zeros(3, dtype=torch.float64, device=place.device)  # squared error, PSNR, images
         shown = False
-        for batch in self._batches():
+        for batch in self._run.watched(self._batches()):
             image, weight = to_float(batch["image"].to(place.device)), batch["weight"].to(place.device).double()
             output = vqvae(image)
             error = (output.reconstruction.float().clamp(-1, 1) - image).square().flatten(1).mean(1).double()
@@ -200,9 +212,12 @@ class HeldOutReconstruction:
         if not self._run.topology.is_main:
             return
         grid = make_grid((torch.cat(rows).clamp(-1, 1) + 1) / 2, nrow=count)
-        folder = self._run.run_dir / "samples"
-        folder.mkdir(exist_ok=True)
-        save_image(grid, folder / f"{images_seen:012d}.png")
+        path = self._run.run_dir / "samples" / f"{images_seen:012d}.png"
+        try:
+            path.parent.mkdir(exist_ok=True)
+            save_image(grid, path)
+        except OSError as error:  # a full disk does not stop the run for a picture
+            runtime.log.warning("%s: a picture is lost: %s", path, error.strerror)
         self._run.log_image("reconstructions", grid, images_seen)
 
 

@@ -1,0 +1,76 @@
+"""A run that stands still ends in time, with every rank's stacks in the log."""
+
+import os
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.distributed import run_ranks, started
+from support.training import TinyConfig, train
+
+from vqscale import runtime
+
+SECONDS = 5
+
+
+def settings(run_dir: Path) -> TinyConfig:
+    return TinyConfig(run_dir=str(run_dir), trackers=[], watchdog_seconds=SECONDS, save_every=8)
+
+
+def _fall_asleep_here(seconds: float) -> None:
+    time.sleep(seconds)
+
+
+def _train_and_hang(config: TinyConfig, how: str) -> Any:
+    def on_step(run: runtime.Run, seen: int) -> None:
+        if seen == 40 and run.topology.rank == run.topology.world_size - 1:
+            (run.run_dir / "hanging").touch()
+            if how == "stopped":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            _fall_asleep_here(600)
+
+    train(config, on_step=on_step)
+
+
+@pytest.mark.parametrize(("how", "world"), [("asleep", 1), ("asleep", 2), ("stopped", 2)])
+def test_ranks_that_stand_still_write_their_stacks_and_end(tmp_path: Path, how: str, world: int) -> None:
+    with started(_train_and_hang, world, settings(tmp_path), how) as ranks:
+        until = time.monotonic() + 60
+        while not (tmp_path / "hanging").exists():
+            assert time.monotonic() < until and ranks.alive(), ranks.output()
+            time.sleep(0.02)
+        hanging = time.monotonic()
+        codes = ranks.wait(60)
+        took = time.monotonic() - hanging
+        assert took < SECONDS + 10, ranks.output()
+        assert set(codes) <= {1, -signal.SIGKILL} and 1 in codes
+        assert f"no progress for {SECONDS} s: the stacks of all ranks are in" in ranks.output()
+    logs = [(tmp_path / "log" / f"{rank}.log").read_text() for rank in range(world)]
+    assert all("most recent call first" in text for text in logs)
+    assert "_fall_asleep_here" in logs[-1] or how == "stopped"
+    assert "in on_step" in logs[-1]
+    status = runtime.read_status(tmp_path)
+    assert status["state"] == "failed" and status["reason"].startswith(f"no progress for {SECONDS} s")
+    results = run_ranks(train, world, replace(settings(tmp_path), watchdog_seconds=600))
+    consumed = sorted(p for r in results for p in r["consumed"])
+    assert consumed == list(range(consumed[0], 160)) and 8 <= consumed[0] <= 40
+
+
+def test_a_run_that_gets_on_is_left_alone(tmp_path: Path) -> None:
+    config = replace(settings(tmp_path), step_seconds=0.4)  # longer than the limit in all
+    (result,) = run_ranks(train, 1, config)
+    assert len(result["applied"]) == 20
+    assert "no progress" not in (tmp_path / "log" / "0.log").read_text()
+
+
+def _ask_for_stacks(config: TinyConfig) -> int:
+    train(config, on_step=lambda run, seen: os.kill(os.getpid(), signal.SIGQUIT) if seen == 40 else None)
+    return 0
+
+
+def test_quit_writes_the_stacks_and_goes_on(tmp_path: Path) -> None:
+    assert run_ranks(_ask_for_stacks, 1, replace(settings(tmp_path), watchdog_seconds=600)) == [0]
+    assert "in fit" in (tmp_path / "log" / "0.log").read_text()

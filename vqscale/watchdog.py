@@ -1,0 +1,103 @@
+"""A run that stands still ends, with the stacks of its ranks in their logs, instead of holding its machines in silence.
+
+In: a count that rises with progress.  Out: after `seconds` in which it did not, every rank of this machine has written
+the stacks of its threads to log/<rank>.log and is gone. Also `kill -QUIT PID` writes a rank's stacks there.
+"""
+
+import contextlib
+import faulthandler
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from vqscale.topology import Topology
+
+log = logging.getLogger("vqscale")
+_GRACE = 1.0  # seconds that the other ranks have to write their stacks
+_AT_MOST = 8.0  # seconds that the end itself may take
+_START_UP = 600.0  # more that there are before the first sign: large models are read, verified, compiled
+
+
+class Watchdog:
+    """One per rank. `report(reason)` is called before the end, on each rank that notices."""
+
+    def __init__(
+        self,
+        seconds: float,
+        log_file: Path,
+        place: Topology,
+        progress: Callable[[], int],
+        report: Callable[[str], None],
+    ):
+        """Collective. seconds: without progress, > 0; start-up has ten minutes more."""
+        self._seconds, self._progress, self._report = seconds, progress, report
+        self._log_file, self._rank = log_file, place.rank
+        self._file = open(log_file, "a")  # noqa: SIM115 - faulthandler writes to it until `close`
+        faulthandler.register(signal.SIGQUIT, self._file)
+        self._others = [_handle(pid) for pid in _pids_here(place) if pid != os.getpid()]
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """The run ended by itself."""
+        self._closed.set()
+        self._thread.join()
+        faulthandler.cancel_dump_traceback_later()
+        faulthandler.unregister(signal.SIGQUIT)
+        for handle in self._others:
+            with contextlib.suppress(OSError):
+                os.close(handle)
+        self._file.close()
+
+    def _watch(self) -> None:
+        tick = min(1.0, self._seconds / 4)
+        last, still = self._progress(), -_START_UP
+        while not self._closed.wait(tick):  # counted, not timed: a suspended machine does not stand still
+            if (now := self._progress()) != last:
+                last, still = now, 0.0
+                # Where code that holds the interpreter hangs, this thread does: then faulthandler's own ends the rank.
+                faulthandler.dump_traceback_later(self._seconds + _AT_MOST, exit=True, file=self._file)
+            else:
+                still += tick
+            if still >= self._seconds:
+                self._end()
+
+    def _end(self) -> None:
+        reason = f"no progress for {self._seconds:g} s: the stacks of all ranks are in {self._log_file.parent}"
+        self._tell_others(signal.SIGCONT)  # a process that was stopped writes nothing
+        self._tell_others(signal.SIGQUIT)
+        faulthandler.dump_traceback(self._file)
+        faulthandler.dump_traceback_later(_AT_MOST, exit=True, file=self._file)  # should anything below hang
+        log.error(reason)
+        if self._rank:  # the first rank's log is on the screen, but it may be the one that hangs
+            print(f"vqscale: error on rank {self._rank}: {reason}", file=sys.stderr, flush=True)
+        self._report(reason)
+        time.sleep(_GRACE)
+        self._tell_others(signal.SIGKILL)
+        os._exit(1)
+
+    def _tell_others(self, number: signal.Signals) -> None:
+        for handle in self._others:
+            with contextlib.suppress(OSError):
+                signal.pidfd_send_signal(handle, number)
+
+
+def _pids_here(place: Topology) -> list[int]:
+    """The ranks that this rank's launcher started on this machine."""
+    ranks = place.gather((socket.gethostname(), os.getppid(), os.getpid()))
+    return [pid for *where, pid in ranks if where == [socket.gethostname(), os.getppid()]]
+
+
+def _handle(pid: int) -> int:
+    """Of this very process: its number may be another's when the handle is used."""
+    try:
+        return os.pidfd_open(pid)
+    except (OSError, AttributeError):  # gone already, or a system without handles
+        return -1
