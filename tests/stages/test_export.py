@@ -196,6 +196,8 @@ def test_mistakes_in_the_api_are_named(exported: Path, tmp_path: Path) -> None:
         (lambda: vqvae.decode([level * 0 + 32 for level in vqvae.encode(image)]), "codes from 32 to 32, but K = 32"),
         (lambda: sample(exported, classes=["sun"]), "'sun' is no class name of the 10"),
         (lambda: sample(exported, classes=[]), "nothing to sample"),
+        (lambda: sample(exported, top_k={"middle": 3}), "top_k.middle: the levels of"),
+        (lambda: sample(exported, guidance=1), r"guidance\.(top|bottom)=1\.0.*class_dropout=0"),
         (lambda: sample(exported, temperature=-1), "temperature=-1.0 must be >= 0"),
     ]:
         with pytest.raises(ValueError, match=message):
