@@ -26,6 +26,7 @@ STAGES = {
 }
 # Commands that make no run: each module holds `USAGE`, `Config`, `load(words) -> request` and `main(request)`.
 TOOLS = {
+    "status": "a folder of runs -> how each stage stands",
     "plan": "a trainer's config -> memory, communication and time at any number of ranks",
     "export": "a run -> a folder to share: model.safetensors, config.json and a model card",
     "import-checkpoint": "a checkpoint of rosinality/vq-vae-2-pytorch -> such a folder",

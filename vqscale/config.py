@@ -143,12 +143,25 @@ def _check_given(written: DictConfig, dotted: DictConfig, path: Path) -> None:
 
 def _fill_paths(merged: DictConfig, cls: Any, path: Path) -> None:
     OmegaConf.set_readonly(merged, False)  # frozen dataclasses make it so
-    experiment = RUNS / path.resolve().parent.name
     if not merged.run_dir:
-        merged.run_dir = str(experiment / path.stem)
+        merged.run_dir = str(_default_run(path, path.stem))
     for f in dataclasses.fields(cls):
         if "run_of" in f.metadata and merged[f.name] == "":
-            merged[f.name] = str(experiment / f.metadata["run_of"])
+            merged[f.name] = str(_default_run(path, f.metadata["run_of"]))
+
+
+def _default_run(path: Path, stage: str) -> Path:
+    return RUNS / path.resolve().parent.name / stage
+
+
+def peek(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """A stage's values as they are given, `run_dir` filled in, for who does not need to know the stage.
+
+    Raises ValueError and FileNotFoundError as `load` does, but knows no keys.
+    """
+    path = Path(path)
+    given: dict[str, Any] = OmegaConf.to_container(OmegaConf.merge(_read_yaml(path), _parse_overrides(overrides)))  # type: ignore[assignment]
+    return {**given, "run_dir": given.get("run_dir") or str(_default_run(path, path.stem))}
 
 
 def save(config: Any, path: Path) -> None:

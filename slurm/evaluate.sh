@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=evaluate
+#SBATCH --output=%x-%j.log
+#SBATCH --open-mode=append
+#SBATCH --ntasks-per-node=1
+#SBATCH --requeue
+#SBATCH --signal=B:USR2@180
+# sbatch [flags] slurm/evaluate.sh CONFIG [key=value ...]: everything -> scores.json and report.html
+# shellcheck source=slurm/common.sh
+. "$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\([^ ]*\)/.*|\1|p')/common.sh"
+run_stage evaluate "$@"

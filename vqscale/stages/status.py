@@ -1,0 +1,284 @@
+"""Run directories -> how each stage stands: a table for people, chosen columns for scripts.
+
+Everything is read from the files of the runs; where there is Slurm, its queue says which jobs are waiting or gone.
+"""
+
+import getpass
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from vqscale import config as configs
+from vqscale.runtime import read_json, read_status
+
+USAGE = "[RUNS | RUN | CONFIG | CONFIGS] [key=value ...]"
+_ABSENT = "the program did not begin"
+_TAIL = 1 << 16  # bytes of metrics.jsonl that are looked at
+# The job itself cannot mend these; anything else that ends a run may be the machine's fault.
+_MISTAKES = ("ValueError", "FileNotFoundError")
+_PIPELINE = (
+    *("pack", "index", "train_vqvae", "extract_codes"),
+    *("train_prior_top", "train_prior_middle", "train_prior_bottom", "sample", "train_classifier", "evaluate"),
+)
+_MARKS = ("status.json", "log/job")  # of a run; one that only waits in the queue has the second alone
+
+
+@dataclass(frozen=True)
+class StatusConfig:
+    """What is asked about the runs."""
+
+    show: str = ""  # columns such as run_dir,state: tab-separated values, - for none, a line per run; "" = a table
+    restarts: int = 3  # starts in a row without progress after which a run is given up
+
+
+Config = StatusConfig
+
+
+@dataclass(frozen=True)
+class Request:
+    status: StatusConfig
+    runs: list["State"]
+    folder: Path
+
+
+def load(words: Sequence[str]) -> Request:
+    """From `[RUNS] [show=…]`, or `CONFIGS [key=value …] [show=…]` for the runs of a config or of a folder of configs.
+
+    Raises ValueError for an unknown column, FileNotFoundError where there is no such folder.
+    """
+    own = configs.field_names(StatusConfig)
+    mine = [word for word in words if word.split("=")[0] in own]
+    path, *overrides = [word for word in words if word not in mine] or [str(configs.RUNS)]
+    status: StatusConfig = configs.from_words(StatusConfig, mine)
+    if unknown := [name for name in _shown(status) if name not in COLUMNS]:
+        raise ValueError(f"show={unknown[0]}: there is no such column; choose from {', '.join(COLUMNS)}")
+    jobs, folder = _queue(), Path(path)
+    given = [folder] if folder.suffix == ".yaml" else [] if _is_run(folder) else list(folder.glob("*.yaml"))
+    if overrides and not given:
+        raise ValueError(f"{overrides[0]}: {folder} has no configs, and only a config can be overridden")
+    asked = [(file.stem, configs.peek(file, overrides)) for file in given]
+    runs = [State(Path(a["run_dir"]), jobs, status, name, a.get("total_images", 0)) for name, a in asked]
+    if not runs and not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}: status takes a folder of runs, a run, or a config")
+    return Request(status, _in_order(runs or [State(found, jobs, status) for found in _runs_in(folder)]), folder)
+
+
+def main(request: Request) -> None:
+    """Print what was asked for."""
+    if shown := _shown(request.status):
+        for run in request.runs:
+            print("\t".join(COLUMNS[name](run) or "-" for name in shown))
+        return
+    Console(width=None if os.isatty(1) else 160).print(_table(request))
+    for run in request.runs:
+        if run.state == "failed":
+            print(f"{run.run_dir} failed: {run.reason}; read {run.log}")
+
+
+def _shown(status: StatusConfig) -> list[str]:
+    return [name for name in status.show.split(",") if name]
+
+
+def _is_run(folder: Path) -> bool:
+    return any((folder / mark).is_file() for mark in _MARKS)
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    """The run itself, or the runs up to two levels below."""
+    if _is_run(folder):
+        return [folder]
+    below = (path for mark in _MARKS for depth in ("*", "*/*") for path in folder.glob(f"{depth}/{mark}"))
+    return [path.parent.parent if path.name == "job" else path.parent for path in below]
+
+
+def _in_order(runs: Sequence["State"]) -> list["State"]:
+    """Experiments by name, their stages in the order of the pipeline; each run once."""
+
+    def place(run: "State") -> tuple[str, int, str]:
+        earlier = [number for number, stage in enumerate(_PIPELINE) if run.name.startswith(stage)]
+        return str(run.run_dir.parent), max(earlier, default=len(_PIPELINE)), run.name
+
+    return sorted({run.run_dir: run for run in runs}.values(), key=place)
+
+
+def _queue() -> Mapping[str, str] | None:
+    """This user's jobs in Slurm, id -> PENDING, RUNNING, …; None where there is no Slurm to ask."""
+    if not shutil.which("squeue"):
+        return None
+    command = ["squeue", "--noheader", "--format=%A %T", f"--user={getpass.getuser()}"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return dict(line.split() for line in answer.splitlines())
+
+
+class State:
+    """How one run stands."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        jobs: Mapping[str, str] | None,
+        status: StatusConfig,
+        name: str = "",
+        total: int = 0,
+    ):
+        self.run_dir = run_dir
+        self.name = name or run_dir.name
+        self._jobs = jobs
+        self._limit = status.restarts
+        self._written = read_status(run_dir)
+        self._command = read_json(run_dir / "command.json")
+        self.total = total or self._saved_total()
+        self.images_seen = int(self._written.get("images_seen", 0))
+        self.state, self.reason = self._judge()
+
+    def _saved_total(self) -> int:
+        saved = self.run_dir / "config.yaml"
+        return int(configs.peek(saved).get("total_images", 0)) if saved.is_file() else 0
+
+    def _judge(self) -> tuple[str, str]:
+        state, reason = self._written.get("state", ""), str(self._written.get("reason", ""))
+        job = (self._jobs or {}).get(self.job, "")
+        if self._jobs is not None and not job and not self._began and self._starts:
+            return "failed", _ABSENT
+        if state == "done" and 0 < self.images_seen < self.total:
+            state, reason = "stopped", f"done with {self.images_seen} images, {self.total} are asked for"
+        if state != "done" and job == "PENDING":
+            return "queued", reason
+        if state not in ("done", "running") and job:
+            return "starting", reason
+        if state == "running" and self._written.get("job_id") and self._jobs is not None and not job:
+            return "stopped", "its job is gone"
+        return state, reason
+
+    @property
+    def job(self) -> str:
+        """The Slurm job that was submitted or started last."""
+        path = self.run_dir / "log" / "job"
+        return path.read_text().strip() if path.is_file() else str(self._written.get("job_id", ""))
+
+    @property
+    def log(self) -> Path:
+        """Where the last start has left its words: the program's own log, or if it did not come so far the job's."""
+        job = self.run_dir / "log" / f"job-{self.job}.log"
+        return job if not self._began and job.is_file() else self.run_dir / "log" / "0.log"
+
+    @cached_property
+    def _starts(self) -> list[tuple[int, float]]:
+        """Every start of a job adds a line to log/launches: the progress that it found, and when it was."""
+        path = self.run_dir / "log" / "launches"
+        lines = path.read_text().splitlines() if path.is_file() else []
+        return [(int(found), float(when)) for found, when in map(str.split, lines)]
+
+    @property
+    def _began(self) -> bool:
+        """Whether the last start came as far as writing a status."""
+        written = self._written.get("time")
+        return written is not None and (not self._starts or written >= self._starts[-1][1])
+
+    @cached_property
+    def progress(self) -> int:
+        """What a new start would go on from: images of the newest checkpoint, or finished shards."""
+        saved = [int(path.name) for path in self.run_dir.glob("checkpoints/*") if path.name.isdigit()]
+        return max(saved) if saved else sum(1 for depth in ("*", "*/*") for _ in self.run_dir.glob(f"{depth}.tar"))
+
+    @cached_property
+    def stalled(self) -> int:
+        """How many of the last starts in a row made no progress."""
+        found = [progress for progress, _ in self._starts]
+        return next((n for n, one in enumerate(reversed(found)) if one != self.progress), len(found))
+
+    @property
+    def verdict(self) -> tuple[str, str]:
+        """What to do about a run whose job has ended, and why: done | again | failed | absent (it never began)."""
+        state, reason = self._written.get("state", ""), str(self._written.get("reason", ""))
+        if self._began and state == "done":
+            return "done", ""
+        if self._began and state == "failed" and reason.startswith(_MISTAKES):
+            return "failed", reason
+        if self.stalled >= self._limit:
+            return "failed", f"{self.stalled} starts without progress beyond {self.progress}; {reason}"
+        return ("again", reason) if self._began else ("absent", _ABSENT)
+
+    @cached_property
+    def last(self) -> dict[str, Any]:
+        """The newest loss and images_per_second of metrics.jsonl."""
+        found: dict[str, Any] = {}
+        for line in _tail(self.run_dir / "metrics.jsonl"):
+            found |= {key: line[key] for key in ("loss", "images_per_second") if line.get(key) is not None}
+        return found
+
+    @property
+    def eta(self) -> float | None:
+        """Seconds left at the last rate."""
+        rate, left = self.last.get("images_per_second"), self.total - self.images_seen
+        return left / rate if rate and left > 0 and self.state == "running" else None
+
+
+def _tail(path: Path) -> Iterator[dict[str, Any]]:
+    """The last lines of a JSON-lines file; torn ones are left out."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - _TAIL))
+            lines = file.read().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            yield value
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    days, rest = divmod(int(seconds), 86_400)
+    return f"{days}d {rest // 3600:02d}h" if days else f"{rest // 3600}:{rest // 60 % 60:02d}:{rest % 60:02d}"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+COLUMNS: dict[str, Callable[[State], str]] = {
+    "name": lambda run: run.name,
+    "run_dir": lambda run: str(run.run_dir),
+    "state": lambda run: run.state,
+    "images_seen": lambda run: str(run.images_seen),
+    "total_images": lambda run: str(run.total or ""),
+    "images_per_second": lambda run: _number(run.last.get("images_per_second"), ".1f"),
+    "eta": lambda run: _duration(run.eta),
+    "restarts": lambda run: str(run._command.get("restarts", "")),
+    "loss": lambda run: _number(run.last.get("loss"), ".4f"),
+    "job": lambda run: run.job,
+    "reason": lambda run: run.reason,
+    "progress": lambda run: str(run.progress),
+    "stalled": lambda run: str(run.stalled),
+    "verdict": lambda run: run.verdict[0],
+    "why": lambda run: run.verdict[1],
+    "log": lambda run: str(run.log),
+}
+_FOR_PEOPLE = ("state", "images_seen", "total_images", "images_per_second", "eta", "restarts", "loss", "job")
+
+
+def _table(request: Request) -> Table:
+    table = Table("run", *(name.replace("_", " ") for name in _FOR_PEOPLE), box=None)
+    for run in request.runs:
+        inside = run.run_dir != request.folder and run.run_dir.is_relative_to(request.folder)
+        name = run.run_dir.relative_to(request.folder) if inside else run.run_dir
+        table.add_row(str(name), *(COLUMNS[column](run) for column in _FOR_PEOPLE))
+    return table
