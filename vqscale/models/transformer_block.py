@@ -29,16 +29,18 @@ def rotation(places: Tensor, dim: int) -> Tensor:
     return torch.stack((angles.cos(), angles.sin()))
 
 
-def turn(norm: nn.RMSNorm, x: Tensor, by: Tensor) -> Tensor:
-    """Normalised, then turned: x [..., d], by [2, ..., d / 2]; in the precision of the norm's gain or better."""
-    first, second = norm(x.to(norm.weight.dtype)).chunk(2, dim=-1)
+def turn(x: Tensor, gain: Tensor, by: Tensor) -> Tensor:
+    """Normalised, then turned: x, gain [..., d], by [2, ..., d / 2]; within, in the gain's precision or better."""
+    normalised = F.rms_norm(x.to(gain.dtype), x.shape[-1:], eps=1e-6)
+    first, second = (normalised * gain).chunk(2, dim=-1)
     cosine, sine = by[0], by[1]
     turned = torch.cat((first * cosine - second * sine, first * sine + second * cosine), dim=-1)
     return turned.to(x.dtype)
 
 
 def _head_norm(dim: int) -> nn.RMSNorm:
-    return nn.RMSNorm(dim, eps=1e-6)
+    """Holds the gain of `turn`."""
+    return nn.RMSNorm(dim)
 
 
 class SelfAttention(nn.Module):
@@ -56,7 +58,7 @@ class SelfAttention(nn.Module):
         query, key, value = rearrange(
             self.qkv(normalise(x)), "b t (three heads d) -> three b heads t d", three=3, heads=self.heads
         )
-        query, key = turn(self.query_norm, query, query_turn), turn(self.key_norm, key, key_turn)
+        query, key = turn(query, self.query_norm.weight, query_turn), turn(key, self.key_norm.weight, key_turn)
         y = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         return self.out(rearrange(y, "b heads t d -> b t (heads d)"))
 
@@ -77,13 +79,13 @@ class CrossAttention(nn.Module):
         key, value = rearrange(
             self.key_value(features), "b s (two heads d) -> two b heads s d", two=2, heads=self.heads
         )
-        return turn(self.key_norm, key, upper_turn), value
+        return turn(key, self.key_norm.weight, upper_turn), value
 
     def forward(self, x: Tensor, features: Tensor, query_turn: Tensor, upper_turn: Tensor) -> Tensor:
         """x [b, t, c], features [b, s, e] -> [b, t, c]."""
         query = rearrange(self.query(normalise(x)), "b t (heads d) -> b heads t d", heads=self.heads)
         key, value = self.keys_and_values(features, upper_turn)
-        y = F.scaled_dot_product_attention(turn(self.query_norm, query, query_turn), key, value)
+        y = F.scaled_dot_product_attention(turn(query, self.query_norm.weight, query_turn), key, value)
         return self.out(rearrange(y, "b heads t d -> b t (heads d)"))
 
 

@@ -37,17 +37,19 @@ class _SelfState:
         self.heads = layer.heads
         self.weight, self.bias = _matrices(layer.qkv, 3 * layer.heads, dtype)
         self.out = layer.out.weight.to(dtype).t()
-        self.query_norm, self.key_norm = layer.query_norm, layer.key_norm
+        gains = torch.stack((layer.query_norm.weight, layer.key_norm.weight))
+        self.gains = gains.repeat_interleave(layer.heads, 0)[:, None]  # of queries, then of keys: turned in one go
         self.keys = self.bias.new_zeros(layer.heads, batch, places, self.bias.shape[2])
         self.values = torch.zeros_like(self.keys)
 
-    def code(self, x: Tensor, place: int, query_turn: Tensor, key_turn: Tensor) -> None:
-        """x [b, c] of one token, updated in place."""
-        rows = normalise(x).expand(3 * self.heads, -1, -1)
-        query, key, value = torch.baddbmm(self.bias, rows, self.weight).split(self.heads)
-        self.keys[:, :, place] = turn(self.key_norm, key, key_turn)
-        self.values[:, :, place] = value
-        query, so_far = turn(self.query_norm, query, query_turn)[:, :, None], slice(0, place + 1)
+    def code(self, x: Tensor, place: int, by: Tensor) -> None:
+        """x [b, c] of one token, updated in place; by [2, two heads, 1, d / 2], of queries, then of keys."""
+        rows, heads = normalise(x).expand(3 * self.heads, -1, -1), self.heads
+        projected = torch.baddbmm(self.bias, rows, self.weight)
+        turned, so_far = turn(projected[: 2 * heads], self.gains, by), slice(0, place + 1)
+        self.keys[:, :, place] = turned[heads:]
+        self.values[:, :, place] = projected[2 * heads :]
+        query = turned[:heads, :, None]
         y = F.scaled_dot_product_attention(query, self.keys[:, :, so_far], self.values[:, :, so_far])
         x.addmm_(y.transpose(0, 1).reshape(x.shape), self.out)
 
@@ -59,13 +61,13 @@ class _CrossState:
         self.heads = layer.heads
         self.weight, self.bias = _matrices(layer.query, layer.heads, dtype)
         self.out = layer.out.weight.to(dtype).t()
-        self.norm = layer.query_norm
+        self.gain = layer.query_norm.weight
         kept = layer.keys_and_values(features, upper_turn)
         self.keys, self.values = (x.to(dtype).transpose(0, 1).contiguous() for x in kept)
 
     def code(self, x: Tensor, query_turn: Tensor) -> None:
         query = torch.baddbmm(self.bias, normalise(x).expand(self.heads, -1, -1), self.weight)
-        query = turn(self.norm, query, query_turn)[:, :, None]
+        query = turn(query, self.gain, query_turn)[:, :, None]
         y = F.scaled_dot_product_attention(query, self.keys, self.values)
         x.addmm_(y.transpose(0, 1).reshape(x.shape), self.out)
 
@@ -92,7 +94,9 @@ class TransformerCache:
         self.places = prior.places().to(dtype)
         self.aligned = None if features is None else prior.aligned(features).to(dtype).flatten(1, 2)
         turns = prior.turns(height, codes.device)
-        self.query_turns, self.key_turns = turns[0].unbind(1), turns[1].unbind(1)
+        self.query_turns = turns[0].unbind(1)
+        both = torch.stack(turns[:2], dim=2).repeat_interleave(prior.config.heads, dim=2)  # [2, t, two heads, d / 2]
+        self.turns = both[:, :, :, None].unbind(1)
         self.blocks: list[tuple[_SelfState, _CrossState | None, _MLPState]] = []
         for block in prior.blocks:
             assert isinstance(block, TransformerBlock)
@@ -109,11 +113,10 @@ class TransformerCache:
         x = held + self.places[place]
         if self.aligned is not None:
             x += self.aligned[:, place]
-        query_turn, key_turn = self.query_turns[place], self.key_turns[place]
         for attention, cross, mlp in self.blocks:
-            attention.code(x, place, query_turn, key_turn)
+            attention.code(x, place, self.turns[place])
             if cross is not None:
-                cross.code(x, query_turn)
+                cross.code(x, self.query_turns[place])
             mlp.code(x)
         return torch.addmm(self.head_bias, normalise(x), self.head)
 
