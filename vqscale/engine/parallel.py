@@ -196,6 +196,8 @@ def _shard(module: Any, place: Topology, precision: str) -> None:
     def cut(parameter: nn.Parameter) -> Shard:
         return Shard(shard_dim(parameter.shape, shards))
 
+    # Torch warns whenever a model returns a view, as a prior's logits are, lest somebody write into it; nobody does.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     for unit in [*module.wrap_units(), module]:
         fully_shard(unit, mesh=mesh, shard_placement_fn=cut, mp_policy=policy)
     for method in getattr(module, "public_methods", ()):
