@@ -18,7 +18,7 @@ from vqscale.evaluation.collect import Collector, collect_images, reconstruct, s
 from vqscale.evaluation.features import Extractor, Features
 from vqscale.evaluation.metrics import psnr, ssim
 from vqscale.evaluation.moments import frechet_distance, moments_of
-from vqscale.evaluation.nll import nll_per_code, read_codes
+from vqscale.evaluation.nll import likelihood, read_codes
 from vqscale.evaluation.statistics import FeatureSet
 from vqscale.sources import load_prior, load_vqvae
 from vqscale.stages import evaluate
@@ -57,7 +57,7 @@ def everything(root: str, batch: int) -> dict[str, Any]:
         codes, prior = read_codes(Path(root) / "codes" / "holdout"), load_prior(Path(root) / "prior_bottom").model
         return {
             "numbers": [found.mse, found.psnr, found.ssim, frechet_distance(found.features.gaussian, real.gaussian)],
-            "nll": nll_per_code(prior, codes, "bottom", place, batch=batch),
+            "nll": likelihood(prior, codes, "bottom", place, batch=batch).per_code(),
             "usage": {name: counts.tolist() for name, counts in found.usage.items()},
             "features": real.features.numpy(),
             "pictures": found.pictures.numpy(),
