@@ -8,12 +8,11 @@ Fréchet distance of fewer images is larger for that reason alone.
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from vqscale.data.shards import Manifest, iterate
+from vqscale.data.shards import iterate
 from vqscale.evaluation import metrics
 from vqscale.evaluation.classify import CLASS_PROBABILITY
 from vqscale.evaluation.families import Bench, once, score_or_null
@@ -23,6 +22,7 @@ from vqscale.evaluation.moments import Gaussian, frechet_distance, moments_of
 from vqscale.evaluation.statistics import FeatureSet
 from vqscale.seeding import key_of, mix, uniform
 
+RATES = (1.0, 0.7, 0.5, 0.3, 0.1, 0.05)  # of acceptance
 DISTANCES = ("fid", "fd_lite0")
 CURVES = (*DISTANCES, "inception_score", "precision", "recall")
 _PART = "a part of the samples, chosen by a classifier that papers did not use"
@@ -63,17 +63,13 @@ def read_judged(data: DataSet) -> Judged | None:
     """
     if not data.manifest.extra.get("rejection"):
         return None
-    return _read(data.folder, data.manifest)
-
-
-def _read(folder: Path, manifest: Manifest) -> Judged:
     probabilities, labels = [], []
-    for key, label, parts in iterate(folder, ["json"]):
+    for key, label, parts in iterate(data.folder, ["json"]):
         try:
             probabilities.append(float(json.loads(parts["json"])[CLASS_PROBABILITY]))
         except (KeyError, ValueError, TypeError):
             raise ValueError(
-                f"samples={folder}: {key} has no {CLASS_PROBABILITY}, though the data set says so"
+                f"samples={data.name}: {key} has no {CLASS_PROBABILITY}, though the data set says so"
             ) from None
         labels.append(label)
     return Judged(torch.tensor(probabilities, dtype=torch.float64), torch.tensor(labels))
@@ -83,7 +79,8 @@ def kept_rows(judged: Judged, rate: float, *, seed: int | None = None) -> Tensor
     """Rows, increasing: of every class the share `rate` (at least one) that is likeliest, or with a `seed` any."""
     order = judged.probability
     if seed is not None:
-        order = torch.tensor([uniform(mix(seed, key_of("random share")), row) for row in range(len(order))])
+        shuffle = mix(seed, key_of("random share"))
+        order = torch.tensor([uniform(shuffle, row) for row in range(len(order))], dtype=torch.float64)
     rows = []
     for label in judged.label.unique():
         of_class = (judged.label == label).nonzero().flatten()
@@ -94,7 +91,7 @@ def kept_rows(judged: Judged, rate: float, *, seed: int | None = None) -> Tensor
 
 def score_rejection(
     bench: Bench,
-    data: DataSet,
+    judged: Judged,
     generated: FeatureSet,
     real: FeatureSet,
     reference: str,
@@ -102,7 +99,7 @@ def score_rejection(
     seed: int,
 ) -> None:
     """The samples' metrics at every rate, as `<metric>/accepted_<rate>`, and `<distance>/random_<rate>` beside them."""
-    if not rates or not bench.place.is_main or (judged := read_judged(data)) is None:
+    if not bench.place.is_main:
         return
     judged = Judged(judged.probability[: len(generated.features)], judged.label[: len(generated.features)])
     for rate in sorted(rates, reverse=True):

@@ -20,7 +20,7 @@ from vqscale.evaluation.gallery import images_at
 from vqscale.evaluation.inputs import INPUT_KEYS, DataSet, Inputs, find_inputs
 from vqscale.evaluation.neighbours import Neighbours, find_neighbours
 from vqscale.evaluation.nll import Codes, read_codes
-from vqscale.evaluation.rejection import check_networks, check_rates, score_rejection
+from vqscale.evaluation.rejection import RATES, check_networks, check_rates, read_judged, score_rejection
 from vqscale.evaluation.results import Shown, print_table, write_results
 from vqscale.evaluation.scores import METRICS, Scores, is_published_set
 from vqscale.evaluation.statistics import FeatureSet, PublishedReference
@@ -56,9 +56,7 @@ class EvaluateConfig(ReadsShards):
     nll_images: int = 0  # at most so many held-out code samples; 0 = all
     nll_train_images: int = 0  # also the NLL of so many training samples
     shuffled_conditioning: bool = True  # also the NLL with shuffled classes and shuffled upper codes
-    acceptance: list[float] = field(
-        default_factory=lambda: [1.0, 0.7, 0.5, 0.3, 0.1, 0.05]
-    )  # rejection curve; [] = none
+    acceptance: list[float] = field(default_factory=lambda: list(RATES))  # shares kept by rejection; [] = no curve
     kid_subset_size: int = 1_000  # as in torch-fidelity; another size is not comparable with papers
     num_reconstructions: int = 12  # shown in the report and the picture
     samples_shown: int = 10  # per class, in the report and the picture
@@ -185,8 +183,10 @@ def _samples(config: EvaluateConfig, bench: Bench, found: Inputs, shown: Shown) 
     if not wanted:
         return
     assert found.samples is not None and found.reference is not None and bench.extractor is not None
+    judged = None
     if config.acceptance:
         check_networks(found.samples, bench.extractor)
+        judged = read_judged(found.samples)
     generated = families.features_of(bench, found.samples, found.resolution_of(found.samples))
     if isinstance(found.reference, PublishedReference):
         real = families.published_features(bench, found.reference, config.reference)
@@ -199,7 +199,8 @@ def _samples(config: EvaluateConfig, bench: Bench, found: Inputs, shown: Shown) 
         )
     shown.checks = self_checks(bench, found, real)
     families.score_samples(bench, generated, real, about, published, config.kid_subset_size)
-    score_rejection(bench, found.samples, generated, real, about, config.acceptance, config.seed)
+    if judged is not None:
+        score_rejection(bench, judged, generated, real, about, config.acceptance, config.seed)
     if config.neighbours:
         shown.neighbours = _neighbours(config, bench, found, generated, real)
 
@@ -207,19 +208,16 @@ def _samples(config: EvaluateConfig, bench: Bench, found: Inputs, shown: Shown) 
 def self_checks(bench: Bench, found: Inputs, real: FeatureSet) -> list[str]:
     """Before any number. Raises CheckFailed where one would be wrong."""
     assert bench.extractor is not None
-    images = None
-    if isinstance(found.reference, PublishedReference):
-        images = found.reference.images
-    elif found.reference is not None:
-        few = range(min(_CHECKED, found.reference.n))
-        size = found.resolution_of(found.reference)
-        images = torch.stack(
-            [x for x, _ in images_at(found.reference.folder, found.reference.manifest, few, size, bench.shards)]
-        )
-    lines = check_metrics(real)
-    return (
-        lines if images is None else lines + check_extractor(bench.extractor, images[:_CHECKED].to(bench.place.device))
-    )
+    lines, reference = check_metrics(real), found.reference
+    if isinstance(reference, DataSet):
+        few, size = range(min(_CHECKED, reference.n)), found.resolution_of(reference)
+        images = [x for x, _ in images_at(reference.folder, reference.manifest, few, size, bench.shards)]
+    else:
+        assert reference is not None
+        images = [] if reference.images is None else list(reference.images[:_CHECKED])
+    if images:
+        lines += check_extractor(bench.extractor, torch.stack(images).to(bench.place.device))
+    return lines
 
 
 def _neighbours(
