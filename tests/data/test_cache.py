@@ -93,6 +93,13 @@ def test_another_length_is_never_kept(web: Web, tars: list[RemoteTar], length: i
     assert kept(tars) == set() and tars[0]._part.exists() is False
 
 
+def test_a_first_answer_that_was_longer_leaves_nothing_behind(web: Web, tars: list[RemoteTar]) -> None:
+    web.will["0.tar"].append("long 999")
+    for _ in range(2):
+        assert contents(tars[0]) == (web.folder / "0.tar").read_bytes()
+    assert len(web.asked) == 2 and tars[0]._copy.stat().st_size == SIZE
+
+
 def test_a_failure_is_remembered_for_a_while(web: Web, tars: list[RemoteTar], monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch asks for one shard many times; the server is asked once."""
     data = (web.folder / "0.tar").read_bytes()

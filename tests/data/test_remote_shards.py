@@ -236,6 +236,15 @@ def test_a_data_set_cannot_make_a_pipe_run(web: Web, indexed: Path, cache: Cache
     assert (tmp_path / "ran").exists() and verify_shard((indexed, 0, True)) == []
 
 
+def test_a_data_set_cannot_name_files_outside_the_cache(web: Web, indexed: Path, cache: Cache, tmp_path: Path) -> None:
+    manifest = Manifest.load(indexed)
+    shards = [replace(shard, sha256=f"../outside-{n}") for n, shard in enumerate(manifest.shards)]
+    Manifest.of(manifest.kind, shards, manifest.classes).save(indexed)
+    with pytest.raises(ValueError, match="'../outside-0' is not a sha256"):
+        build(indexed, cache=cache)
+    assert web.asked == [] and not list(tmp_path.glob("outside*"))
+
+
 def test_handles_of_a_forgotten_reader_are_closed(images: Path) -> None:
     """Every evaluation makes a new one."""
     before = len(os.listdir("/proc/self/fd"))

@@ -13,9 +13,9 @@ from typing import Any
 class Web:
     """`url`: the folder's. `asked`: (name, first byte) of each request. `will[name]`: what to do to the next ones.
 
-    Words: `404` or another status; `cut N`: break off after N bytes; `wrong N`: flip a bit of byte N; `slow`: 20
-    pieces, 10 ms apart; `silent`: never answer. `ranges`: whether ranges are understood; `length`: whether a
-    Content-Length is sent.
+    Words: `404` or another status; `cut N`: break off after N bytes; `wrong N`: flip a bit of byte N; `long N`: N bytes
+    too many; `slow`: 20 pieces, 10 ms apart; `silent`: never answer. `ranges`: whether ranges are understood; `length`:
+    whether a Content-Length is sent.
     """
 
     def __init__(self, folder: Path):
@@ -71,6 +71,7 @@ def _handler(web: Web) -> type[BaseHTTPRequestHandler]:
         def _send(self, data: bytes, first: int, word: str, number: int) -> None:
             if word == "wrong":
                 data = data[:number] + bytes([data[number] ^ 1]) + data[number + 1 :]
+            data += bytes(number if word == "long" else 0)
             self.send_response(206 if first else 200)
             if first:
                 self.send_header("Content-Range", f"bytes {first}-{len(data) - 1}/{len(data)}")

@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import re
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ from vqscale.data.remote import RemoteFile, check_url, shown
 from vqscale.data.shards import Manifest
 
 _CHUNK = 1 << 20
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _POLL = 0.05  # seconds between looks at a shard that somebody else fetches
 _GRUDGE = 30.0  # seconds in which a shard that could not be had is not asked for again, by anybody on the node
 
@@ -87,8 +89,10 @@ class RemoteTar:
                 part = _lock(self._part, os.O_RDWR | os.O_CREAT)
             if part is None:
                 time.sleep(_POLL)  # another process, or thread, fetches it
-            elif self._copy.exists() and self._copy.stat().st_size == self.size:
-                os.close(part)  # came meanwhile; the empty part goes when room is made
+            elif (found := _open_copy(self._copy, self.size)) is not None:  # it came meanwhile
+                self._part.unlink()
+                os.close(part)
+                return found
             else:
                 return self._fetch_into(part, ahead)
 
@@ -125,6 +129,7 @@ class RemoteTar:
                 size, sha256 = self._download(part)
                 if (size, sha256) == (self.size, self.sha256):
                     with self._kept():
+                        os.ftruncate(part, self.size)  # a first, wrong one may have been longer
                         os.fsync(part)
                     return
             raise OSError(
@@ -175,6 +180,8 @@ def tar_places(folder: str | Path, manifest: Manifest, cache: Cache) -> list[Pat
     urls = [place for place in places if isinstance(place, str)]
     for url in urls:
         check_url(url, cache.allow_pipe)
+    if wrong := [shard.sha256 for shard in manifest.shards if urls and not _SHA256.fullmatch(shard.sha256)]:
+        raise ValueError(f"{folder}: {wrong[0]!r} is not a sha256 in hexadecimal")  # it becomes a file's name
     if urls:
         cache.make_folder()
     return [
@@ -227,7 +234,7 @@ def _make_room(shard: RemoteTar, part: int, ahead: bool) -> None:
     A shard that is needed now is let in even over the limit: `Cache.check` made that the exception.
     """
     with _one_at_a_time(shard.cache.folder):
-        files = {path: path.stat() for path in _files(shard.cache.folder)}
+        files = dict(_files(shard.cache.folder))
         files.pop(shard._part, None)
         left = shard.cache.limit - shard.size - sum(file.st_size for file in files.values())
         for path in sorted(files, key=lambda path: (path.suffix == ".tar", files[path].st_mtime_ns)):
@@ -243,9 +250,10 @@ def _make_room(shard: RemoteTar, part: int, ahead: bool) -> None:
             os.ftruncate(part, shard.size)
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    yield from folder.glob("*.part")
-    yield from folder.glob("*.tar")
+def _files(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    for path in [*folder.glob("*.part"), *folder.glob("*.tar")]:
+        with contextlib.suppress(FileNotFoundError):  # a part may go, or become a copy, meanwhile
+            yield path, path.stat()
 
 
 @contextlib.contextmanager
