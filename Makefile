@@ -5,7 +5,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed-from-pyproject
 SCRIPTS := .ci/run $(wildcard slurm/*.sh)
 
-.PHONY: setup test test-slow lint demo bench
+.PHONY: setup test test-slow lint demo bench bench-full
 
 setup: $(INSTALLED)
 
@@ -36,5 +36,9 @@ demo: setup
 	$(BIN)/vqscale sample        configs/demo/sample.yaml
 	$(BIN)/vqscale evaluate      configs/demo/evaluate.yaml
 
+# Every benchmark within 40 minutes on 2 cores, which nothing else should use; bench-full takes its time.
 bench: setup
-	$(BIN)/python benchmarks/sampling.py
+	$(BIN)/python benchmarks/run.py
+
+bench-full: setup
+	$(BIN)/python benchmarks/run.py --full

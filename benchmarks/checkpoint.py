@@ -1,6 +1,6 @@
 """How long a checkpoint keeps training waiting, in units of a synchronous save and of training steps.
 
-    python benchmarks/checkpoint.py [--json FILE] [--quick] [--rounds N] [--folder DIR]
+    python benchmarks/checkpoint.py [--json FILE] [--quick] [--minutes M] [--folder DIR]
 
 In: nothing. Out, with --json {"blocked": …, "slowed": …, "blocked_steps": …}, each {"value", "goal", "limit"}:
 `blocked` is the time until save() returns and training may go on, over the time of a save that is waited for (written,
@@ -10,12 +10,13 @@ steps beside a save, and a synchronous save take turns. The state is a prior's: 
 
 import shutil
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from measure import ALONE, arguments, median, print_rows, timed, write
+from measure import ALONE, Row, arguments, at_most, finish, median, timed
 from torch import Tensor
 from train_step import Trainer, Way
 
@@ -23,6 +24,7 @@ from vqscale.engine.checkpoint import Checkpointer
 from vqscale.engine.ema import WeightEMA
 
 STEPS = 4  # beside one save
+MOST = 12  # rounds
 
 
 class Saves:
@@ -55,10 +57,11 @@ class Saves:
             self.trainer()
 
 
-def measure(saves: Saves, rounds: int) -> dict[str, Any]:
+def measure(saves: Saves, minutes: float) -> dict[str, Row]:
     saves.synchronous()
     columns: dict[str, list[float]] = {"steps": [], "blocked": [], "beside": [], "synchronous": []}
-    for _ in range(rounds):
+    end = time.perf_counter() + 60 * minutes
+    while len(columns["steps"]) < MOST and (time.perf_counter() < end or not columns["steps"]):
         columns["steps"].append(timed(saves.steps))
         columns["blocked"].append(timed(saves.save))
         columns["beside"].append(timed(saves.steps))
@@ -70,27 +73,24 @@ def measure(saves: Saves, rounds: int) -> dict[str, Any]:
         f"{STEPS} steps take {plain:.2f} s, beside the writing {beside:.2f} s"
     )
     return {
-        "blocked": {"value": blocked / whole, "goal": 0.2, "limit": None},
-        "slowed": {"value": (blocked + max(0.0, beside - plain)) / whole, "goal": None, "limit": None},
-        "blocked_steps": {"value": blocked / (plain / STEPS), "goal": None, "limit": None},
+        "blocked": at_most(0.2, blocked / whole),
+        "slowed": at_most(None, (blocked + max(0.0, beside - plain)) / whole),
+        "blocked_steps": at_most(None, blocked / (plain / STEPS)),
     }
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    parser = arguments(__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = arguments(__doc__, minutes=3)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="the disk to write to")
     args = parser.parse_args(argv)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     folder = Path(tempfile.mkdtemp(prefix="checkpoint-", dir=args.folder))
     try:
-        rows = measure(Saves(folder, args.quick), args.rounds)
+        rows = measure(Saves(folder, args.quick), args.minutes)
     finally:
         shutil.rmtree(folder)
         dist.destroy_process_group()
-    print_rows(rows)
-    write(args.json, rows)
-    return rows
+    return finish(args, rows)
 
 
 if __name__ == "__main__":

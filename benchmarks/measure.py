@@ -1,12 +1,14 @@
-"""What the benchmarks share: clocks, turns, the machine's own limits, and the table that they print.
+"""What the benchmarks share: clocks, turns, the machine's own limits, rows, and the table that they print.
 
-A row is {"value", "goal", "limit"}: a ratio measured in one run, what it should reach, what it could reach at best.
+A row is a ratio measured in one run: {"value", "goal", "limit"}, beside them "better" ("higher" or "lower") and what
+else there is to tell. `goal` is what the ratio should reach, `limit` what it could reach at best; either may be null.
+A script's result is a tree whose leaves are rows; a row's name is its path, joined by slashes.
 """
 
 import argparse
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +17,81 @@ import torch
 from vqscale.topology import Topology
 
 ALONE = Topology(0, 1, 0, 1, 1, "single", torch.device("cpu"))
+Row = dict[str, Any]
 
 
-def arguments(description: str | None) -> argparse.ArgumentParser:
-    """The options of every benchmark."""
+def arguments(description: str | None, minutes: float = 0) -> argparse.ArgumentParser:
+    """The options of every benchmark; `minutes`: about how long this one takes when nothing is said, 0 = no say."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the numbers here")
+    parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--quick", action="store_true", help="small sizes: seconds instead of minutes")
+    if minutes:
+        parser.add_argument("--minutes", type=float, default=minutes, help="about how long: fewer turns when short")
     return parser
+
+
+def at_least(goal: float | None, value: float, *, limit: float | None = None, **details: Any) -> Row:
+    """A row of which more is better."""
+    return {"value": value, "goal": goal, "limit": limit, "better": "higher", **details}
+
+
+def at_most(goal: float | None, value: float, *, limit: float | None = None, **details: Any) -> Row:
+    """A row of which less is better."""
+    return {"value": value, "goal": goal, "limit": limit, "better": "lower", **details}
+
+
+def rows_of(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Row]]:
+    """(name, row) of every leaf."""
+    for key, node in tree.items():
+        name = f"{path}/{key}" if path else key
+        if "value" in node:
+            yield name, node
+        else:
+            yield from rows_of(node, name)
+
+
+def reached(row: Row) -> bool:
+    """Whether a row meets its goal; a row without one does."""
+    if row["goal"] is None:
+        return True
+    return row["value"] >= row["goal"] if row["better"] == "higher" else row["value"] <= row["goal"]
+
+
+def goal_of(row: Row) -> str:
+    """The goal in words; empty where there is none."""
+    return "" if row["goal"] is None else f"{'≥' if row['better'] == 'higher' else '≤'} {row['goal']:.3g}"
+
+
+def table(tree: Mapping[str, Any]) -> str:
+    """One line per row: its value beside its goal and its limit."""
+    lines = [f"{'row':44}{'value':>9}{'goal':>11}{'limit':>9}"]
+    for name, row in rows_of(tree):
+        limit = "" if row["limit"] is None else f"{row['limit']:.3g}"
+        end = "" if reached(row) else "   missed"
+        lines.append(f"{name:44}{row['value']:9.3g}{goal_of(row):>11}{limit:>9}{end}".rstrip())
+    return "\n".join(lines)
+
+
+def finish(args: argparse.Namespace, tree: dict[str, Any]) -> dict[str, Any]:
+    """The end of a benchmark: print the table, write the rows where --json says."""
+    print(table(tree), flush=True)
+    write(args.json, tree)
+    return tree
+
+
+def write(path: Path | None, result: Any) -> None:
+    if path:
+        path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def write_section(page: Path, name: str, text: str) -> None:
+    """Put `text` between the page's marks `<!-- name -->` and `<!-- end of name -->`; ValueError without them."""
+    first, last = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
+    before, found, rest = page.read_text().partition(first)
+    _, ended, after = rest.partition(last)
+    if not (found and ended):
+        raise ValueError(f"{page}: has no section between {first.strip()} and {last.strip()}")
+    page.write_text(f"{before}{first}{text}\n{last}{after}")
 
 
 def timed(action: Callable[[], Any]) -> float:
@@ -32,13 +101,30 @@ def timed(action: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def in_turns(actions: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each action in each round; every round runs all of them, so a slow minute of the machine slows all."""
-    seconds: dict[str, list[float]] = {name: [] for name in actions}
-    for _ in range(rounds):
+def in_turns(
+    actions: Mapping[str, Callable[[], Any]], rounds: int, seconds: float = float("inf"), least: int = 2
+) -> dict[str, list[float]]:
+    """Seconds of each action in each round; every round runs all of them, so a slow minute of the machine slows all.
+
+    No round begins after `seconds`, but `least` are run.
+    """
+    columns: dict[str, list[float]] = {name: [] for name in actions}
+    start = time.perf_counter()
+    for number in range(rounds):
+        if number >= least and time.perf_counter() - start > seconds:
+            break
         for name, action in actions.items():
-            seconds[name].append(timed(action))
-    return seconds
+            columns[name].append(timed(action))
+    return columns
+
+
+def ratio(over: Sequence[float], under: Sequence[float]) -> float:
+    """The median over the rounds of one action's seconds over another's."""
+    return median([a / b for a, b in zip(over, under, strict=True)])
+
+
+def median(values: Sequence[float]) -> float:
+    return float(torch.tensor(values, dtype=torch.float64).quantile(0.5))
 
 
 def product_rate(dtype: torch.dtype) -> float:
@@ -57,19 +143,3 @@ def memory_rate() -> float:
     """Bytes/s of reading 256 MB, the best of five."""
     long = torch.randn(1 << 26)
     return long.numel() * 4 / min(timed(long.sum) for _ in range(5))
-
-
-def print_rows(rows: Mapping[str, Mapping[str, Any]]) -> None:
-    """Each row's value beside its goal and its limit."""
-    for name, row in rows.items():
-        told = [f"{key} {row[key]:.3g}" for key in ("goal", "limit") if row.get(key) is not None]
-        print(f"{name:48} {row['value']:8.3f}   {', '.join(told)}")
-
-
-def write(path: Path | None, result: Any) -> None:
-    if path:
-        path.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def median(values: Sequence[float]) -> float:
-    return float(torch.tensor(values, dtype=torch.float64).median())

@@ -2,7 +2,8 @@
 
     python benchmarks/sampling.py [--json FILE] [--quick] [--levels top bottom] [--batches 8 32] [--dtype fp32|bf16]
 
-In: nothing. Out: a table, and with --json {"top": {"8": {"cost_in_forwards", "prefix_cost_in_forwards", ...}}, ...}.
+In: nothing. Out: a table, and with --json {"top": {"8": {"value", "cost_in_forwards", "prefix_cost_in_forwards", ...}},
+...}: `value` is `cost_in_forwards`, its limit what the floor (below) would cost.
 The priors have random weights, at least 80M parameters in convolutions and linear layers, K = 512. `top` and `bottom`
 are PixelCNNs with the paper's kernel, attention placement (every 5 layers, top only) and stacks at about half its
 widths; `transformer_top` and `transformer_bottom`, measured when asked for, are transformers of the same size. Within
@@ -19,7 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from measure import arguments, memory_rate, product_rate, timed, write
+from measure import Row, arguments, at_most, finish, memory_rate, product_rate, timed
 from torch import Tensor
 
 from vqscale.models.causal import GatedBlock
@@ -45,6 +46,7 @@ CONFIGS = {
 QUICK = PriorConfig(hidden=64, residual=128, layers=4, attention_every=2, output_layers=2, conditioning_layers=2)
 QUICK_TRANSFORMER = PriorConfig("transformer", hidden=64, residual=128, layers=3, conditioning_layers=2)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+GOALS = {8: 2.0, 32: 1.3}  # forwards, by batch
 
 
 def build(level: str, quick: bool) -> Any:
@@ -127,7 +129,7 @@ def floor_seconds(case: Case, flops: float, bandwidth: float) -> float:
     return per_row + places * max(per_code * size / bandwidth, per_code * 2 * case.batch / flops)
 
 
-def measure(case: Case, seconds: float, rates: tuple[float, float]) -> dict[str, Any]:
+def measure(case: Case, seconds: float, rates: tuple[float, float]) -> Row:
     """One cell of the table in about `seconds`: they decide how often a forward and how many rows are measured."""
     case.forward(1)  # allocations and thread pools
     first = case.forward()
@@ -136,21 +138,24 @@ def measure(case: Case, seconds: float, rates: tuple[float, float]) -> dict[str,
     rows = max(2, min(case.height, int(case.height * (seconds / first - 2 - repeats) / 1.5)))
     sample = case.sample(evenly(case.height, rows))
     forward, floor = statistics.median([first, *(case.forward() for _ in range(repeats))]), floor_seconds(case, *rates)
-    cell = {
-        "cost_in_forwards": sample / forward,
-        "prefix_cost_in_forwards": prefix / forward,
-        "parameters": case.prior.num_parameters()["layers"],
-        "forward_seconds": forward,
-        "sample_seconds": sample,
-        "images_per_second": case.batch / sample,
-        "floor_seconds": floor,
-        "share_of_floor": floor / sample,
-        "prefix_extrapolated_from_codes": 2,
-    }
-    return cell | ({"extrapolated_from_rows": rows} if rows < case.height else {})
+    return at_most(
+        GOALS.get(case.batch),
+        sample / forward,
+        limit=floor / forward,
+        cost_in_forwards=sample / forward,
+        prefix_cost_in_forwards=prefix / forward,
+        parameters=case.prior.num_parameters()["layers"],
+        forward_seconds=forward,
+        sample_seconds=sample,
+        images_per_second=case.batch / sample,
+        floor_seconds=floor,
+        share_of_floor=floor / sample,
+        prefix_extrapolated_from_codes=2,
+        **({"extrapolated_from_rows": rows} if rows < case.height else {}),
+    )
 
 
-def show(level: str, batch: str, cell: dict[str, Any]) -> None:
+def show(level: str, batch: str, cell: Row) -> None:
     rows = cell.get("extrapolated_from_rows")
     print(
         f"{level:18} batch {batch:>3}  {cell['parameters'] / 1e6:6.1f}M  forward {cell['forward_seconds']:7.2f} s  "
@@ -163,11 +168,10 @@ def show(level: str, batch: str, cell: dict[str, Any]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    parser = arguments(__doc__)
+    parser = arguments(__doc__, minutes=20)  # when short, fewer rows are drawn and scaled
     parser.add_argument("--levels", nargs="+", choices=CONFIGS, default=["top", "bottom"])
     parser.add_argument("--batches", nargs="+", type=int, default=[8, 32])
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="arithmetic; bf16 pays on hardware that has it")
-    parser.add_argument("--minutes", type=float, default=20, help="when short, fewer rows are drawn and scaled")
     args = parser.parse_args(argv)
     rates = product_rate(torch.float32), memory_rate()
     print(f"matrix product {rates[0] / 1e9:.0f} GFLOP/s, memory {rates[1] / 1e9:.1f} GB/s, {args.dtype}")
@@ -182,8 +186,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         case = Case(build(level, args.quick), batch, DTYPES[args.dtype])
         results[level][str(batch)] = measure(case, args.minutes * 60 * share / sum(shares.values()), rates)
         show(level, str(batch), results[level][str(batch)])
-    write(args.json, results)
-    return results
+    return finish(args, results)
 
 
 if __name__ == "__main__":

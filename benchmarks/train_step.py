@@ -1,10 +1,10 @@
 """Training steps of both models, every way of computing against plain fp32 NCHW eager.
 
-    python benchmarks/train_step.py [--json FILE] [--quick] [--rounds N] [--compile] [--models vqvae prior]
+    python benchmarks/train_step.py [--json FILE] [--quick] [--minutes M] [--compile] [--models vqvae prior]
 
 In: nothing. Out: images per second of each way, its ratio to plain fp32, the share of the matrix-product peak reached,
-and the losses of all ways over the same batches side by side. With --json {"vqvae/<way>": {"value", "goal", "limit",
-...}}: value = ratio to plain fp32, limit = the ratio of the two matrix-product rates, measured in the same run.
+and the losses of all ways over the same batches side by side. Rows: `<model>/<way>`, the ratio to plain fp32, whose
+limit is the ratio of the two matrix-product rates, and `<model>/share of product rate`, what plain fp32 reaches of it.
 
 The VQ-VAE is the two-level 256 px one (hidden 128, residual 32, batch 8), the prior a 32x32 one with attention. Each
 way has a model of its own with the same first weights; the ways take turns, step by step. A step is forward, backward,
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measure import ALONE, arguments, in_turns, median, print_rows, product_rate, write
+from measure import ALONE, Row, arguments, at_least, finish, in_turns, median, product_rate, ratio
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -30,6 +30,7 @@ from vqscale.models.prior import PriorConfig, nll
 from vqscale.models.vqvae import VQVAE, VQVAEConfig
 
 LEARNING_RATE = 3e-4
+ROUNDS = 12  # steps of each way, at most
 GOALS = {"bf16 channels_last": 1.9, "bf16 channels_last compiled": 2.5}
 PRIOR = PriorConfig(hidden=256, residual=256, layers=8, attention_every=4, filter=5, dropout=0.1)
 QUICK_PRIOR = PriorConfig(hidden=64, residual=64, layers=2, attention_every=2, filter=3, dropout=0.1)
@@ -51,11 +52,11 @@ class Way:
 class VQVAESteps:
     """A VQ-VAE and its training step; batches are images of smooth noise, the same for every way."""
 
-    batch = 8
-
-    def __init__(self, way: Way, quick: bool):
-        self.side = 64 if quick else 256
-        self.model = VQVAE(VQVAEConfig(hidden=32 if quick else 128, residual_hidden=32), resolution=self.side)
+    def __init__(self, way: Way, quick: bool, *, batch: int = 8, side: int = 0, **model: Any):
+        """`side`: of the images, 0 = this benchmark's; `model`: other fields of the config."""
+        self.batch, self.side = batch, side or (64 if quick else 256)
+        config = VQVAEConfig(hidden=32 if quick else 128, residual_hidden=32, **model)
+        self.model = VQVAE(config, resolution=self.side)
         initialise(self.model, seed=0)
         self.model.init_codebooks([self.images(n) for n in range(4)], seed=0)
         self.format = torch.channels_last if way.channels_last else torch.contiguous_format
@@ -104,14 +105,14 @@ class PriorSteps:
         """Nothing follows a prior's step."""
 
 
-STEPS = {"vqvae": VQVAESteps, "prior": PriorSteps}
+STEPS: dict[str, Any] = {"vqvae": VQVAESteps, "prior": PriorSteps}
 
 
 class Trainer:
     """One model on its engine, one step at a time."""
 
-    def __init__(self, model: str, way: Way, quick: bool):
-        self.steps = STEPS[model](way, quick)
+    def __init__(self, model: str, way: Way, quick: bool, **options: Any):
+        self.steps = STEPS[model](way, quick, **options)
         self.steps.model.train()
         if way.compiled:
             compile_units(self.steps.model)
@@ -138,37 +139,39 @@ def flops_per_image(model: str, quick: bool) -> float:
     return counter.get_total_flops() / trainer.steps.batch
 
 
-def measure(model: str, ways: Sequence[Way], args: Any, peaks: dict[str, float]) -> dict[str, Any]:
+def measure(model: str, ways: Sequence[Way], args: Any, peaks: dict[str, float]) -> dict[str, Row]:
     """The rows of one model; the first way is what the others are compared with."""
     trainers: dict[str, Callable[[], None]] = {way.name: Trainer(model, way, args.quick) for way in ways}
     in_turns(trainers, 2)  # allocations, compilation
-    seconds = in_turns(trainers, args.rounds)
+    seconds = in_turns(trainers, ROUNDS, 60 * args.minutes / len(args.models))
     flops, rows = flops_per_image(model, args.quick), {}
     print(f"{model}: {flops / 1e9:.1f} GFLOP per image")
     for way in ways:
         trainer = trainers[way.name]
         assert isinstance(trainer, Trainer)
         rate = trainer.steps.batch / median(seconds[way.name])
-        ratio = median([a / b for a, b in zip(seconds[ways[0].name], seconds[way.name], strict=True)])
+        gain = ratio(seconds[ways[0].name], seconds[way.name])
         share = rate * flops / peaks[way.precision]
         print(
-            f"  {way.name:30} {rate:7.2f} images/s  {ratio:5.2f}x  {share:4.0%} of the {way.precision} product's rate"
+            f"  {way.name:30} {rate:7.2f} images/s  {gain:5.2f}x  {share:4.0%} of the {way.precision} product's rate"
             f"  losses {' '.join(f'{loss:.4f}' for loss in trainer.losses[:: max(1, len(trainer.losses) // 6)])}"
         )
-        rows[f"{model}/{way.name}"] = {
-            "value": ratio,
-            "goal": GOALS.get(way.name) if model == "vqvae" else None,
-            "limit": peaks[way.precision] / peaks["fp32"] if way.precision != "fp32" else None,
-            "images_per_second": rate,
-            "share_of_product_rate": share,
-            "losses": trainer.losses,
-        }
+        if way == ways[0]:
+            rows[f"{model}/share of product rate"] = at_least(None, share, limit=1.0, images_per_second=rate)
+            continue
+        rows[f"{model}/{way.name}"] = at_least(
+            GOALS.get(way.name) if model == "vqvae" else None,
+            gain,
+            limit=peaks[way.precision] / peaks["fp32"] if way.precision != "fp32" else None,
+            images_per_second=rate,
+            share_of_product_rate=share,
+            losses=trainer.losses,
+        )
     return rows
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    parser = arguments(__doc__)
-    parser.add_argument("--rounds", type=int, default=8, help="steps of each way that are measured")
+    parser = arguments(__doc__, minutes=4)
     parser.add_argument("--compile", action="store_true", help="torch.compile too: minutes at the first step")
     parser.add_argument("--models", nargs="+", choices=STEPS, default=list(STEPS))
     args = parser.parse_args(argv)
@@ -184,9 +187,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         if args.compile:
             ways += [Way(p, formats[-1], compiled=True) for p in precisions]
         rows |= measure(model, ways, args, peaks)
-    print_rows(rows)
-    write(args.json, rows)
-    return rows
+    return finish(args, rows)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""Every benchmark runs at its small size and writes finite numbers."""
+"""Every benchmark runs at its small size and writes finite rows; together they make one table."""
 
+import importlib
 import json
 import math
 import subprocess
@@ -10,29 +11,85 @@ from typing import Any
 import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-SHORT = {
-    "sampling": ["--minutes", "0.3", "--levels", "top", "bottom", "transformer_top", "transformer_bottom"],
-    "codes": ["--rounds", "2"],
-    "paper_step": ["--ranks", "2"],
-    "priors": ["--images", "128"],
-    "train_step": ["--rounds", "2"],
-    "checkpoint": ["--rounds", "1"],
-    "scale": ["--rounds", "1", "--steps", "2", "--worlds", "1", "2", "--strategies", "fsdp"],
-}
+sys.path.insert(0, str(BENCHMARKS))  # scripts, not a package
+measure, runner = importlib.import_module("measure"), importlib.import_module("run")
+KINDS = ["top", "bottom", "transformer_top", "transformer_bottom"]
+SHORT = {"scale": ["--steps", "1", "--worlds", "2", "--strategies", "fsdp"], "sampling": ["--levels", *KINDS]}
+EXPERIMENTS = {"paper_step": ["--ranks", "2"], "priors": ["--images", "128"]}  # no rows: not of the table
 
 
-def _numbers(value: Any) -> list[float]:
+def numbers_in(value: Any) -> list[float]:
     if isinstance(value, dict | list):
-        return [number for item in (value.values() if isinstance(value, dict) else value) for number in _numbers(item)]
-    return [] if value is None else [float(value)]
+        return [
+            number for item in (value.values() if isinstance(value, dict) else value) for number in numbers_in(item)
+        ]
+    return [float(value)] if isinstance(value, int | float) else []
+
+
+def run(*command: str) -> str:
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def rows_in(path: Path) -> dict[str, dict[str, Any]]:
+    """The leaves of a result, each a finite value with a goal and a limit."""
+    rows = dict(measure.rows_of(json.loads(path.read_text())))
+    assert rows and all(math.isfinite(row["value"]) for row in rows.values())
+    assert all({"goal", "limit"} <= row.keys() and row["better"] in ("higher", "lower") for row in rows.values())
+    return rows
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(path.stem for path in BENCHMARKS.glob("*.py") if path.stem != "measure"))
-def test_a_benchmark_runs_and_writes_its_numbers(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", sorted(runner.MINUTES))
+def test_a_benchmark_runs_and_writes_its_rows(name: str, tmp_path: Path) -> None:
+    out = tmp_path / "rows.json"
+    options = SHORT.get(name, ["--minutes", "0.05"])
+    printed = run(str(BENCHMARKS / f"{name}.py"), "--quick", "--json", str(out), *options)
+    assert all(row in printed for row in rows_in(out))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_runs_and_writes_its_numbers(name: str, tmp_path: Path) -> None:
     out = tmp_path / "result.json"
-    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--quick", "--json", str(out), *SHORT[name]]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    numbers = _numbers(json.loads(out.read_text()))
+    run(str(BENCHMARKS / f"{name}.py"), "--quick", "--json", str(out), *EXPERIMENTS[name])
+    numbers = numbers_in(json.loads(out.read_text()))
     assert numbers and all(math.isfinite(number) for number in numbers)
+
+
+@pytest.mark.slow
+def test_the_runner_makes_one_table_one_file_and_the_page(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- table -->\nold\n<!-- end of table -->\nafter\n")
+    options = ["--quick", "--only", "checkpoint", "train_step", "--results", str(tmp_path), "--page", str(page)]
+    printed = run(str(BENCHMARKS / "run.py"), *options)
+    (out,) = tmp_path.glob("????-??-??.json")
+    rows = rows_in(out)
+    assert {"checkpoint/blocked", "train_step/vqvae/share of product rate"} <= rows.keys()
+    text = page.read_text()
+    assert all(row in printed and f"| {row} |" in text for row in rows)
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+
+
+def test_every_script_has_a_share_of_the_time() -> None:
+    shared = {"measure", "photos", "run"}
+    assert set(runner.MINUTES) == {path.stem for path in BENCHMARKS.glob("*.py")} - shared - set(EXPERIMENTS)
+    assert sum(runner.MINUTES.values()) < 38  # of 40, with two for starting the programs
+
+
+def test_a_row_is_judged_by_its_goal() -> None:
+    assert measure.reached(measure.at_least(1.2, 1.3)) and not measure.reached(measure.at_least(1.2, 1.1))
+    assert measure.reached(measure.at_most(0.2, 0.1)) and not measure.reached(measure.at_most(0.2, 0.3))
+    assert measure.reached(measure.at_least(None, 0.1))
+    assert "missed" in measure.table({"loader": {"256": measure.at_least(1.2, 1.1)}})
+
+
+def test_the_page_has_the_sections_that_the_runner_writes(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(runner.PAGE.read_text())
+    for section in ("table", "growth"):
+        measure.write_section(page, section, f"new {section}")
+        assert f"new {section}" in page.read_text()
+    with pytest.raises(ValueError, match="page.md: has no section"):
+        measure.write_section(page, "nothing", "")
