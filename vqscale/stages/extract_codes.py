@@ -15,8 +15,9 @@ from vqscale.config import ReadsShards, run_of
 from vqscale.data.cache import Cache
 from vqscale.data.codes import CodeReader, pack_codes
 from vqscale.data.images import ImageReader, to_float
+from vqscale.data.loader import Batch
 from vqscale.data.sequential import read_shard_blocks
-from vqscale.data.shards import Manifest, ShardInfo, ShardWriter, resolve, shard_info
+from vqscale.data.shards import Manifest, ShardIndex, ShardInfo, ShardWriter, resolve, shard_info
 from vqscale.sources import Source, load_vqvae
 
 
@@ -68,10 +69,21 @@ def _extract_split(config: ExtractCodesConfig, run: runtime.Run, source: Source,
     place.barrier()  # all ranks listed the same shards before any of them writes one
     mine = left[place.rank :: place.world_size]
     total = sum(manifest.shards[n].num_samples for n in mine)
+    # One loader for all shards: its workers read on into the next one while this one is written.
+    blocks = read_shard_blocks(
+        folder,
+        mine,
+        read=ImageReader(source.description["resolution"], flip=False, crop="center"),
+        block=config.block,
+        workers=config.workers,
+        bad_path=run.run_dir / "bad.jsonl",
+        cache=Cache.of(config),
+    )
     with run.stoppable(), tqdm(total=total, unit="img", disable=not place.is_main, desc=split) as bar:
+        batches = iter(blocks)
         for number in mine:
             with ShardWriter(targets[number]) as writer:
-                for key, parts in _encoded(config, source, folder, manifest, number, run):
+                for key, parts in _encoded(config, source, manifest.index(folder, number), batches, run):
                     writer.write(key, parts)
                     bar.update()
             run.images_seen += manifest.shards[number].num_samples
@@ -98,28 +110,17 @@ def _remember_tokenizer(out: Path, source: Source, manifest: Manifest) -> None:
 
 
 def _encoded(
-    config: ExtractCodesConfig, source: Source, folder: Path, manifest: Manifest, number: int, run: runtime.Run
+    config: ExtractCodesConfig, source: Source, index: ShardIndex, batches: Iterator[Batch], run: runtime.Run
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
     """(key, parts) of one code shard, in the source's order; unreadable images are left out, counted and named."""
-    index, names = manifest.index(folder, number), source.model.level_names
-    blocks = read_shard_blocks(
-        folder,
-        [number],
-        read=ImageReader(source.description["resolution"], flip=False, crop="center"),
-        block=config.block,
-        workers=config.workers,
-        bad_path=run.run_dir / "bad.jsonl",
-        cache=Cache.of(config),
-    )
-    row = 0
-    for batch in blocks:
+    for first in range(0, len(index), config.block):
+        batch = next(batches)
         run.poll()
         views = _encode(source, to_float(batch["image"].to(run.topology.device)), config.flips)
-        for i in range(min(config.block, len(index) - row)):
+        for i in range(min(config.block, len(index) - first)):
             if batch["weight"][i]:
-                codes = {name: views[name][i] for name in names}
-                yield index.key(row + i), pack_codes(codes) | {"cls": str(int(index.labels[row + i])).encode()}
-        row += config.block
+                codes = {name: level[i] for name, level in views.items()}
+                yield index.key(first + i), pack_codes(codes) | {"cls": str(int(index.labels[first + i])).encode()}
 
 
 @torch.inference_mode()
