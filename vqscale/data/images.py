@@ -134,9 +134,7 @@ def decode_image(data: bytes) -> Tensor:
         return _decode_with_pil(data)
     encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)  # a copy: torch wants memory it could write to
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The image decoding", category=DeprecationWarning)
-            return decode_jpeg(encoded)
+        return decode_jpeg(encoded)
     except RuntimeError as error:
         raise DecodeError(str(error).splitlines()[0]) from None
 
@@ -146,12 +144,13 @@ def _jpeg_decoder() -> Callable[[Tensor], Tensor] | None:
     """torchvision's, bytes uint8 [n] -> uint8 RGB [3, h, w]. Imported at the first JPEG, because it brings torch's
     compiler along, which takes as long to import as torch itself."""
     try:
-        from torchvision.io import ImageReadMode, decode_jpeg
-    except (
-        ImportError
-    ):  # deprecated since 0.29: where they are gone, PIL decodes everything, at two thirds of the speed
+        from torchvision.io import ImageReadMode
+
+        # The operator, not the function around it, which warns at every image that it is deprecated (since 0.29)
+        operator = torch.ops.image.decode_jpeg
+    except (ImportError, AttributeError):  # gone: PIL decodes everything, at two thirds of the speed
         return None
-    return functools.partial(decode_jpeg, mode=ImageReadMode.RGB)
+    return lambda encoded: operator(encoded, ImageReadMode.RGB.value)
 
 
 def _decode_with_pil(data: bytes) -> Tensor:
