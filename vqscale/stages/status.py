@@ -45,15 +45,17 @@ Config = StatusConfig
 
 @dataclass(frozen=True)
 class Request:
+    """What is asked, of which folder or config; `overrides` are the config's."""
+
     status: StatusConfig
-    runs: list["State"]
-    folder: Path
+    path: Path
+    overrides: list[str]
 
 
 def load(words: Sequence[str]) -> Request:
     """From `[RUNS] [show=…]`, or `CONFIGS [key=value …] [show=…]` for the runs of a config or of a folder of configs.
 
-    Raises ValueError for an unknown column, FileNotFoundError where there is no such folder.
+    Raises ValueError for an unknown column.
     """
     own = configs.field_names(StatusConfig)
     mine = [word for word in words if word.split("=")[0] in own]
@@ -61,27 +63,33 @@ def load(words: Sequence[str]) -> Request:
     status: StatusConfig = configs.from_words(StatusConfig, mine)
     if unknown := [name for name in _shown(status) if name not in COLUMNS]:
         raise ValueError(f"show={unknown[0]}: there is no such column; choose from {', '.join(COLUMNS)}")
-    jobs, folder = _queue(), Path(path)
-    given = [folder] if folder.suffix == ".yaml" else [] if _is_run(folder) else list(folder.glob("*.yaml"))
-    if overrides and not given:
-        raise ValueError(f"{overrides[0]}: {folder} has no configs, and only a config can be overridden")
-    asked = [(file.stem, configs.peek(file, overrides)) for file in given]
-    runs = [State(Path(a["run_dir"]), jobs, status, name, a.get("total_images", 0)) for name, a in asked]
-    if not runs and not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}: status takes a folder of runs, a run, or a config")
-    return Request(status, _in_order(runs or [State(found, jobs, status) for found in _runs_in(folder)]), folder)
+    return Request(status, Path(path), overrides)
 
 
 def main(request: Request) -> None:
-    """Print what was asked for."""
+    """Print what was asked for. Raises FileNotFoundError where there is no such folder."""
+    runs = runs_of(request)
     if shown := _shown(request.status):
-        for run in request.runs:
+        for run in runs:
             print("\t".join(COLUMNS[name](run) or "-" for name in shown))
         return
-    Console(width=None if os.isatty(1) else 160).print(_table(request))
-    for run in request.runs:
+    Console(width=None if os.isatty(1) else 160).print(_table(runs, request.path))
+    for run in runs:
         if run.state == "failed":
             print(f"{run.run_dir} failed: {run.reason}; read {run.log}")
+
+
+def runs_of(request: Request) -> list["State"]:
+    """In the order of the pipeline; of a config also the run that has not begun."""
+    jobs, path, status = _queue(), request.path, request.status
+    given = [path] if path.suffix == ".yaml" else [] if _is_run(path) else list(path.glob("*.yaml"))
+    asked = [(file.stem, configs.peek(file, request.overrides)) for file in given]
+    runs = [State(Path(a["run_dir"]), jobs, status, name, a.get("total_images", 0)) for name, a in asked]
+    if request.overrides and not given:
+        raise ValueError(f"{request.overrides[0]}: {path} has no configs, and only a config can be overridden")
+    if not runs and not path.is_dir():
+        raise FileNotFoundError(f"there is no folder {path}: status takes a folder of runs, a run, or a config")
+    return _in_order(runs or [State(found, jobs, status) for found in _runs_in(path)])
 
 
 def _shown(status: StatusConfig) -> list[str]:
@@ -275,10 +283,10 @@ COLUMNS: dict[str, Callable[[State], str]] = {
 _FOR_PEOPLE = ("state", "images_seen", "total_images", "images_per_second", "eta", "restarts", "loss", "job")
 
 
-def _table(request: Request) -> Table:
+def _table(runs: Sequence[State], folder: Path) -> Table:
     table = Table("run", *(name.replace("_", " ") for name in _FOR_PEOPLE), box=None)
-    for run in request.runs:
-        inside = run.run_dir != request.folder and run.run_dir.is_relative_to(request.folder)
-        name = run.run_dir.relative_to(request.folder) if inside else run.run_dir
+    for run in runs:
+        inside = run.run_dir != folder and run.run_dir.is_relative_to(folder)
+        name = run.run_dir.relative_to(folder) if inside else run.run_dir
         table.add_row(str(name), *(COLUMNS[column](run) for column in _FOR_PEOPLE))
     return table
