@@ -186,8 +186,8 @@ class State:
     def _starts(self) -> list[tuple[int, float]]:
         """Every start of a job adds a line to log/launches: the progress that it found, and when it was."""
         path = self.run_dir / "log" / "launches"
-        lines = path.read_text().splitlines() if path.is_file() else []
-        return [(int(found), float(when)) for found, when in map(str.split, lines)]
+        lines = [line.split() for line in path.read_text().splitlines()] if path.is_file() else []
+        return [(int(line[0]), float(line[1])) for line in lines if len(line) == 2]  # a torn one is left out
 
     @property
     def _began(self) -> bool:
