@@ -26,6 +26,11 @@ lint: setup
 	$(BIN)/mypy
 	shellcheck $(SCRIPTS)
 
+# Kills and corruptions by the hundred.
+.PHONY: chaos
+chaos: setup
+	$(BIN)/python tests/chaos/campaign.py --json benchmarks/results/chaos-$(shell date +%F).json
+
 # The whole pipeline on the embedded data set. Every line resumes, so that running it again ends quickly.
 demo: setup
 	$(BIN)/vqscale pack          configs/demo/pack.yaml

@@ -61,15 +61,14 @@ def install_from_environment() -> None:
 
 def _count_saves() -> Callable[[], int]:
     """How many saves this process has begun; a save begins when the one before it is committed."""
-    real, count = checkpoints.Checkpointer.save, 0
+    real, count = checkpoints.Checkpointer._prepare, 0
 
-    def counted(self: checkpoints.Checkpointer, *arguments: Any) -> None:
+    def counted(self: checkpoints.Checkpointer, *arguments: Any) -> tuple[bool, str]:
         nonlocal count
-        self.wait()
         count += 1
-        real(self, *arguments)
+        return real(self, *arguments)
 
-    checkpoints.Checkpointer.save = counted  # type: ignore[method-assign]
+    checkpoints.Checkpointer._prepare = counted  # type: ignore[method-assign]
     return lambda: count
 
 
