@@ -40,7 +40,7 @@ def die_in_a_save_and_go_on(run_dir: Path, world: int, fault: str, **changes: An
     """The fault ends the job; a whole checkpoint is there; the next start ends the run from it."""
     settings = config(run_dir, **changes)
     with started(train_with_a_fault, world, settings, variables={"FAULT": fault}) as ranks:
-        codes = ranks.wait(60 if world == 1 else 10)
+        codes = ranks.wait(60)
         assert -signal.SIGKILL in codes and 0 not in codes, ranks.output()
     latest = find_latest(run_dir / "checkpoints", set_aside=False)
     assert latest is not None and 16 <= latest.images_seen <= 48
