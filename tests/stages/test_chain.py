@@ -132,7 +132,8 @@ def test_a_transformer_takes_the_place_of_a_pixelcnn(chain: Path) -> None:
     told = Manifest.load(run_dir).extra
     assert (told["temperature_end"], told["precision"]) == ({"bottom": 0.5}, "bf16")
     scored = chain.parent / "scored"
-    assert run_stage("evaluate", "evaluate", prior, f"samples={run_dir}", f"run_dir={scored}", "metrics=[nll]") == 0
+    words = [prior, f"samples={run_dir}", "classifier_samples=none", f"run_dir={scored}", "metrics=[nll]"]
+    assert run_stage("evaluate", "evaluate", *words) == 0
     assert json.loads((scored / "scores.json").read_text())["nll/bottom"]["value"] < math.log(32)
 
 
