@@ -14,7 +14,7 @@ import pytest
 import torch
 from support import faults
 from support.distributed import run_ranks, started
-from support.training import TinyConfig, TinyModel, assert_bit_identical, config, losses, saved, train, whole
+from support.training import TinyConfig, assert_bit_identical, config, losses, saved, train, whole
 
 from vqscale import runtime, topology
 from vqscale.engine import checkpoint as checkpoints
@@ -170,11 +170,21 @@ def test_nothing_in_a_checkpoint_can_run_code(tmp_path: Path, place: Topology) -
     assert sentinel.exists()  # the attack itself would have worked
 
 
+class Wide(torch.nn.Linear):
+    """Large enough that each of four ranks holds a part of it."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+
+    def wrap_units(self) -> list[torch.nn.Module]:
+        return []
+
+
 def _carry(settings: TinyConfig, folder: str, first: bool, number: int) -> list[float]:
     """Load what the ranks before left (or, first, mark this rank's part of every tensor), save it again; what this rank
     holds of it."""
     place = topology.bring_up(settings)
-    engine = make_engine(TinyModel(), place, settings, 1)
+    engine = make_engine(Wide(), place, settings, 1)
     keeper = Checkpointer(Path(folder), place, keep=1)
     if first:
         for tensor in engine.local_weights().values():
@@ -188,7 +198,7 @@ def _carry(settings: TinyConfig, folder: str, first: bool, number: int) -> list[
         engine.load_tensors(tensors)
     keeper.save(number, _tensors(engine, None), {})
     keeper.wait()
-    values = [whole(t).flatten() for name, t in sorted(engine.tensors().items()) if name.startswith("model.blocks")]
+    values = [whole(t).flatten() for name, t in sorted(engine.tensors().items()) if name.startswith("model.")]
     topology.take_down(orderly=True)
     return torch.cat(values).tolist()
 
