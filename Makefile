@@ -5,7 +5,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed-from-pyproject
 SCRIPTS := .ci/run $(wildcard slurm/*.sh)
 
-.PHONY: setup test test-slow lint demo bench bench-full
+.PHONY: setup test test-slow lint demo bench bench-full chaos
 
 setup: $(INSTALLED)
 
@@ -26,8 +26,7 @@ lint: setup
 	$(BIN)/mypy
 	shellcheck $(SCRIPTS)
 
-# Kills and corruptions by the hundred.
-.PHONY: chaos
+# Kills and corruptions by the hundred: about 20 minutes.
 chaos: setup
 	$(BIN)/python tests/chaos/campaign.py --json benchmarks/results/chaos-$(shell date +%F).json
 

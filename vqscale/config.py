@@ -25,7 +25,7 @@ RUNS = Path("runs")
 _FREE_ON_RESUME = {
     *("total_images", "micro_batch", "strategy", "device", "workers", "threads", "run_dir", "trackers"),
     *("max_bad_fraction", "verify", "cache_dir", "cache_gigabytes", "allow_pipe"),
-    *("max_bad_fraction", "verify", "watchdog_seconds", "keep_checkpoints", "max_skipped_steps"),
+    *("watchdog_seconds", "keep_checkpoints", "max_skipped_steps"),
     *("evaluate_images", "grid_images"),
 }
 
