@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
 from support.distributed import run_ranks, started
 
 from vqscale import runtime
@@ -227,12 +228,15 @@ def test_json_is_replaced_whole(tmp_path: Path) -> None:
 
 
 def test_tensorboard_gets_values_and_pictures(tiny: TinyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # accelerate would then choose a number of threads
+    # accelerate would then choose a number of threads, and leave RANK and others behind
+    monkeypatch.setattr(PartialState, "_shared_state", {})
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("LOCAL_RANK", "0")
     with runtime.run(replace(tiny, threads=1), "tiny") as run:
         track = run.start_trackers(["tensorboard"], 0)
         track({"loss": 1.5}, 8)
         run.log_image("grid", torch.rand(3, 4, 4), 8)
-        assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 1 and not {"RANK", "WORLD_SIZE", "MASTER_PORT"} & os.environ.keys()
     files = [p for p in (Path(tiny.run_dir) / "tensorboard").rglob("*") if p.is_file()]
     assert sum(b"loss" in p.read_bytes() for p in files) == 1
     assert sum(b"grid" in p.read_bytes() for p in files) == 1

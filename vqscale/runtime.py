@@ -320,15 +320,9 @@ class Run:
 
 
 def _open_trackers(names: list[str], run_dir: Path, resumed_at: int, place: Topology) -> list[Any]:
-    from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-    # Adopts the process group, because trackers ask it who is first; on a CPU it would also choose a thread count.
-    threads = torch.get_num_threads()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "OMP_NUM_THREADS/MKL_NUM_THREADS unset", UserWarning)
-        PartialState(cpu=place.device.type == "cpu")
-    torch.set_num_threads(threads)
+    _adopt_process_group(place)
     opened = []
     for name in names:
         if name not in LOGGER_TYPE_TO_CLASS:
@@ -345,6 +339,21 @@ def _open_trackers(names: list[str], run_dir: Path, resumed_at: int, place: Topo
         except Exception as error:
             log.warning("tracker %s could not start and is left out: %s", name, error)
     return opened
+
+
+def _adopt_process_group(place: Topology) -> None:
+    """Tell accelerate of the process group, because trackers ask it who is first. Where it takes a CPU's LOCAL_RANK for
+    a launcher's, it would also choose a thread count and set RANK and others for whatever starts next here."""
+    from accelerate import PartialState
+
+    threads, environment = torch.get_num_threads(), dict(os.environ)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "OMP_NUM_THREADS/MKL_NUM_THREADS unset", UserWarning)
+        PartialState(cpu=place.device.type == "cpu")
+    torch.set_num_threads(threads)
+    for name in os.environ.keys() - environment.keys():
+        del os.environ[name]
+    os.environ.update(environment)
 
 
 @contextlib.contextmanager

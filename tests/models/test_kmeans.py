@@ -11,6 +11,10 @@ from vqscale.models.vqvae import VQVAE
 # ---- init
 
 
+def nothing() -> None:
+    """Between two batches."""
+
+
 def test_codebooks_from_data_are_reproducible_consistent_and_used():
     data = images(32)
     one, same, other = (vqvae(fitted=False) for _ in range(3))
@@ -33,7 +37,7 @@ def test_codebooks_from_data_are_reproducible_consistent_and_used():
 def spread(model: VQVAE, data: Tensor) -> float:
     """What one code per level would leave: the variance of the encoder vectors, summed over levels."""
     with torch.no_grad():
-        vectors = [model._sample_vectors([data], index, 0) for index in range(len(model.levels))]
+        vectors = [model._sample_vectors([data], index, 0, nothing) for index in range(len(model.levels))]
     return sum(v.var(dim=0, correction=0).mean().item() for v in vectors)
 
 
@@ -43,7 +47,7 @@ def test_fewer_vectors_than_codes_repeat_with_a_jitter():
     q = model.quantizers["top"]
     assert len(q.embedding.unique(dim=0)) == 64
     model.eval()
-    z = model._sample_vectors([images(1)], 0, 0)
+    z = model._sample_vectors([images(1)], 0, 0, nothing)
     assert torch.cdist(q.embedding.double(), z.double()).min(1).values.max() < 0.02 * z.std()
     with pytest.raises(ValueError, match="at least one batch"):
         model.init_codebooks([], seed=0)
@@ -53,8 +57,8 @@ def test_lower_levels_start_from_the_quantized_levels_above():
     model, stale = vqvae(fitted=False), vqvae(fitted=False)
     data = images(16)
     model.init_codebooks([data], seed=0)
-    key_vectors = stale._sample_vectors([data], 1, 0)  # the bottom's vectors under the top's random codebook
-    assert not torch.allclose(model.eval()._sample_vectors([data], 1, 0), key_vectors)
+    key_vectors = stale._sample_vectors([data], 1, 0, nothing)  # the bottom's vectors under the top's random codebook
+    assert not torch.allclose(model.eval()._sample_vectors([data], 1, 0, nothing), key_vectors)
 
 
 # ---- training
