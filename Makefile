@@ -5,7 +5,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed-from-pyproject
 SCRIPTS := .ci/run $(wildcard slurm/*.sh)
 
-.PHONY: setup test test-slow lint demo bench bench-full chaos
+.PHONY: setup test test-slow test-soak lint demo bench bench-full chaos
 
 setup: $(INSTALLED)
 
@@ -15,10 +15,14 @@ $(INSTALLED): pyproject.toml
 	touch $@
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not soak"
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+# Needs a quiet machine, and slurmctld, slurmd and their client for the tests of slurm/.
+test-soak: setup
+	$(BIN)/python -m pytest -m soak
 
 lint: setup
 	$(BIN)/ruff format --check .

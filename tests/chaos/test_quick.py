@@ -6,7 +6,7 @@ import pytest
 from chaos import campaign
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_small_campaign_loses_nothing(tmp_path: Path) -> None:
     found = campaign.main(["--quick", "--json", str(tmp_path / "chaos.json")])
     assert found["chaos/kills_survived_bit_identically"]["value"] == 4

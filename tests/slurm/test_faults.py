@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import pytest
 from support.jobs import Site
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # two at a time, so that each waits for others
+pytestmark = [pytest.mark.soak, pytest.mark.timeout(1800)]  # two at a time, so that each waits for others
 
 VQVAE = "configs/debug/train_vqvae.yaml"
 

@@ -10,7 +10,7 @@ from support import cluster
 from support.jobs import ROOT, SCRIPTS, Site
 from support.stages import CHAIN
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # the whole chain is a fixture
+pytestmark = [pytest.mark.soak, pytest.mark.timeout(1800)]  # the whole chain is a fixture
 
 JOB_SCRIPTS = ("pack", "train_vqvae2", "extract_codes", "train_prior", "sample", "train_classifier", "evaluate")
 VQVAE, PRIOR = "configs/debug/train_vqvae.yaml", "configs/debug/train_prior_top.yaml"

@@ -17,7 +17,7 @@ from support.stages import CONFIGS, run_stage
 
 from vqscale.engine.checkpoint import find_latest
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.soak
 
 Files = Callable[[Path], dict[str, bytes]]
 ROOT = Path(__file__).parents[2]
