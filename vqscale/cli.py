@@ -96,7 +96,8 @@ def main(argv: Sequence[str]) -> int:
             raise ValueError(f"{arguments.stage} needs a config file: vqscale {arguments.stage} CONFIG [key=value ...]")
         stage_config = config.load(stage.Config, words[0], words[1:])
         if arguments.dry_run:
-            print(runtime.dry_run(stage_config, getattr(stage, "plan", None)))
+            plan = getattr(stage, "plan", None)
+            print(config.to_yaml(stage_config) + (plan(stage_config) if plan else ""))
         else:
             stage.main(stage_config)
     except runtime.Stopped as stopped:

@@ -166,7 +166,12 @@ def peek(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 def save(config: Any, path: Path) -> None:
     """Write the resolved config as YAML."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    path.write_text(to_yaml(config))
+
+
+def to_yaml(config: Any) -> str:
+    """The resolved config as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
 def as_dict(config: Any) -> dict[str, Any]:

@@ -32,7 +32,6 @@ __all__ = [
     "Run",
     "Stopped",
     "Topology",
-    "dry_run",
     "is_first_rank",
     "leave",
     "read_json",
@@ -406,14 +405,6 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
-
-
-def dry_run(config: StageConfig, plan: Callable[[Any], str] | None) -> str:
-    """The resolved config, and what the stage says of its sizes and steps."""
-    from omegaconf import OmegaConf
-
-    text = OmegaConf.to_yaml(OmegaConf.structured(config))
-    return text + (plan(config) if plan else "")
 
 
 def leave(code: int) -> None:
