@@ -1,5 +1,6 @@
 """The same global batches at any number of ranks, workers and micro-batches, from any position; nothing lost unseen."""
 
+import gc
 import hashlib
 import json
 import os
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.streams import build, global_stream, rank_stream
+from support.streams import build, global_stream, rank_stream, reader
 
 from vqscale.data.images import ImageReader
 from vqscale.data.loader import GlobalBatchSampler
@@ -223,6 +224,34 @@ def test_handles_are_opened_by_the_process_that_reads(images: Path) -> None:
         os._exit(0 if theirs != mine else 1)
     assert os.waitpid(pid, 0)[1] == 0
     files.close()
+
+
+def test_workers_finalize_nothing_that_they_inherit(images: Path, tmp_path: Path) -> None:
+    class Left:
+        """Garbage of the process that forks, which only the collector of cycles finds."""
+
+        def __init__(self) -> None:
+            self.me, self.finalized_by = self, tmp_path
+
+        def __del__(self) -> None:
+            (self.finalized_by / str(os.getpid())).touch()
+
+    def collecting(*parts_label_position: Any) -> dict[str, Any]:
+        gc.collect()
+        return read(*parts_label_position)
+
+    read = reader()
+    gc.disable()
+    try:
+        Left()
+        batches = iter(build(images, workers=2, read=collecting))
+        next(batches)
+        batches.close()
+        assert not list(tmp_path.iterdir())
+    finally:
+        gc.enable()
+    gc.collect()
+    assert [file.name for file in tmp_path.iterdir()] == [str(os.getpid())]  # it was garbage, and is not kept
 
 
 def test_slow_storage_gets_many_reads_in_flight(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:

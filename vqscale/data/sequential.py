@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from vqscale.data.cache import Cache
-from vqscale.data.loader import Batch, Read, TarDataset, name_bad_samples, run_workers
+from vqscale.data.loader import Read, TarDataset, name_bad_samples
 from vqscale.data.shards import Manifest
+from vqscale.data.workers import Batch, run_workers
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from vqscale.data.loader import Batch
 from vqscale.data.shards import write_atomically
+from vqscale.data.workers import Batch
 from vqscale.evaluation.collect import Collector
 from vqscale.evaluation.features import Extractor, Features
 from vqscale.evaluation.statistics import FeatureSet

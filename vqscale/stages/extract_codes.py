@@ -15,9 +15,9 @@ from vqscale.config import ReadsShards, run_of
 from vqscale.data.cache import Cache
 from vqscale.data.codes import CodeReader, pack_codes
 from vqscale.data.images import ImageReader, to_float
-from vqscale.data.loader import Batch
 from vqscale.data.sequential import read_shard_blocks
 from vqscale.data.shards import Manifest, ShardIndex, ShardInfo, ShardWriter, resolve, shard_info
+from vqscale.data.workers import Batch
 from vqscale.sources import Source, load_vqvae
 
 
