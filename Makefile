@@ -30,7 +30,7 @@ lint: setup
 	$(BIN)/mypy
 	shellcheck $(SCRIPTS)
 
-# Kills and corruptions by the hundred: about 20 minutes.
+# Kills and corruptions by the hundred: some 7 minutes.
 chaos: setup
 	$(BIN)/python tests/chaos/campaign.py --json benchmarks/results/chaos-$(shell date +%F).json
 
