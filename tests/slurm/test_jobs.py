@@ -44,7 +44,7 @@ def test_two_nodes_warned_on_their_way_end_where_torchrun_does(chain: Site) -> N
     assert (command["world_size"], command["nodes"], command["strategy"]) == (2, 2, "ddp")
     assert command["restarts"] == 1 and 0 < command["resumed_from"] < 640
     assert "commit " in log and "2 ranks on node[" in log and "640/640" in log and f"train_vqvae {VQVAE}" in log
-    assert [path.name for path in chain.folder.glob("*.log")] == [f"train_vqvae-{job}.log"]
+    assert [path.name for path in chain.folder.glob(f"*{job}*")] == [f"train_vqvae-{job}.log"]
     assert chain.differing("nodes", "ranks") == []
 
 

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.soak
 
 Files = Callable[[Path], dict[str, bytes]]
 ROOT = Path(__file__).parents[2]
-SMALL = {"extract_codes": ["workers=0", "block=4"], "sample": ["samples_per_class=8", "batch=4", "blocks_per_shard=1"]}
+SMALL = {"extract_codes": ["workers=0", "block=4"], "sample": ["samples_per_class=32", "batch=4", "blocks_per_shard=1"]}
 
 
 def rank_of_stage(stage: str, overrides: list[str]) -> int:
