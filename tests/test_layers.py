@@ -28,6 +28,7 @@ DOORS = {
     "webdataset": "data/",
     "fsspec": "data/remote.py",
     "torch_fidelity": "evaluation/",
+    "lpips": "evaluation/perceptual.py",
 }
 
 

@@ -29,7 +29,7 @@ def test_a_score_has_the_fields_of_the_contract_in_order() -> None:
 def test_the_names_that_scripts_rely_on_are_there() -> None:
     promised = (
         "fid sfid kid inception_score precision recall density coverage fd_lite0 reconstruction_mse reconstruction_fid "
-        "psnr ssim nll order0_entropy perplexity used_codes bits_per_dim cas_top1 cas_top5"
+        "psnr ssim lpips nll order0_entropy perplexity used_codes bits_per_dim cas_top1 cas_top5"
     )
     assert set(promised.split()) <= set(METRICS)
     assert metric_of("nll/top").unit == "nats per code"

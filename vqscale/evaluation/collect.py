@@ -16,6 +16,7 @@ from vqscale.data.images import to_float, to_uint8
 from vqscale.evaluation.features import Extractor, Features
 from vqscale.evaluation.metrics import psnr, ssim
 from vqscale.evaluation.moments import Moments
+from vqscale.evaluation.perceptual import PerceptualDistance
 from vqscale.evaluation.statistics import FeatureSet
 from vqscale.topology import Topology
 
@@ -85,7 +86,8 @@ def collect_images(images: Tensor, extractor: Extractor, place: Topology, batch:
 class Reconstructions:
     """How well a VQ-VAE reproduces n images.
 
-    mse: of the plain output in [-1, 1] units, as in training. psnr, ssim: means over images of the uint8 pictures.
+    mse: of the plain output in [-1, 1] units, as in training. psnr, ssim, lpips: means over images of the uint8
+    pictures; lpips is None where it was not computed.
     usage: counts [K] per level. originals, pictures: uint8 [m, 3, R, R], examples spread evenly over the set.
     """
 
@@ -93,6 +95,7 @@ class Reconstructions:
     mse: float
     psnr: float
     ssim: float
+    lpips: float | None
     usage: dict[str, np.ndarray]
     features: FeatureSet | None
     originals: Tensor
@@ -108,11 +111,13 @@ def reconstruct(
     place: Topology,
     *,
     extractor: Extractor | None = None,
+    perceptual: PerceptualDistance | None = None,
     examples: int = 16,
 ) -> Reconstructions:
     """Run every image through the VQ-VAE (in eval mode). Raises ValueError if images are missing."""
     collector = Collector(extractor, total, place) if extractor is not None else None
-    sums = torch.zeros(4, dtype=torch.float64, device=place.device)  # n, and sums of mse, psnr, ssim
+    count = 4 if perceptual is None else 5
+    sums = torch.zeros(count, dtype=torch.float64, device=place.device)  # n, and sums of mse, psnr, ssim, lpips
     usage = {name: torch.zeros(vqvae.num_codes, dtype=torch.int64, device=place.device) for name in vqvae.level_names}
     shown = spread(total, examples)
     rows: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
@@ -122,8 +127,10 @@ def reconstruct(
         output = vqvae(target)
         picture = to_uint8(output.reconstruction)
         error = (output.reconstruction.double() - target.double()).square().flatten(1).mean(1)
-        each = torch.stack([torch.ones_like(error), error, psnr(picture, image), ssim(picture, image)])
-        sums += (each * weight.double()).sum(1)
+        each = [torch.ones_like(error), error, psnr(picture, image), ssim(picture, image)]
+        if perceptual is not None:
+            each.append(perceptual(picture, image))
+        sums += (torch.stack(each) * weight.double()).sum(1)
         for histogram, codes in zip(usage.values(), output.codes, strict=True):
             histogram += torch.bincount(codes[weight > 0].flatten(), minlength=len(histogram))
         if collector is not None:
@@ -133,14 +140,16 @@ def reconstruct(
         rows.append((place_of[hit], image.cpu()[hit], picture.cpu()[hit], label.cpu()[hit]))
     for tensor in (sums, *usage.values()):
         place.all_reduce_(tensor)
-    n, mse, ratio, similarity = sums.tolist()
+    n, mse, ratio, similarity, *distance = sums.tolist()
     if n != total:
         raise ValueError(f"{total - int(n)} of {total} images could not be read: bad.jsonl names them")
     at, *columns = (torch.cat(column) for column in zip(*rows, strict=True))
     originals, pictures, labels = (gather_rows(column, at, len(shown), place) for column in columns)
     counts = {name: histogram.cpu().numpy() for name, histogram in usage.items()}
     features = collector.finish() if collector is not None else None
-    return Reconstructions(total, mse / n, ratio / n, similarity / n, counts, features, originals, pictures, labels)
+    lpips = distance[0] / n if distance else None
+    figures = (mse / n, ratio / n, similarity / n, lpips)
+    return Reconstructions(total, *figures, counts, features, originals, pictures, labels)
 
 
 def spread(total: int, count: int) -> Tensor:

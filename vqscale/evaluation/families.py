@@ -24,6 +24,7 @@ from vqscale.evaluation.inputs import DataSet
 from vqscale.evaluation.moments import Gaussian, frechet_distance
 from vqscale.evaluation.nll import Codes, Likelihood, bits_per_dim, likelihood, other_classes, other_samples, read_codes
 from vqscale.evaluation.parts import compute_parts, gather_parts, parts_of, unfinished
+from vqscale.evaluation.perceptual import PerceptualDistance
 from vqscale.evaluation.scores import METRICS, Score, Scores, describe_set, is_published_set, why_not_comparable
 from vqscale.evaluation.statistics import (
     FeatureSet,
@@ -59,6 +60,7 @@ class Bench:
     scores: Scores
     place: Topology
     extractor: Extractor | None
+    perceptual: PerceptualDistance | None
     cache: Path
     bad_path: Path
     tick: Callable[[Iterable[Any], str, int], Iterable[Any]]
@@ -245,12 +247,18 @@ def score_reconstructions(bench: Bench, source: Source, data: DataSet, examples:
         data.n,
         bench.place,
         extractor=bench.extractor if names else None,
+        perceptual=bench.perceptual,
         examples=examples,
     )
     against, published = data.describe(), is_published_set(data.manifest, data.n)
     reason = why_not_comparable(None, n=data.n, published_reference=published)
     for key, value in (("reconstruction_mse", found.mse), ("psnr", found.psnr), ("ssim", found.ssim)):
         scores.put(key, Score(value, data.n, against, comparable_with_papers=not reason, reason=reason))
+    if (network := bench.perceptual) is not None:
+        about = ("vgg16, LPIPS 0.1", network.weights_sha256, "none")
+        unknown = "" if network.verified else "weights of unknown origin"
+        why = "; ".join(filter(None, [unknown, reason]))
+        scores.put("lpips", Score(found.lpips, data.n, against, *about, comparable_with_papers=not why, reason=why))
     if found.features is not None:
         mine, real = found.features.gaussian, features_of(bench, data, resolution).gaussian
         reason = why_not_comparable(bench.extractor, n=data.n, published_reference=published)

@@ -86,19 +86,22 @@ def load_extractor(
     return build(weights, allow_unverified_weights, torch.device(device))
 
 
-def read_weights(path: str | Path, known_sha256: str, allow_unverified: bool) -> tuple[dict[str, Tensor], str, bool]:
+def read_weights(
+    path: str | Path, known_sha256: str, allow_unverified: bool, key: str = "weights"
+) -> tuple[dict[str, Tensor], str, bool]:
     """(tensors, sha256, verified) of a weights file that cannot run code.
 
-    `known_sha256`: the expected hash, or as many leading digits of it as were published.
+    `known_sha256`: the expected hash, or as many leading digits of it as were published. `key`: the config's word for
+    the path.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"weights={path}: there is no such file")
+        raise FileNotFoundError(f"{key}={path}: there is no such file")
     data = Path(path).read_bytes()
     sha256 = hashlib.sha256(data).hexdigest()
     verified = sha256.startswith(known_sha256)
     if not verified and not allow_unverified:
         raise ValueError(
-            f"weights={path}: its sha256 starts {sha256[:12]}, expected {known_sha256[:12]}; "
+            f"{key}={path}: its sha256 starts {sha256[:12]}, expected {known_sha256[:12]}; "
             "allow_unverified_weights=true uses it all the same, and marks every number"
         )
     try:
@@ -107,9 +110,9 @@ def read_weights(path: str | Path, known_sha256: str, allow_unverified: bool) ->
             tensors = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # whatever damaged bytes make of the reader: EOFError, KeyError, RuntimeError, …
         detail = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"weights={path}: not a file of plain tensors ({detail})") from None
+        raise ValueError(f"{key}={path}: not a file of plain tensors ({detail})") from None
     if not isinstance(tensors, dict):
-        raise ValueError(f"weights={path}: holds a {type(tensors).__name__}, expected tensors by name")
+        raise ValueError(f"{key}={path}: holds a {type(tensors).__name__}, expected tensors by name")
     return tensors, sha256, verified
 
 

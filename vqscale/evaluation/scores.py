@@ -39,6 +39,7 @@ _TABLE = (
     ("reconstruction_mse", "Reconstruction MSE", "in [-1, 1] units", "lower", "reconstruction"),
     ("psnr", "Reconstruction PSNR", "dB", "higher", "reconstruction"),
     ("ssim", "Reconstruction SSIM", "", "higher", "reconstruction"),
+    ("lpips", "Reconstruction LPIPS", "", "lower", "reconstruction"),
     ("reconstruction_fid", "Reconstruction FID", "", "lower", "reconstruction"),
     ("reconstruction_fd_lite0", "Reconstruction FD-lite0", "", "lower", "reconstruction"),
     ("nll", "NLL", "nats per code", "lower", "nll"),

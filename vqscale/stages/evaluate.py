@@ -20,6 +20,7 @@ from vqscale.evaluation.gallery import images_at
 from vqscale.evaluation.inputs import INPUT_KEYS, DataSet, Inputs, find_inputs
 from vqscale.evaluation.neighbours import Neighbours, find_neighbours
 from vqscale.evaluation.nll import Codes, read_codes
+from vqscale.evaluation.perceptual import PerceptualDistance, load_lpips
 from vqscale.evaluation.rejection import RATES, check_networks, check_rates, read_judged, score_rejection
 from vqscale.evaluation.results import Shown, print_table, write_results
 from vqscale.evaluation.scores import METRICS, Scores, is_published_set
@@ -45,6 +46,7 @@ class EvaluateConfig(ReadsShards):
     metrics: list[str] = field(default_factory=list)  # keys of scores.json without the level; [] = all that can be had
     extractor: str = "lite0"  # lite0 | inception | vgg16 (precision and recall as first published)
     weights: str = ""  # path of the extractor's weights; needed for inception and vgg16
+    vgg16_weights: str = ""  # path of torchvision's VGG16, for LPIPS
     allow_unverified_weights: bool = False  # use weights of unknown sha256, and mark every number
     weights_kind: str = ""  # ema | raw; "" = ema if there is one
     checkpoint: int = 0  # of the VQ-VAE, in images seen; 0 = the last checkpoint of a finished run
@@ -120,6 +122,7 @@ def compute(config: EvaluateConfig, run: runtime.Run, scores: Scores, found: Inp
         scores,
         run.topology,
         extractor,
+        _perceptual(config, run, scores),
         run.run_dir / "statistics",
         run.run_dir / "bad.jsonl",
         lambda batches, name, total: _watched(run, batches, name, total),
@@ -155,6 +158,20 @@ def _extractor(config: EvaluateConfig, run: runtime.Run, scores: Scores) -> tupl
     if not extractor.verified:
         runtime.log.warning("weights=%s are of unknown origin: no number is comparable with papers", config.weights)
     return extractor, ""
+
+
+def _perceptual(config: EvaluateConfig, run: runtime.Run, scores: Scores) -> PerceptualDistance | None:
+    """LPIPS, if its package and weights are there; else it is left out."""
+    if not scores.wants("lpips"):
+        return None
+    why_none = f"lpips needs vgg16_weights=PATH, {NEED_A_PATH['vgg16']}"
+    if config.vgg16_weights:
+        try:
+            return load_lpips(config.vgg16_weights, config.allow_unverified_weights, run.topology.device)
+        except MissingPackage as error:
+            why_none = str(error)
+    scores.leave_out(["lpips"], why_none)
+    return None
 
 
 def _watched(run: runtime.Run, batches: Iterable[Any], name: str, total: int) -> Iterator[Any]:
