@@ -35,7 +35,9 @@ def _train_and_hang(config: TinyConfig, how: str) -> Any:
     train(config, on_step=on_step)
 
 
-@pytest.mark.parametrize(("how", "world"), [("asleep", 1), ("asleep", 2), ("stopped", 2)])
+@pytest.mark.parametrize(
+    ("how", "world"), [("asleep", 1), pytest.param("asleep", 2, marks=pytest.mark.slow), ("stopped", 2)]
+)
 def test_ranks_that_stand_still_write_their_stacks_and_end(tmp_path: Path, how: str, world: int) -> None:
     with started(_train_and_hang, world, settings(tmp_path), how) as ranks:
         until = time.monotonic() + 60

@@ -91,6 +91,7 @@ def kill_at_random(run_dir: Path, chance: random.Random, most: int, victims: lis
     return kill
 
 
+@pytest.mark.slow
 def test_killed_at_random_places_a_run_ends_bit_identical(uninterrupted: Path, tmp_path: Path) -> None:
     settings = config(tmp_path, step_seconds=0.05)
     kills = run_until_done(settings, 1, kill_at_random(tmp_path, random.Random(2), 12))
@@ -152,6 +153,7 @@ def test_asked_to_stop_it_saves_and_goes_on_later(uninterrupted: Path, tmp_path:
         assert_bit_identical(saved(tmp_path), saved(uninterrupted))
 
 
+@pytest.mark.slow
 def test_strategies_and_world_sizes_resume_each_other(uninterrupted: Path, tmp_path: Path) -> None:
     legs = [("single", 1, 40), ("fsdp", 2, 80), ("ddp", 2, 120), ("fsdp", 2, 136), ("single", 1, 160)]
     for strategy, world, total in legs:
@@ -267,7 +269,7 @@ def _train_and_stop_in_evaluation(settings: TinyConfig, every: int) -> str:
     return ""
 
 
-@pytest.mark.parametrize(("world", "every"), [(1, 48), (2, 48), (1, 160)])
+@pytest.mark.parametrize(("world", "every"), [(2, 48), pytest.param(1, 48, marks=pytest.mark.slow), (1, 160)])
 def test_a_stop_in_an_evaluation_is_honoured_there_and_the_figures_come_later(
     uninterrupted: Path, tmp_path: Path, world: int, every: int
 ) -> None:

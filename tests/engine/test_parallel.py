@@ -47,7 +47,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         ("hsdp", 4, 1, "fp32"),
         ("zero1", 2, 2, "fp32"),
         ("zero2", 2, 0, "fp32"),
-        ("zero2", 4, 1, "fp32"),
+        pytest.param("zero2", 4, 1, "fp32", marks=pytest.mark.slow),
         ("zero3", 2, 2, "fp32"),
     ],
 )

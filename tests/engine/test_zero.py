@@ -82,6 +82,7 @@ def test_a_run_leaves_what_a_single_process_leaves(alone: Path, tmp_path: Path, 
     assert max(held["parameters"]) <= 4 * numel / (2 if strategy == "zero3" else 1) + 64
 
 
+@pytest.mark.slow
 def test_a_leg_under_zero_continues_another_strategys_run(alone: Path, tmp_path: Path) -> None:
     legs = [("single", 1, 40), ("zero2", 2, 80), ("single", 1, 160)]
     _run_legs(tmp_path, legs)

@@ -51,6 +51,7 @@ def values(run_dir: Path) -> dict[str, float]:
     return {key: score["value"] for key, score in json.loads((run_dir / "scores.json").read_text()).items()}
 
 
+@pytest.mark.slow
 def test_one_two_and_four_ranks_agree_to_ten_digits(world: Any, tmp_path: Path, config: str) -> None:
     for ranks in (1, 2, 4):
         run_dir = tmp_path / str(ranks)
@@ -63,6 +64,7 @@ def test_one_two_and_four_ranks_agree_to_ten_digits(world: Any, tmp_path: Path, 
         assert values(tmp_path / str(ranks)) == pytest.approx(one, rel=1e-10)
 
 
+@pytest.mark.slow
 def test_killed_and_run_again_on_other_ranks_gives_the_same(world: Any, tmp_path: Path, config: str) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert run_ranks(evaluated, 1, str(whole), config, world.overrides(run_dir=whole, batch=4)) == [0]

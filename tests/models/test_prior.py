@@ -105,6 +105,7 @@ def gradients(model: Any, key: Tensor) -> list[Tensor]:
     return [g for g in found if g is not None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, changes", ATTENTION[1:])
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch's own, inside dynamo
 def test_recompute_and_compile_give_the_same_gradients_and_touch_no_generator(kind, changes):

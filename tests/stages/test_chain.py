@@ -200,7 +200,9 @@ def test_bytes_do_not_depend_on_the_number_of_ranks(chain: Path, files: Files, s
     assert files(run_dir) == files(chain / stage)
 
 
-@pytest.mark.parametrize(("precision", "tolerance"), [("fp64", 1e-9), ("fp32", 1e-5)])
+@pytest.mark.parametrize(
+    ("precision", "tolerance"), [pytest.param("fp64", 1e-9, marks=pytest.mark.slow), ("fp32", 1e-5)]
+)
 def test_two_ddp_ranks_train_as_one(chain: Path, precision: str, tolerance: float) -> None:
     """20 steps; codebooks are asserted to be bit-identical on both ranks at every evaluation, and at the end."""
     common = [
