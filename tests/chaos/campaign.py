@@ -27,7 +27,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 
 import torch  # noqa: E402
 from chaos.journey import RANKS, Tally, Work, all_stalls, read_journal, travel  # noqa: E402
-from support import distributed, faults  # noqa: E402
+from support import faults  # noqa: E402
 from support.stages import run_stage  # noqa: E402
 
 from vqscale.data.images import ImageReader  # noqa: E402
@@ -229,7 +229,6 @@ Rows = dict[str, dict[str, Any]]
 def campaign(quick: bool, seed: int, parts: Sequence[str] = PARTS) -> Rows:
     """Those parts of it, in the current folder."""
     chance, works, found = random.Random(seed), WORKS[:2] if quick else WORKS, Rows()
-    distributed.preload("deepspeed", "vqscale.stages.train_vqvae", "vqscale.stages.train_prior")
     make_inputs()
     if "kills" in parts:
         tally = Tally()
