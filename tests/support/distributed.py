@@ -35,6 +35,8 @@ _server.set_forkserver_preload(
         "support.distributed",
     ]
 )
+# A process has one such server, which the program's own pools in the tests' process must not start without these.
+multiprocessing.context.BaseContext.set_forkserver_preload = lambda *_: None  # type: ignore[method-assign]
 
 
 class Ranks:
