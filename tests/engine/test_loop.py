@@ -93,7 +93,7 @@ def kill_at_random(run_dir: Path, chance: random.Random, most: int, victims: lis
 
 @pytest.mark.slow
 def test_killed_at_random_places_a_run_ends_bit_identical(uninterrupted: Path, tmp_path: Path) -> None:
-    settings = config(tmp_path, step_seconds=0.05)
+    settings = config(tmp_path, step_seconds=0.15)
     kills = run_until_done(settings, 1, kill_at_random(tmp_path, random.Random(2), 12))
     assert kills >= 3
     assert_bit_identical(saved(tmp_path), saved(uninterrupted))
@@ -118,7 +118,7 @@ def test_lines_of_steps_that_were_lost_are_lost_too(uninterrupted: Path, tmp_pat
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_a_killed_rank_ends_the_job_and_the_rerun_is_bit_identical(tmp_path: Path, strategy: str) -> None:
     for name in ("one", "other"):
-        settings = config(tmp_path / name, strategy=strategy, step_seconds=0.05 if name == "other" else 0.0)
+        settings = config(tmp_path / name, strategy=strategy, step_seconds=0.15 if name == "other" else 0.0)
         victim = kill_at_random(tmp_path / name, random.Random(3), 6, [1])
         kills = run_until_done(settings, 2, victim if name == "other" else lambda ranks, kills: False)
     assert kills >= 2
