@@ -91,3 +91,5 @@ def test_the_stage_reports_it(world: Any, weights: Path, tmp_path: Path, capsys:
     made = to_uint8(model(to_float(world.holdout)).reconstruction.detach())
     assert score["value"] == pytest.approx(float(by_the_formula(weights, made, world.holdout).mean()), rel=1e-3)
     assert score["n"] == 26 and "weights of unknown origin" in score["reason"]
+    (log,) = (tmp_path / "run" / "log").glob("*.log")
+    assert f"vgg16_weights={weights} are of unknown origin" in log.read_text()

@@ -14,7 +14,8 @@ from vqscale.evaluation.report import format_value, label_of
 from vqscale.runtime import read_json
 from vqscale.sources import Source
 
-_STAGES = ("pack", "index", "train_vqvae", "extract_codes", "train_prior_*", "sample*", "evaluate*")
+_CLASSIFIERS = ("train_classifier_re*", "sample*", "train_classifier_samples")  # in the order in which they run
+_STAGES = ("pack", "index", "train_vqvae", "extract_codes", "train_prior_*", *_CLASSIFIERS, "evaluate*")
 _NO_LICENCE = "not stated: ask whoever exported this before you use it"
 
 

@@ -256,8 +256,7 @@ def score_reconstructions(bench: Bench, source: Source, data: DataSet, examples:
         scores.put(key, Score(value, data.n, against, comparable_with_papers=not reason, reason=reason))
     if (network := bench.perceptual) is not None:
         about = ("vgg16, LPIPS 0.1", network.weights_sha256, "none")
-        unknown = "" if network.verified else "weights of unknown origin"
-        why = "; ".join(filter(None, [unknown, reason]))
+        why = why_not_comparable(None, n=data.n, published_reference=published, verified=network.verified)
         scores.put("lpips", Score(found.lpips, data.n, against, *about, comparable_with_papers=not why, reason=why))
     if found.features is not None:
         mine, real = found.features.gaussian, features_of(bench, data, resolution).gaussian

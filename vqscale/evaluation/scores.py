@@ -141,13 +141,18 @@ def is_published_set(manifest: Manifest | None, n: int) -> bool:
     return manifest is None or (len(manifest.classes) == 1000 and n >= PAPERS_SAMPLES and n == manifest.num_samples)
 
 
-def why_not_comparable(extractor: Extractor | None, *, n: int, published_reference: bool, standard: bool = True) -> str:
-    """Why a number can't stand beside the papers' ones, or "". `standard`: the usual protocol was followed."""
+def why_not_comparable(
+    extractor: Extractor | None, *, n: int, published_reference: bool, standard: bool = True, verified: bool = True
+) -> str:
+    """Why a number can't stand beside the papers' ones, or "".
+
+    standard: the usual protocol was followed. verified: the weights of a network besides the extractor are known.
+    """
     reasons = []
     if extractor is not None and extractor.name != "inception":
         own = {"lite0": "EfficientNet-Lite0", "vgg16": "VGG16"}[extractor.name]
         reasons.append(f"features of {own}, papers use Inception v3")
-    if extractor is not None and not extractor.verified:
+    if not verified or (extractor is not None and not extractor.verified):
         reasons.append("weights of unknown origin")
     if n < PAPERS_SAMPLES:
         reasons.append(f"{n} images, papers use {PAPERS_SAMPLES}")

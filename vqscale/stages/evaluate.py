@@ -156,8 +156,12 @@ def _extractor(config: EvaluateConfig, run: runtime.Run, scores: Scores) -> tupl
     except MissingPackage as error:
         return None, str(error)
     if not extractor.verified:
-        runtime.log.warning("weights=%s are of unknown origin: no number is comparable with papers", config.weights)
+        _warn_of_origin("weights", config.weights)
     return extractor, ""
+
+
+def _warn_of_origin(key: str, path: str) -> None:
+    runtime.log.warning("%s=%s are of unknown origin: none of its numbers is comparable with papers", key, path)
 
 
 def _perceptual(config: EvaluateConfig, run: runtime.Run, scores: Scores) -> PerceptualDistance | None:
@@ -167,9 +171,13 @@ def _perceptual(config: EvaluateConfig, run: runtime.Run, scores: Scores) -> Per
     why_none = f"lpips needs vgg16_weights=PATH, {NEED_A_PATH['vgg16']}"
     if config.vgg16_weights:
         try:
-            return load_lpips(config.vgg16_weights, config.allow_unverified_weights, run.topology.device)
+            perceptual = load_lpips(config.vgg16_weights, config.allow_unverified_weights, run.topology.device)
         except MissingPackage as error:
             why_none = str(error)
+        else:
+            if not perceptual.verified:
+                _warn_of_origin("vgg16_weights", config.vgg16_weights)
+            return perceptual
     scores.leave_out(["lpips"], why_none)
     return None
 
