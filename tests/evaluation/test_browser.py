@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from vqscale.evaluation.neighbours import Neighbours
+from vqscale.evaluation.reconstructions import Examples
 from vqscale.evaluation.report import Report, render
 from vqscale.evaluation.scores import METRICS, Score
 
@@ -72,7 +73,7 @@ def full() -> Report:
         scores=scores,
         left_out={"sfid": "extractor=inception needs weights=PATH", "nll/middle": long},
         samples={f"class {n} with a long name": list(images(10)) for n in range(4)},
-        reconstructions=(images(5), images(5), ["a", "b", "c", "d", "e"]),
+        examples=Examples(images(5), images(5), ["a", "b", "c", "d", "e"]),
         usage={"top": np.arange(64), "bottom": np.arange(64)},
         curves={"train_prior_top": lines},
         neighbours=Neighbours(images(3, 4), torch.ones(3, 3), [["a", "b", "c", "d"]] * 3, "Median distance: 1."),

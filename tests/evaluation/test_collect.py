@@ -4,35 +4,20 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from support.distributed import run_ranks
-from torch import Tensor
+from support.extractors import projection
 
-from vqscale import cli, topology
-from vqscale.config import StageConfig
-from vqscale.data.images import ImageReader, to_float, to_uint8
+from vqscale import cli
+from vqscale.data.images import ImageReader
 from vqscale.data.sequential import sequential_batches
-from vqscale.evaluation.collect import Collector, collect_images, reconstruct, spread
-from vqscale.evaluation.features import Extractor, Features
-from vqscale.evaluation.metrics import psnr, ssim
-from vqscale.evaluation.moments import frechet_distance, moments_of
-from vqscale.evaluation.nll import likelihood, read_codes
+from vqscale.evaluation.collect import Collector, collect_images
+from vqscale.evaluation.features import Extractor
+from vqscale.evaluation.moments import moments_of
 from vqscale.evaluation.statistics import FeatureSet
-from vqscale.sources import load_prior, load_vqvae
 from vqscale.stages import evaluate
 from vqscale.topology import Topology
-
-
-def projection() -> Extractor:
-    weight = torch.randn(3 * 16 * 16, 24, generator=torch.Generator().manual_seed(9)) / 50
-
-    def features(images: Tensor) -> Features:
-        pooled = (images.float().flatten(1) / 255) @ weight
-        return Features(pooled, pooled[:, :10], pooled[:, :7])
-
-    return Extractor("lite0", "0" * 64, True, "none", "random projection", features)
 
 
 def batches(folder: Path, place: Topology, batch: int) -> Any:
@@ -44,38 +29,6 @@ def collect(batches: Any, extractor: Extractor, total: int, place: Topology) -> 
     for batch in batches:
         collector.add(batch["image"], batch["position"], batch["weight"])
     return collector.finish()
-
-
-def everything(root: str, batch: int) -> dict[str, Any]:
-    """All that an evaluation sums over ranks, on one of them."""
-    place = topology.bring_up(StageConfig(device="cpu", threads=1))
-    try:
-        folder, model = Path(root) / "pack" / "holdout", load_vqvae(Path(root) / "vqvae").model
-        found = reconstruct(model, batches(folder, place, batch), 26, place, extractor=projection(), examples=5)
-        real = collect(batches(folder, place, batch), projection(), 26, place)
-        assert found.features is not None and found.features.gaussian is not None and real.gaussian is not None
-        codes, prior = read_codes(Path(root) / "codes" / "holdout"), load_prior(Path(root) / "prior_bottom").model
-        return {
-            "numbers": [found.mse, found.psnr, found.ssim, frechet_distance(found.features.gaussian, real.gaussian)],
-            "nll": likelihood(prior, codes, "bottom", place, batch=batch).per_code(),
-            "usage": {name: counts.tolist() for name, counts in found.usage.items()},
-            "features": real.features.numpy(),
-            "pictures": found.pictures.numpy(),
-        }
-    finally:
-        topology.take_down(orderly=True)
-
-
-def test_two_ranks_find_what_one_finds(world: Any) -> None:
-    (one,) = run_ranks(everything, 1, str(world.root), 26)
-    both = run_ranks(everything, 2, str(world.root), 4)  # 26 = 3 rounds of 2 x 4, and 2 left over: padding
-    for rank in both:
-        np.testing.assert_allclose(rank["numbers"], one["numbers"], rtol=1e-10)
-        assert rank["nll"] == pytest.approx(one["nll"], rel=1e-6)
-        assert rank["usage"] == one["usage"]
-        np.testing.assert_allclose(rank["features"], one["features"], rtol=1e-5, atol=1e-6)
-        assert (rank["pictures"] == one["pictures"]).all()
-    assert both[0]["numbers"] == both[1]["numbers"]
 
 
 def test_features_come_in_stored_order(world: Any, place: Topology) -> None:
@@ -96,30 +49,6 @@ def test_a_missing_image_is_an_error(world: Any, place: Topology) -> None:
     short = list(batches(world.root / "pack" / "holdout", place, 13))[:1]
     with pytest.raises(ValueError, match="13 of 26 images could not be read"):
         collect(short, projection(), 26, place)
-    with pytest.raises(ValueError, match="13 of 26 images could not be read"):
-        reconstruct(load_vqvae(world.root / "vqvae").model, short, 26, place)
-
-
-@torch.inference_mode()
-def test_reconstruction_figures_are_the_models(world: Any, place: Topology) -> None:
-    model = load_vqvae(world.root / "vqvae").model
-    found = reconstruct(model, batches(world.root / "pack" / "holdout", place, 8), 26, place, examples=3)
-    output = model(to_float(world.holdout))
-    picture = to_uint8(output.reconstruction)
-    error = (output.reconstruction - to_float(world.holdout)).square().mean()
-    assert found.mse == pytest.approx(float(error), rel=1e-5)
-    assert found.psnr == pytest.approx(float(psnr(picture, world.holdout).mean()), rel=1e-6)
-    assert found.ssim == pytest.approx(float(ssim(picture, world.holdout).mean()), rel=1e-6)
-    assert found.usage["top"].tolist() == torch.bincount(output.codes[0].flatten(), minlength=16).tolist()
-    shown = [4, 13, 21]
-    assert spread(26, 3).tolist() == shown
-    assert torch.equal(found.originals, world.holdout[shown]) and torch.equal(found.pictures, picture[shown])
-    assert found.labels.tolist() == [n % 3 for n in shown]
-
-
-def test_examples_are_spread_over_the_set() -> None:
-    assert spread(10, 10).tolist() == list(range(10)) and spread(3, 8).tolist() == [0, 1, 2]
-    assert spread(100, 4).tolist() == [12, 37, 62, 87]
 
 
 def evaluated(root: str, config: str, words: list[str]) -> dict[str, Any]:

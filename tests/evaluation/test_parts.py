@@ -7,35 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from support.distributed import run_ranks, started
-from torch import Tensor
+from support.extractors import projection
 
 from vqscale import cli
 from vqscale.evaluation import parts
-from vqscale.evaluation.features import Extractor, Features
 from vqscale.stages import evaluate
 
 METRICS = "[fd_lite0, kid, inception_score, precision, recall, density, coverage, reconstruction_fd_lite0, psnr, ssim]"
 
 
-def projection(calls: Path, pause: float) -> Extractor:
-    """A cheap extractor that notes every batch in a file, and takes its time."""
-    weight = torch.randn(3 * 16 * 16, 24, generator=torch.Generator().manual_seed(9)) / 50
-
-    def features(images: Tensor) -> Features:
-        time.sleep(pause)
-        with calls.open("a") as file:
-            file.write(f"{len(images)}\n")
-        pooled = (images.float().flatten(1) / 255) @ weight
-        return Features(pooled, pooled[:, :10], pooled[:, :7])
-
-    return Extractor("lite0", "0" * 64, True, "none", "random projection", features)
-
-
 def evaluated(run_dir: str, config: str, words: list[str], pause: float = 0.0) -> int:
     parts.PART = 8
-    extractor = projection(Path(f"{run_dir}.calls"), pause)
+    extractor = projection(calls=Path(f"{run_dir}.calls"), pause=pause)
     evaluate.load_extractor = lambda *_args, **_more: extractor  # type: ignore[assignment]
     return cli.main(["evaluate", config, *words])
 
@@ -65,10 +49,17 @@ def test_one_two_and_four_ranks_agree_to_ten_digits(world: Any, tmp_path: Path, 
 
 
 @pytest.mark.slow
-def test_killed_and_run_again_on_other_ranks_gives_the_same(world: Any, tmp_path: Path, config: str) -> None:
+@pytest.mark.parametrize(
+    "metrics", [METRICS, "[reconstruction_fd_lite0, psnr, ssim]"], ids=["samples", "reconstructions"]
+)
+def test_killed_and_run_again_on_other_ranks_gives_the_same(
+    world: Any, tmp_path: Path, config: str, metrics: str
+) -> None:
+    """The second kill falls into the pass over reconstructions, which comes first there."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert run_ranks(evaluated, 1, str(whole), config, world.overrides(run_dir=whole, batch=4)) == [0]
-    words = world.overrides(run_dir=killed, batch=4)
+    words = [*world.overrides(run_dir=whole, batch=4), f"metrics={metrics}"]
+    assert run_ranks(evaluated, 1, str(whole), config, words) == [0]
+    words = [*world.overrides(run_dir=killed, batch=4), f"metrics={metrics}"]
     with started(evaluated, 2, str(killed), config, words, 0.2) as ranks:
         until = time.monotonic() + 60
         while len(list(killed.glob("statistics/*/*.safetensors"))) < 2 and time.monotonic() < until:

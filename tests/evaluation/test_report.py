@@ -12,6 +12,7 @@ from PIL import Image
 
 from vqscale.evaluation.figures import curves_svg, error_map, grid_png, png_bytes, usage_svg
 from vqscale.evaluation.page import CSS
+from vqscale.evaluation.reconstructions import Examples
 from vqscale.evaluation.report import PAPER, Report, format_value, render
 from vqscale.evaluation.scores import Score
 
@@ -73,7 +74,7 @@ def full() -> Report:
         },
         left_out={"cas_top1": "no classifier", "cas_top5": "no classifier"},
         samples={"<b>cats</b> & dogs": list(images(3)), "plain": list(images(2))},
-        reconstructions=(images(4), images(4, 1), ["a", "b", "c", "d"]),
+        examples=Examples(images(4), images(4, 1), ["a", "b", "c", "d"]),
         usage={"top": np.array([5, 0, 3, 9])},
         curves={"train_prior_top": lines},
         provenance=[{"name": "vqvae", "fingerprint": "sha256:1", "config": "seed: 0\n<script>alert(1)</script>"}],

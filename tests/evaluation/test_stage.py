@@ -189,17 +189,20 @@ def test_inputs_of_another_kind_are_one_line(
     assert len(lines) == 1 and said.format(root=world.root) in lines[0]
 
 
-def test_a_damaged_image_is_an_error_and_named(world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = tmp_path / "samples"
-    folder.mkdir()
-    for path in (world.root / "samples").iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    data = bytearray((folder / "000000.tar").read_bytes())
+@pytest.mark.parametrize(
+    ("key", "part", "metrics", "n"), [("samples", ".", "[fid]", 21), ("reference", "holdout", "[psnr]", 26)]
+)
+def test_a_damaged_image_is_an_error_and_named(
+    world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str, part: str, metrics: str, n: int
+) -> None:
+    shutil.copytree(world.root / {"samples": "samples", "reference": "pack"}[key], tmp_path / key)
+    tar = tmp_path / key / part / "000000.tar"
+    data = bytearray(tar.read_bytes())
     at = data.index(b"IDAT") + 8
     data[at : at + 8] = b"\xff" * 8
-    (folder / "000000.tar").write_bytes(bytes(data))
-    assert run(world, tmp_path, metrics="[fid]", samples=folder) == 1
-    assert "1 of 21 images could not be read" in capsys.readouterr().err
+    tar.write_bytes(bytes(data))
+    assert run(world, tmp_path, metrics=metrics, **{key: tmp_path / key}) == 1
+    assert f" 1 of {n} images could not be read: bad.jsonl names them" in capsys.readouterr().err
     assert "000000" in (tmp_path / "run" / "bad.jsonl").read_text()
 
 

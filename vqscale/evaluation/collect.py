@@ -1,22 +1,16 @@
-"""One pass over images on all ranks: features of a data set, and of a VQ-VAE's reconstructions of it.
+"""Features of images on all ranks -> one FeatureSet, equal at any number of them.
 
-In: batches of `sequential_batches`, an extractor, a model.  Out: FeatureSet and Reconstructions, equal at any number
-of ranks; padding counts for nothing, and an image that can't be read is an error.
+In: images and an extractor, or the parts of a pass.  Padding counts for nothing, and a missing image is an error.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from vqscale.data.images import to_float, to_uint8
 from vqscale.evaluation.features import Extractor, Features
-from vqscale.evaluation.metrics import psnr, ssim
 from vqscale.evaluation.moments import Moments
-from vqscale.evaluation.perceptual import PerceptualDistance
+from vqscale.evaluation.parts import finished, parts_of
 from vqscale.evaluation.statistics import FeatureSet
 from vqscale.topology import Topology
 
@@ -82,77 +76,22 @@ def collect_images(images: Tensor, extractor: Extractor, place: Topology, batch:
     return collector.finish()
 
 
-@dataclass(frozen=True)
-class Reconstructions:
-    """How well a VQ-VAE reproduces n images.
-
-    mse: of the plain output in [-1, 1] units, as in training. psnr, ssim, lpips: means over images of the uint8
-    pictures; lpips is None where it was not computed.
-    usage: counts [K] per level. originals, pictures: uint8 [m, 3, R, R], examples spread evenly over the set.
-    """
-
-    n: int
-    mse: float
-    psnr: float
-    ssim: float
-    lpips: float | None
-    usage: dict[str, np.ndarray]
-    features: FeatureSet | None
-    originals: Tensor
-    pictures: Tensor
-    labels: Tensor
+def feature_rows(found: Features) -> dict[str, Tensor]:
+    """What a part keeps of features: float32, `spatial` only where there is one."""
+    tensors = {name: getattr(found, name) for name in _ORDER}
+    return {name: value.float() for name, value in tensors.items() if value is not None}
 
 
-@torch.inference_mode()
-def reconstruct(
-    vqvae: Any,
-    batches: Iterable[Mapping[str, Any]],
-    total: int,
-    place: Topology,
-    *,
-    extractor: Extractor | None = None,
-    perceptual: PerceptualDistance | None = None,
-    examples: int = 16,
-) -> Reconstructions:
-    """Run every image through the VQ-VAE (in eval mode). Raises ValueError if images are missing."""
-    collector = Collector(extractor, total, place) if extractor is not None else None
-    count = 4 if perceptual is None else 5
-    sums = torch.zeros(count, dtype=torch.float64, device=place.device)  # n, and sums of mse, psnr, ssim, lpips
-    usage = {name: torch.zeros(vqvae.num_codes, dtype=torch.int64, device=place.device) for name in vqvae.level_names}
-    shown = spread(total, examples)
-    rows: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-    for batch in batches:
-        image, position, weight, label = (batch[k].to(place.device) for k in ("image", "position", "weight", "label"))
-        target = to_float(image)
-        output = vqvae(target)
-        picture = to_uint8(output.reconstruction)
-        error = (output.reconstruction.double() - target.double()).square().flatten(1).mean(1)
-        each = [torch.ones_like(error), error, psnr(picture, image), ssim(picture, image)]
-        if perceptual is not None:
-            each.append(perceptual(picture, image))
-        sums += (torch.stack(each) * weight.double()).sum(1)
-        for histogram, codes in zip(usage.values(), output.codes, strict=True):
-            histogram += torch.bincount(codes[weight > 0].flatten(), minlength=len(histogram))
-        if collector is not None:
-            collector.add(picture, position, weight)
-        place_of = torch.searchsorted(shown, position.cpu())
-        hit = (shown[place_of.clamp_max(len(shown) - 1)] == position.cpu()) & (weight.cpu() > 0)
-        rows.append((place_of[hit], image.cpu()[hit], picture.cpu()[hit], label.cpu()[hit]))
-    for tensor in (sums, *usage.values()):
-        place.all_reduce_(tensor)
-    n, mse, ratio, similarity, *distance = sums.tolist()
-    if n != total:
-        raise ValueError(f"{total - int(n)} of {total} images could not be read: bad.jsonl names them")
-    at, *columns = (torch.cat(column) for column in zip(*rows, strict=True))
-    originals, pictures, labels = (gather_rows(column, at, len(shown), place) for column in columns)
-    counts = {name: histogram.cpu().numpy() for name, histogram in usage.items()}
-    features = collector.finish() if collector is not None else None
-    lpips = distance[0] / n if distance else None
-    figures = (mse / n, ratio / n, similarity / n, lpips)
-    return Reconstructions(total, *figures, counts, features, originals, pictures, labels)
+def gather_features(folder: Path, total: int, resolution: int, extractor: Extractor, place: Topology) -> FeatureSet:
+    """The features in all ranks' parts as one. Every rank must call it. Raises ValueError if images are missing."""
+    collector = Collector(extractor, total, place)
+    # Widths are known on a rank that has no part, too.
+    blank = torch.zeros(1, 3, resolution, resolution, dtype=torch.uint8, device=place.device)
+    collector.add(blank, torch.zeros(1, dtype=torch.int64), torch.zeros(1))
+    for part, found in finished(folder, parts_of(total)[place.rank :: place.world_size]):
+        features = Features(*(found[name].to(place.device) if name in found else None for name in _ORDER))  # type: ignore
+        collector.add_features(features, torch.arange(part.start, part.stop), torch.ones(len(part)))
+    return collector.finish()
 
 
-def spread(total: int, count: int) -> Tensor:
-    """`count` positions (at most `total`) spread evenly over 0 … total - 1, increasing: int64."""
-    count = min(total, count)
-    return (2 * torch.arange(count) + 1) * total // (2 * max(1, count))
+_ORDER = ("pooled", "logits", "spatial")

@@ -5,7 +5,8 @@ In: data sets, models, an extractor, a `Bench` to work on.  Out: entries in `Sco
 
 import math
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,16 @@ from torch import Tensor
 from vqscale.data.cache import Cache
 from vqscale.data.images import ImageReader
 from vqscale.data.sequential import SequentialBatches, read_runs, sequential_batches
+from vqscale.data.workers import Batch
 from vqscale.evaluation import metrics
-from vqscale.evaluation.collect import Reconstructions, collect_images, reconstruct
+from vqscale.evaluation.collect import collect_images, feature_rows, gather_features
 from vqscale.evaluation.features import Extractor
 from vqscale.evaluation.inputs import DataSet
 from vqscale.evaluation.moments import Gaussian, frechet_distance
 from vqscale.evaluation.nll import Codes, Likelihood, bits_per_dim, likelihood, other_classes, other_samples, read_codes
-from vqscale.evaluation.parts import compute_parts, gather_parts, parts_of, unfinished
+from vqscale.evaluation.parts import Rows, compute_parts, parts_of, unfinished
 from vqscale.evaluation.perceptual import PerceptualDistance
+from vqscale.evaluation.reconstructions import Reconstructions, gather_reconstructions, reconstruction_rows
 from vqscale.evaluation.scores import METRICS, Score, Scores, describe_set, is_published_set, why_not_comparable
 from vqscale.evaluation.statistics import (
     FeatureSet,
@@ -130,21 +133,36 @@ def features_of(bench: Bench, data: DataSet, resolution: int) -> FeatureSet:
         "n": data.n,
         "split": data.folder.name,
     }
-
-    folder = statistics_path(bench.cache, facts).with_suffix("")  # of parts, until all are there
     place = bench.place
 
     def compute() -> FeatureSet:
-        missing = unfinished(folder, parts_of(data.n)[place.rank :: place.world_size])
-        batches = bench.runs(data, resolution, missing)
-        shared = bench.share(batches, f"features of {data.folder.name}", len(batches))
-        compute_parts(folder, missing, shared, extractor, place, bench.batch)
-        return gather_parts(folder, data.n, resolution, extractor, place)
+        def rows(batch: Batch) -> dict[str, Tensor]:
+            return feature_rows(extractor(batch["image"].to(place.device)))
 
-    found = bench.cached(facts, compute)
+        with _parts(bench, facts, data, resolution, rows, f"features of {data.folder.name}") as folder:
+            return gather_features(folder, data.n, resolution, extractor, place)
+
+    return bench.cached(facts, compute)
+
+
+@contextmanager
+def _parts(
+    bench: Bench, facts: Mapping[str, Any], data: DataSet, resolution: int, rows: Rows, title: str
+) -> Iterator[Path]:
+    """A pass over a data set that goes on after a kill: the folder of its parts, all of them there, removed at the end.
+
+    Raises ValueError on all ranks if an image can't be read.
+    """
+    place, folder = bench.place, statistics_path(bench.cache, facts).with_suffix("")
+    missing = unfinished(folder, parts_of(data.n)[place.rank :: place.world_size])
+    batches = bench.runs(data, resolution, missing)
+    unread = compute_parts(folder, missing, bench.share(batches, title, len(batches)), rows, bench.batch)
+    if unread := sum(place.gather(unread)):
+        raise ValueError(f"{unread} of {data.n} images could not be read: bad.jsonl names them")
+    yield folder
+    place.barrier()
     if place.is_main:
         shutil.rmtree(folder, ignore_errors=True)
-    return found
 
 
 def published_features(bench: Bench, reference: PublishedReference, where: str) -> FeatureSet:
@@ -233,23 +251,17 @@ def score_or_null(
 # --- reconstructions --------------------------------------------------------------------------------------------------
 
 
-def score_reconstructions(bench: Bench, source: Source, data: DataSet, examples: int) -> Reconstructions:
+def score_reconstructions(bench: Bench, source: Source, data: DataSet) -> Reconstructions:
     """Errors of the VQ-VAE on reference images, and the distance between them and what it makes of them."""
     scores, resolution = bench.scores, source.description["resolution"]
-    if data.resolution not in (None, resolution):
-        raise ValueError(f"reference={data.name}: images of {data.resolution} px, but the VQ-VAE takes {resolution} px")
     names = [name for name in ("reconstruction_fid", "reconstruction_fd_lite0") if name not in scores.left_out]
     names = [name for name in names if scores.wants(name)]
-    batches = bench.images(data, resolution)
-    found = reconstruct(
-        source.model,
-        bench.tick(batches, "reconstructions", len(batches)),
-        data.n,
-        bench.place,
-        extractor=bench.extractor if names else None,
-        perceptual=bench.perceptual,
-        examples=examples,
-    )
+    extractor, place = (bench.extractor if names else None), bench.place
+    networks = [network.weights_sha256 for network in (extractor, bench.perceptual) if network is not None]
+    facts = {"vqvae": source.fingerprint, "data": data.manifest.fingerprint, "n": data.n, "networks": networks}
+    rows = reconstruction_rows(source.model, place, extractor, bench.perceptual)
+    with _parts(bench, facts, data, resolution, rows, "reconstructions") as folder:
+        found = gather_reconstructions(folder, source.model, data.n, place, extractor, bench.perceptual is not None)
     against, published = data.describe(), is_published_set(data.manifest, data.n)
     reason = why_not_comparable(None, n=data.n, published_reference=published)
     for key, value in (("reconstruction_mse", found.mse), ("psnr", found.psnr), ("ssim", found.ssim)):

@@ -1,12 +1,12 @@
-"""Features of a data set part by part, each part a file: what was computed before a kill is not computed again.
+"""A pass over a data set part by part, each part a file: what was computed before a kill is not computed again.
 
-In: a data set, an extractor.  Out: its FeatureSet.  A part is a run of consecutive images, the same at any number of
-ranks; ranks take turns at the parts, so that a run which goes on with more or fewer of them finds what is there. A part
-with an image that can't be read is not kept, and ends in an error.
+In: batches of images, and a function of them.  Out: named tensors with a row per image.  A part is a run of consecutive
+images, the same at any number of ranks; ranks take turns at the parts, so that a run which goes on with more or fewer
+of them finds what is there. A part with an image that can't be read is not kept.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import safetensors
@@ -16,12 +16,10 @@ from torch import Tensor
 
 from vqscale.data.shards import write_atomically
 from vqscale.data.workers import Batch
-from vqscale.evaluation.collect import Collector
-from vqscale.evaluation.features import Extractor, Features
-from vqscale.evaluation.statistics import FeatureSet
-from vqscale.topology import Topology
 
 PART = 256  # images; of Inception's features some 5 MB
+
+Rows = Callable[[Batch], dict[str, Tensor]]  # a batch -> what to keep of it, tensors of [b, ...]
 
 
 def parts_of(total: int) -> list[range]:
@@ -39,44 +37,33 @@ def unfinished(folder: Path, parts: Iterable[range]) -> list[range]:
     return [part for part in parts if _load(folder, part) is None]
 
 
-def compute_parts(
-    folder: Path, parts: Iterable[range], batches: Iterable[Batch], extractor: Extractor, place: Topology, block: int
-) -> None:
-    """Write the features of every part; `batches` are `read_runs` over just these parts, in blocks of `block`."""
-    stream = iter(batches)
+def compute_parts(folder: Path, parts: Iterable[range], batches: Iterable[Batch], rows: Rows, block: int) -> int:
+    """Write the rows of every part; `batches` are `read_runs` over just these parts, in blocks of `block`.
+
+    Returns how many images could not be read.
+    """
+    stream, unread = iter(batches), 0
     for part in parts:
-        found = [_rows(next(stream), extractor, place) for _ in range(math.ceil(len(part) / block))]
-        tensors = {name: torch.cat([rows[name] for rows in found]).contiguous() for name in found[0]}
-        if len(tensors["pooled"]) == len(part):
+        found = [_kept(next(stream), rows) for _ in range(math.ceil(len(part) / block))]
+        tensors = {name: torch.cat([some[name] for some in found]).contiguous() for name in found[0]}
+        missing = len(part) - len(next(iter(tensors.values())))
+        if not missing:
             folder.mkdir(parents=True, exist_ok=True)
             write_atomically(path_of(folder, part), safetensors.torch.save(tensors))
+        unread += missing
     for _ in stream:  # ends it: ranks leave together
         raise AssertionError("more batches than parts")
+    return unread
 
 
-def _rows(batch: Batch, extractor: Extractor, place: Topology) -> dict[str, Tensor]:
-    found = extractor(batch["image"].to(place.device))
-    rows = batch["weight"] > 0
-    tensors = {"pooled": found.pooled, "logits": found.logits, "spatial": found.spatial}
-    return {name: value.float().cpu()[rows] for name, value in tensors.items() if value is not None}
+def _kept(batch: Batch, rows: Rows) -> dict[str, Tensor]:
+    """The rows of samples that count, on the CPU."""
+    kept = batch["weight"] > 0
+    return {name: value.cpu()[kept] for name, value in rows(batch).items()}
 
 
-def gather_parts(folder: Path, total: int, resolution: int, extractor: Extractor, place: Topology) -> FeatureSet:
-    """All parts of all ranks as one. Every rank must call it. Raises ValueError if images are missing."""
-    collector = Collector(extractor, total, place)
-    # Widths are known on a rank that has no part, too.
-    blank = torch.zeros(1, 3, resolution, resolution, dtype=torch.uint8, device=place.device)
-    collector.add(blank, torch.zeros(1, dtype=torch.int64), torch.zeros(1))
-    for part, found in _loaded(folder, parts_of(total)[place.rank :: place.world_size]):
-        features = Features(*(found[name].to(place.device) if name in found else None for name in _ORDER))  # type: ignore
-        collector.add_features(features, torch.arange(part.start, part.stop), torch.ones(len(part)))
-    return collector.finish()
-
-
-_ORDER = ("pooled", "logits", "spatial")
-
-
-def _loaded(folder: Path, parts: Iterable[range]) -> Iterator[tuple[range, dict[str, Tensor]]]:
+def finished(folder: Path, parts: Iterable[range]) -> Iterator[tuple[range, dict[str, Tensor]]]:
+    """(part, its rows) for each part that is there."""
     for part in parts:
         found = _load(folder, part)
         if found is not None:
@@ -88,4 +75,4 @@ def _load(folder: Path, part: range) -> dict[str, Tensor] | None:
         found = safetensors.torch.load_file(path_of(folder, part))
     except (OSError, safetensors.SafetensorError):
         return None
-    return found if len(found.get("pooled", ())) == len(part) else None
+    return found if found and all(len(rows) == len(part) for rows in found.values()) else None

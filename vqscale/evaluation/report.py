@@ -15,6 +15,7 @@ from torch import Tensor
 from vqscale.evaluation import page
 from vqscale.evaluation.figures import ERROR_FULL, curves_svg, error_map, png_bytes, usage_svg
 from vqscale.evaluation.neighbours import Neighbours
+from vqscale.evaluation.reconstructions import Examples
 from vqscale.evaluation.scores import Score, is_of_curve, metric_of
 
 # What the papers state. Grade P: read in the paper or the authors' code; S: transcribed by a secondary source. Values
@@ -45,8 +46,8 @@ _TILES = ("fid", "fd_lite0", "reconstruction_mse", "psnr", "nll", "used_codes", 
 class Report:
     """The content of a report. Images are uint8 [n, 3, R, R].
 
-    samples: class name -> its images. reconstructions: (originals, pictures, class names). usage: counts [K] per
-    level. curves: run name -> lines of metrics.jsonl. provenance: one mapping per run or data set, with a `name`.
+    samples: class name -> its images. usage: counts [K] per level. curves: run name -> lines of metrics.jsonl.
+    provenance: one mapping per run or data set, with a `name`.
     """
 
     title: str
@@ -54,7 +55,7 @@ class Report:
     scores: dict[str, Score]
     left_out: dict[str, str] = field(default_factory=dict)
     samples: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
-    reconstructions: tuple[Tensor, Tensor, list[str]] | None = None
+    examples: Examples | None = None
     usage: Mapping[str, np.ndarray] = field(default_factory=dict)
     curves: Mapping[str, list[dict[str, Any]]] = field(default_factory=dict)
     neighbours: Neighbours | None = None
@@ -194,14 +195,14 @@ def _samples(report: Report) -> tuple[str, str]:
 
 
 def _reconstructions(report: Report) -> tuple[str, str]:
-    if report.reconstructions is None:
+    if (shown := report.examples) is None:
         return page.section("Reconstructions", "<p>No VQ-VAE or no reference images were given.</p>")
     trios = "".join(
         f'<figure class="trio"><div>{page.zoomable(png_bytes(original), "original")}'
         f"{page.zoomable(png_bytes(picture), 'reconstruction')}"
         f"{page.zoomable(png_bytes(error_map(original, picture)), 'error map')}</div>"
         f"<figcaption>{escape(name)}</figcaption></figure>"
-        for original, picture, name in zip(*report.reconstructions, strict=True)
+        for original, picture, name in zip(shown.originals, shown.pictures, shown.names, strict=True)
     )
     note = (
         "Held-out images: original, reconstruction, and where they differ (mean absolute difference of the channels; "

@@ -15,12 +15,12 @@ from vqscale import runtime
 from vqscale.data.cache import Cache
 from vqscale.data.shards import write_atomically
 from vqscale.evaluation import report
-from vqscale.evaluation.collect import Reconstructions
 from vqscale.evaluation.figures import grid_png
 from vqscale.evaluation.gallery import first_of_each_class
 from vqscale.evaluation.inputs import DataSet, Inputs
 from vqscale.evaluation.neighbours import Neighbours
 from vqscale.evaluation.provenance import about_data, about_run, metrics_of_run
+from vqscale.evaluation.reconstructions import Examples
 from vqscale.evaluation.scores import Score, Scores, is_of_curve
 from vqscale.sources import Source
 
@@ -42,7 +42,7 @@ class Wanted(Protocol):
 class Shown:
     """What the report shows besides the scores."""
 
-    reconstructions: Reconstructions | None = None
+    examples: Examples | None = None
     usage: dict[str, np.ndarray] = field(default_factory=dict)
     nll_by_class: dict[str, dict[str, float]] = field(default_factory=dict)  # level -> class -> nats per code
     neighbours: Neighbours | None = None
@@ -53,12 +53,11 @@ def write_results(config: Wanted, run: runtime.Run, scores: Scores, found: Input
     """scores.json, samples.png, the picture and report.html."""
     runtime.write_json(run.run_dir / "scores.json", scores.as_json())
     samples = _shown_samples(config, found, cache)
-    triples = _shown_reconstructions(found, shown)
-    if samples or triples:
-        originals, pictures = (list(triples[0]), list(triples[1])) if triples else ([], [])
-        wide = config.samples_shown
+    if samples or shown.examples:
+        columns = (shown.examples.originals, shown.examples.pictures) if shown.examples else ((), ())
+        originals, pictures = (list(column[: config.samples_shown]) for column in columns)
         for path in filter(None, (str(run.run_dir / "samples.png"), config.picture)):
-            grid_png(path, originals=originals[:wide], reconstructions=pictures[:wide], samples=samples)
+            grid_png(path, originals=originals, reconstructions=pictures, samples=samples)
     name = Path(config.run_dir).resolve().parent.name
     text = report.render(
         report.Report(
@@ -67,7 +66,7 @@ def write_results(config: Wanted, run: runtime.Run, scores: Scores, found: Input
             scores={key: Score(**value) for key, value in scores.as_json().items()},
             left_out=scores.left_out,
             samples=samples,
-            reconstructions=triples,
+            examples=shown.examples,
             usage=shown.usage,
             neighbours=shown.neighbours,
             checks=shown.checks,
@@ -106,14 +105,6 @@ def _shown_samples(config: Wanted, found: Inputs, cache: Cache) -> dict[str, lis
         most_classes=config.classes_shown,
         cache=cache,
     )
-
-
-def _shown_reconstructions(found: Inputs, shown: Shown) -> tuple[Tensor, Tensor, list[str]] | None:
-    if shown.reconstructions is None or not isinstance(found.reference, DataSet):
-        return None
-    classes, labels = found.reference.manifest.classes, shown.reconstructions.labels.tolist()
-    names = [classes[label] if 0 <= label < len(classes) else str(label) for label in labels]
-    return shown.reconstructions.originals, shown.reconstructions.pictures, names
 
 
 def _provenance(run: runtime.Run, found: Inputs) -> list[dict[str, Any]]:

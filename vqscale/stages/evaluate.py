@@ -13,7 +13,6 @@ from vqscale.data.cache import Cache
 from vqscale.evaluation import families
 from vqscale.evaluation.cas import score_cas
 from vqscale.evaluation.checks import check_extractor, check_metrics
-from vqscale.evaluation.collect import Reconstructions
 from vqscale.evaluation.families import Bench
 from vqscale.evaluation.features import NEED_A_PATH, Extractor, MissingPackage, load_extractor
 from vqscale.evaluation.gallery import images_at
@@ -21,6 +20,7 @@ from vqscale.evaluation.inputs import INPUT_KEYS, DataSet, Inputs, find_inputs
 from vqscale.evaluation.neighbours import Neighbours, find_neighbours
 from vqscale.evaluation.nll import Codes, read_codes
 from vqscale.evaluation.perceptual import PerceptualDistance, load_lpips
+from vqscale.evaluation.reconstructions import Reconstructions, examples_of
 from vqscale.evaluation.rejection import RATES, check_networks, check_rates, read_judged, score_rejection
 from vqscale.evaluation.results import Shown, print_table, write_results
 from vqscale.evaluation.scores import METRICS, Scores, is_published_set
@@ -133,8 +133,7 @@ def compute(config: EvaluateConfig, run: runtime.Run, scores: Scores, found: Inp
     )
     shown = Shown()
     _samples(config, bench, found, shown)
-    shown.reconstructions = _reconstructions(config, bench, found)
-    _codes(config, bench, found, shown)
+    _codes(config, bench, found, _reconstructions(config, bench, found, shown), shown)
     score_cas(bench, found)
     return shown
 
@@ -268,7 +267,7 @@ def _neighbours(
     )
 
 
-def _reconstructions(config: EvaluateConfig, bench: Bench, found: Inputs) -> Reconstructions | None:
+def _reconstructions(config: EvaluateConfig, bench: Bench, found: Inputs, shown: Shown) -> Reconstructions | None:
     wanted = [name for name in _RECONSTRUCTION if bench.scores.wants(name) and name not in bench.scores.left_out]
     count_codes = found.codes is None and bench.scores.wants(*_USAGE)
     if found.vqvae is None:
@@ -278,18 +277,23 @@ def _reconstructions(config: EvaluateConfig, bench: Bench, found: Inputs) -> Rec
         why = found.absent.get("reference", "reference= is a file of statistics, real images are needed")
         bench.scores.leave_out(wanted, why)
         return None
-    data = found.reference
-    if not wanted and not count_codes:  # only pictures for the report
-        data = DataSet(data.name, data.folder, data.manifest, max(1, config.num_reconstructions))
-    return families.score_reconstructions(bench, found.vqvae, data, config.num_reconstructions)
+    data, model = found.reference, found.vqvae.model
+    if data.resolution not in (None, model.resolution):
+        sizes = f"images of {data.resolution} px, but the VQ-VAE takes {model.resolution} px"
+        raise ValueError(f"reference={data.name}: {sizes}")
+    figures = families.score_reconstructions(bench, found.vqvae, data) if wanted or count_codes else None
+    shown.examples = examples_of(model, data, max(1, config.num_reconstructions), bench.place, bench.shards)
+    return figures
 
 
-def _codes(config: EvaluateConfig, bench: Bench, found: Inputs, shown: Shown) -> None:
+def _codes(
+    config: EvaluateConfig, bench: Bench, found: Inputs, reconstructions: Reconstructions | None, shown: Shown
+) -> None:
     """Usage of codes, their order-0 entropy, and their likelihood under the priors."""
     scores = bench.scores
     if found.codes is None or found.train_codes is None:
         scores.leave_out([*_NLL, "order0_entropy"], found.absent["codes"])
-        _usage_of_reconstructions(scores, found, shown)
+        _usage_of_reconstructions(scores, found, reconstructions, shown)
         return
     if not scores.wants(*_NLL, *_USAGE, "order0_entropy"):
         return
@@ -301,12 +305,14 @@ def _codes(config: EvaluateConfig, bench: Bench, found: Inputs, shown: Shown) ->
     _likelihood(config, bench, found, codes, about, shown)
 
 
-def _usage_of_reconstructions(scores: Scores, found: Inputs, shown: Shown) -> None:
-    if shown.reconstructions is None or not isinstance(found.reference, DataSet):
+def _usage_of_reconstructions(
+    scores: Scores, found: Inputs, reconstructions: Reconstructions | None, shown: Shown
+) -> None:
+    if reconstructions is None or not isinstance(found.reference, DataSet):
         scores.leave_out(_USAGE, found.absent["codes"])
         return
-    shown.usage = shown.reconstructions.usage
-    families.score_usage(scores, shown.usage, shown.reconstructions.n, found.reference.describe())
+    shown.usage = reconstructions.usage
+    families.score_usage(scores, shown.usage, reconstructions.n, found.reference.describe())
 
 
 def _likelihood(config: EvaluateConfig, bench: Bench, found: Inputs, codes: Codes, about: str, shown: Shown) -> None:

@@ -1,0 +1,105 @@
+"""What a VQ-VAE makes of images: the model's own figures, equal at any number of ranks."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.distributed import run_ranks
+from support.extractors import projection
+
+from vqscale import topology
+from vqscale.config import StageConfig
+from vqscale.data.images import ImageReader, to_float, to_uint8
+from vqscale.data.sequential import read_runs
+from vqscale.data.shards import Manifest
+from vqscale.evaluation import parts
+from vqscale.evaluation.inputs import DataSet
+from vqscale.evaluation.metrics import psnr, ssim
+from vqscale.evaluation.moments import frechet_distance, moments_of
+from vqscale.evaluation.nll import likelihood, read_codes
+from vqscale.evaluation.reconstructions import (
+    Reconstructions,
+    examples_of,
+    gather_reconstructions,
+    reconstruction_rows,
+    spread,
+)
+from vqscale.sources import load_prior, load_vqvae
+from vqscale.topology import Topology
+
+
+def reconstructed(root: Path, folder: Path, place: Topology, block: int, **networks: Any) -> Reconstructions:
+    """All 26 held-out images, in parts of `parts.PART`."""
+    model, extractor = load_vqvae(root / "vqvae").model, networks.get("extractor")
+    mine = parts.parts_of(26)[place.rank :: place.world_size]
+    batches = read_runs(root / "pack" / "holdout", mine, read=ImageReader(16), block=block)
+    rows = reconstruction_rows(model, place, extractor, networks.get("perceptual"))
+    assert parts.compute_parts(folder, mine, batches, rows, block) == 0
+    return gather_reconstructions(folder, model, 26, place, extractor, "perceptual" in networks)
+
+
+def everything(root: str, folder: str, block: int) -> dict[str, Any]:
+    """All that an evaluation sums over ranks, on one of them."""
+    parts.PART = 8
+    place = topology.bring_up(StageConfig(device="cpu", threads=1))
+    try:
+        found = reconstructed(Path(root), Path(folder), place, block, extractor=projection())
+        assert found.features is not None and found.features.gaussian is not None
+        codes, prior = read_codes(Path(root) / "codes" / "holdout"), load_prior(Path(root) / "prior_bottom").model
+        other = moments_of(found.features.features + 1)
+        return {
+            "numbers": [found.mse, found.psnr, found.ssim, frechet_distance(found.features.gaussian, other)],
+            "nll": likelihood(prior, codes, "bottom", place, batch=block).per_code(),
+            "usage": {name: counts.tolist() for name, counts in found.usage.items()},
+            "features": found.features.features.numpy(),
+        }
+    finally:
+        topology.take_down(orderly=True)
+
+
+def test_two_ranks_find_what_one_finds(world: Any, tmp_path: Path) -> None:
+    (one,) = run_ranks(everything, 1, str(world.root), str(tmp_path / "one"), 26)
+    both = run_ranks(everything, 2, str(world.root), str(tmp_path / "both"), 3)  # 8 = 3 + 3 + 2 and padding
+    for rank in both:
+        np.testing.assert_allclose(rank["numbers"], one["numbers"], rtol=1e-10)
+        assert rank["nll"] == pytest.approx(one["nll"], rel=1e-6)
+        assert rank["usage"] == one["usage"]
+        np.testing.assert_allclose(rank["features"], one["features"], rtol=1e-5, atol=1e-6)
+    assert both[0]["numbers"] == both[1]["numbers"]
+
+
+@torch.inference_mode()
+def test_the_figures_are_the_models(world: Any, place: Topology, tmp_path: Path) -> None:
+    found = reconstructed(world.root, tmp_path, place, 8)
+    output = load_vqvae(world.root / "vqvae").model(to_float(world.holdout))
+    picture = to_uint8(output.reconstruction)
+    error = (output.reconstruction - to_float(world.holdout)).square().mean()
+    assert found.n == 26 and found.mse == pytest.approx(float(error), rel=1e-5)
+    assert found.psnr == pytest.approx(float(psnr(picture, world.holdout).mean()), rel=1e-6)
+    assert found.ssim == pytest.approx(float(ssim(picture, world.holdout).mean()), rel=1e-6)
+    assert found.lpips is None and found.features is None
+    assert found.usage["top"].tolist() == torch.bincount(output.codes[0].flatten(), minlength=16).tolist()
+
+
+def test_a_distance_of_pairs_is_averaged(world: Any, place: Topology, tmp_path: Path) -> None:
+    def first_pixel(pictures: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+        return (pictures[:, 0, 0, 0].float() - images[:, 0, 0, 0].float()).abs()
+
+    found = reconstructed(world.root, tmp_path, place, 8, perceptual=first_pixel)
+    model = load_vqvae(world.root / "vqvae").model
+    pictures = to_uint8(model(to_float(world.holdout)).reconstruction.detach())
+    assert found.lpips == pytest.approx(float(first_pixel(pictures, world.holdout).mean()), rel=1e-6)
+
+
+@torch.inference_mode()
+def test_examples_are_spread_over_the_set(world: Any, place: Topology) -> None:
+    assert spread(10, 10).tolist() == list(range(10)) and spread(3, 8).tolist() == [0, 1, 2]
+    assert spread(100, 4).tolist() == [12, 37, 62, 87]
+    folder, model = world.root / "pack" / "holdout", load_vqvae(world.root / "vqvae").model
+    data = DataSet("pack", folder, Manifest.load(folder))
+    found, shown = examples_of(model, data, 3, place, None), [4, 13, 21]
+    assert torch.equal(found.originals, world.holdout[shown])
+    assert torch.equal(found.pictures, to_uint8(model(to_float(world.holdout[shown])).reconstruction))
+    assert found.names == [data.manifest.classes[n % 3] for n in shown]
