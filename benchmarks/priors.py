@@ -33,7 +33,7 @@ from vqscale.models.prior import PriorConfig, nll
 from vqscale.sources import PRIORS
 
 PARAMETERS = 2_000_000  # for which the widths below are meant; other sizes scale them
-PIXELCNN = PriorConfig(hidden=96, layers=6, attention_every=3, heads=4, filter=5, class_dim=64)
+PIXELCNN = PriorConfig(hidden=128, layers=6, attention_every=3, heads=4, filter=3, class_dim=64)
 VARIANTS = {
     "pixelcnn": PIXELCNN,
     "transformer": PriorConfig("transformer", hidden=192, layers=6, heads=4),

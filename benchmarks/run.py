@@ -1,6 +1,6 @@
 """Every benchmark in turn, each within its share of the time: one table, one JSON file by date, the page's figures.
 
-    python benchmarks/run.py [--quick | --full] [--only NAME ...] [--results DIR] [--page FILE]
+    python benchmarks/run.py [--quick | --full] [--minutes M] [--only NAME ...] [--results DIR] [--page FILE]
 
 In: nothing. Out: on the terminal every row, its value beside its goal and its limit; `<results>/<date>.json`:
 {"<script>/<row>": {"value", "goal", "limit", …}}; in the page, the table and the section on growth. A script that fails
@@ -93,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--quick", action="store_true", help="small sizes: only that everything runs")
     how.add_argument("--full", action="store_true", help="more turns, and what has no room in 40 minutes")
+    parser.add_argument("--minutes", type=float, help="about how long in all: fewer turns when short")
     parser.add_argument("--only", nargs="+", choices=MINUTES, default=list(MINUTES), help="these scripts")
     parser.add_argument("--results", type=Path, help="folder of the JSON file")
     parser.add_argument("--page", type=Path, help="the page to write the figures into")
@@ -102,9 +103,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = {name: ["--quick"] * args.quick + FULL.get(name, []) * args.full for name in args.only}
     if args.page and "growth" in args.only:
         options["growth"] += ["--page", str(args.page)]
-    minutes = sum(MINUTES[name] for name in args.only) * (QUICKER if args.quick else LONGER if args.full else 1)
+    usual = sum(MINUTES[name] for name in args.only) * (QUICKER if args.quick else LONGER if args.full else 1)
     about = machine()
-    rows, failed = run_all(args.only, minutes, options)
+    rows, failed = run_all(args.only, args.minutes or usual, options)
     print(f"\n{about}\n{table(rows)}")
     today = datetime.date.today().isoformat()
     if args.results:

@@ -88,11 +88,13 @@ def test_the_card_says_what_the_runs_say(whole_chain: Path, exported: Path, tmp_
     text = (exported / "README.md").read_text()
     assert text.startswith("---\nlicense: cc0-1.0\n") and "Drawn figures, ten kinds." in text
     scores = json.loads((whole_chain / "evaluate" / "scores.json").read_text())
-    assert f"| Reconstruction MSE | {scores['reconstruction_mse']['value']:.3f} | 62 | no: 62 images" in text
+    error = f"{scores['reconstruction_mse']['value']:.3f}"
+    assert f"| Reconstruction MSE, in [-1, 1] units | {error} | 62 | no: 62 images" in text
     assert "578 samples" in text and "10 classes: circle, square" in text
     commands = [line.split()[1:3] for line in text.splitlines() if line.startswith("    vqscale ")]
     assert [stage for stage, _ in commands] == [
-        *("pack", "train_vqvae", "extract_codes", "train_prior", "train_prior", "sample", "evaluate")
+        *("pack", "train_vqvae", "extract_codes", "train_prior", "train_prior"),
+        *("train_classifier", "train_classifier", "sample", "train_classifier", "evaluate"),
     ]
     assert commands[3][1] == "train_prior_top/config.yaml", "run by a program, as these tests are"
     assert cli.main(["export", str(whole_chain / "train_vqvae"), str(tmp_path), "weights_kind=raw"]) == 0

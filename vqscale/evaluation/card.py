@@ -10,7 +10,8 @@ from typing import Any
 
 from vqscale.data.shards import Manifest, resolve
 from vqscale.evaluation.provenance import metrics_of_run
-from vqscale.evaluation.report import format_value, label_of
+from vqscale.evaluation.report import format_value, with_unit
+from vqscale.evaluation.scores import is_of_curve
 from vqscale.runtime import read_json
 from vqscale.sources import Source
 
@@ -134,9 +135,9 @@ def _scores_of(models: list[Exported], evaluation: Path) -> list[str]:
             return []
     lines = ["| score | value | n | comparable with papers |", "|---|---|---|---|"]
     for key, score in read_json(evaluation / "scores.json").items():
-        if score.get("value") is not None:
+        if score.get("value") is not None and not is_of_curve(key):
             comparable = "yes" if score["comparable_with_papers"] else f"no: {score['reason']}"
-            lines.append(f"| {label_of(key)} | {format_value(key, score['value'])} | {score['n']:,} | {comparable} |")
+            lines.append(f"| {with_unit(key)} | {format_value(key, score['value'])} | {score['n']:,} | {comparable} |")
     return lines
 
 

@@ -103,13 +103,14 @@ def format_value(key: str, value: float | None) -> str:
 def _tiles(report: Report) -> str:
     shown = [key for name in _TILES for key in report.scores if key.split("/")[0] == name and not is_of_curve(key)]
     return "".join(
-        page.tile(format_value(key, score.value), _with_unit(key))
+        page.tile(format_value(key, score.value), with_unit(key))
         for key, score in ((key, report.scores[key]) for key in shown)
         if score.value is not None
     )
 
 
-def _with_unit(key: str) -> str:
+def with_unit(key: str) -> str:
+    """`nll/top` -> `NLL, top, nats per code`."""
     unit = metric_of(key).unit
     return label_of(key) + (f", {unit}" if unit else "")
 

@@ -1,0 +1,54 @@
+"""The examples and the trained model that ships with them."""
+
+import json
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+import pytest
+import torch
+
+import vqscale
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+MODEL = EXAMPLES / "clipart64"
+
+
+def test_the_model_is_small_and_its_card_complete() -> None:
+    assert sum(path.stat().st_size for path in MODEL.rglob("*") if path.is_file()) <= 25e6
+    card = (MODEL / "README.md").read_text()
+    assert "not stated" not in card and "Not recorded" not in card and "No evaluation" not in card
+    assert all(f"\n## {title}\n" in card for title in ("Models", "Use", "Data", "Commands", "Scores", "Licence"))
+    for name in ("vqvae", "prior_top", "prior_bottom"):
+        fingerprint = json.loads((MODEL / name / "config.json").read_text())["fingerprint"]
+        assert f"`{fingerprint[:19]}`" in card
+
+
+def test_every_cell_of_the_notebook(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    matplotlib.use("Agg")
+    shown: list[str] = []
+
+    def show() -> None:
+        shown.append(plt.gca().get_title())
+        plt.close()
+
+    monkeypatch.setattr(plt, "show", show)
+    monkeypatch.chdir(EXAMPLES)
+    notebook = json.loads(Path("clipart64.ipynb").read_text())
+    assert not any(cell.get("outputs") for cell in notebook["cells"])
+    names: dict[str, object] = {}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), names)
+    assert len(shown) == 3 and capsys.readouterr().out == "[(8, 8, 8), (8, 16, 16)] of 512\n"
+
+
+def test_samples_look_like_what_the_vqvae_knows_and_classes_differ() -> None:
+    vqvae = vqscale.VQVAE.from_pretrained(MODEL)
+    images = vqscale.sample(MODEL, classes=vqvae.classes[:4], samples_per_class=8, seed=1)
+    error = (vqvae.decode(vqvae.encode(images)) - images).square().mean()
+    assert float(error) < 0.1 * float(images.var()), "a picture of what it was not trained on comes back much worse"
+    noise = torch.rand(8, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert float((vqvae.decode(vqvae.encode(noise)) - noise).square().mean()) > 0.3 * float(noise.var())
+    means = images.reshape(4, 8, -1).mean(1)
+    assert float(torch.pdist(means).min()) > 1.0
