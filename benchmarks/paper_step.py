@@ -4,10 +4,10 @@
 
 In: a prior's config, by default the paper's top prior (configs/imagenet256), and its overrides. Out: the losses, and
 the peak memory of each rank beside what `vqscale plan` expects; with --json the same numbers. One sample of random
-codes per rank, the same at every step, in fp32 with activation checkpointing, at the config's peak learning rate: the
+codes per rank, the same at every step, in fp32 (or `precision=bf16`) with checkpointing, at the peak learning rate: the
 first loss must be near ln K and the later ones below it. With --ranks 2 or more the model is sharded by FSDP2.
 
-    python benchmarks/paper_step.py                                    # 875M parameters: some 16 GiB
+    python benchmarks/paper_step.py precision=bf16                     # 875M parameters: some 14 GiB
     python benchmarks/paper_step.py --ranks 2 model.residual=680       # 301M parameters on two ranks
 
 Memory is the high-water mark of the process less what it held before the model was built. It counts what the plan does
@@ -42,7 +42,7 @@ def request_of(args: Any) -> plan.Request:
     """The plan for this config on this many ranks, one sample each."""
     strategy = "fsdp" if args.ranks > 1 else "single"
     batch = [f"global_batch={args.ranks}", "micro_batch=1", f"world={args.ranks}", f"strategy={strategy}"]
-    fixed = ["precision=fp32", "warmup_images=0", "model.activation_checkpointing=true"]
+    fixed = ["precision=fp32", "warmup_images=0", "ema_halflife=0", "model.activation_checkpointing=true"]
     return plan.load([str(args.config), *batch, *fixed, *(QUICK if args.quick else []), *args.words])
 
 
