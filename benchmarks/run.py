@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +50,13 @@ def run_script(name: str, minutes: float, options: Sequence[str]) -> dict[str, A
         return {f"{name}/{row}": value for row, value in rows_of(json.loads(out.read_text()))}
 
 
-def run_all(names: Sequence[str], minutes: float, options: dict[str, list[str]]) -> tuple[dict[str, Any], list[str]]:
-    """(rows, what failed). What one script takes beyond its share, the others after it have less."""
+def run_all(
+    names: Sequence[str], minutes: float, options: dict[str, list[str]], keep: Callable[[dict[str, Any]], None]
+) -> tuple[dict[str, Any], list[str]]:
+    """(rows, what failed). What one script takes beyond its share, the others after it have less.
+
+    keep: is given all rows so far after each script.
+    """
     rows: dict[str, Any] = {}
     failed, end = [], time.monotonic() + 60 * minutes
     for number, name in enumerate(names):
@@ -59,6 +64,7 @@ def run_all(names: Sequence[str], minutes: float, options: dict[str, list[str]])
         left = max(0.0, end - time.monotonic()) / 60
         try:
             rows |= run_script(name, share * left, options[name])
+            keep(rows)
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
             failed.append(f"{name}: {error}")
     return rows, failed
@@ -105,12 +111,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         options["growth"] += ["--page", str(args.page)]
     usual = sum(MINUTES[name] for name in args.only) * (QUICKER if args.quick else LONGER if args.full else 1)
     about = machine()
-    rows, failed = run_all(args.only, args.minutes or usual, options)
-    print(f"\n{about}\n{table(rows)}")
     today = datetime.date.today().isoformat()
-    if args.results:
-        args.results.mkdir(parents=True, exist_ok=True)
-        (args.results / f"{today}.json").write_text(json.dumps(rows, indent=1) + "\n")
+
+    def keep(rows: dict[str, Any]) -> None:
+        if args.results:
+            args.results.mkdir(parents=True, exist_ok=True)
+            (args.results / f"{today}.json").write_text(json.dumps(rows, indent=1) + "\n")
+
+    rows, failed = run_all(args.only, args.minutes or usual, options, keep)
+    print(f"\n{about}\n{table(rows)}")
     if args.page and not failed:
         write_section(args.page, "table", f"{today}. {about}\n\n{markdown(rows)}")
     for line in failed:
