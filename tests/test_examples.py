@@ -9,6 +9,8 @@ import pytest
 import torch
 
 import vqscale
+from vqscale.models.prior import nll
+from vqscale.sources import load_prior
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 MODEL = EXAMPLES / "clipart64"
@@ -43,12 +45,15 @@ def test_every_cell_of_the_notebook(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert len(shown) == 3 and capsys.readouterr().out == "[(8, 8, 8), (8, 16, 16)] of 512\n"
 
 
-def test_samples_look_like_what_the_vqvae_knows_and_classes_differ() -> None:
+def test_samples_look_like_what_the_vqvae_knows_and_like_their_class() -> None:
     vqvae = vqscale.VQVAE.from_pretrained(MODEL)
-    images = vqscale.sample(MODEL, classes=vqvae.classes[:4], samples_per_class=8, seed=1)
-    error = (vqvae.decode(vqvae.encode(images)) - images).square().mean()
+    images, count = vqscale.sample(MODEL, samples_per_class=8, seed=1), len(vqvae.classes)
+    codes = vqvae.encode(images)
+    error = (vqvae.decode(codes) - images).square().mean()
     assert float(error) < 0.1 * float(images.var()), "a picture of what it was not trained on comes back much worse"
     noise = torch.rand(8, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     assert float((vqvae.decode(vqvae.encode(noise)) - noise).square().mean()) > 0.3 * float(noise.var())
-    means = images.reshape(4, 8, -1).mean(1)
-    assert float(torch.pdist(means).min()) > 1.0
+    prior, label = load_prior(MODEL / "prior_top").model, torch.arange(count).repeat_interleave(8)
+    with torch.inference_mode():
+        own, *others = (float(nll(prior(codes[0], (label + n) % count, []), codes[0])) for n in (0, 1, 5, 11))
+    assert own < min(others), "a prior that ignored the class would give all four the same"

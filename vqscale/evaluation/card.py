@@ -15,8 +15,10 @@ from vqscale.evaluation.scores import is_of_curve
 from vqscale.runtime import read_json
 from vqscale.sources import Source
 
-_CLASSIFIERS = ("train_classifier_re*", "sample*", "train_classifier_samples")  # in the order in which they run
-_STAGES = ("pack", "index", "train_vqvae", "extract_codes", "train_prior_*", *_CLASSIFIERS, "evaluate*")
+_STAGES = (  # in the order in which they run
+    *("pack", "index", "train_vqvae", "extract_codes", "train_prior_*"),
+    *("train_classifier_re*", "sample*", "train_classifier_samples", "evaluate*"),  # re: real, reconstructions
+)
 _NO_LICENCE = "not stated: ask whoever exported this before you use it"
 
 

@@ -3,6 +3,7 @@
 In: images and an extractor, or the parts of a pass.  Padding counts for nothing, and a missing image is an error.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -39,6 +40,13 @@ class Collector:
                 self._moments[name].add(features, weight)
         rows = ((weight > 0) & (position < self._kept)).nonzero().flatten()
         self._rows.append((position[rows].cpu(), found.pooled[rows].float().cpu(), found.logits[rows].float().cpu()))
+
+    def add_part(self, part: range, rows: Mapping[str, Tensor]) -> None:
+        """A part of a pass that kept `feature_rows`."""
+        pooled, logits = (rows[name].to(self._place.device) for name in ("pooled", "logits"))
+        spatial = rows["spatial"].to(self._place.device) if "spatial" in rows else None
+        position = torch.arange(part.start, part.stop)
+        self.add_features(Features(pooled, logits, spatial), position, torch.ones(len(part)))
 
     def finish(self) -> FeatureSet:
         """The features of all ranks. Every rank must call it. Raises ValueError if images are missing."""
@@ -78,20 +86,21 @@ def collect_images(images: Tensor, extractor: Extractor, place: Topology, batch:
 
 def feature_rows(found: Features) -> dict[str, Tensor]:
     """What a part keeps of features: float32, `spatial` only where there is one."""
-    tensors = {name: getattr(found, name) for name in _ORDER}
+    tensors = {"pooled": found.pooled, "logits": found.logits, "spatial": found.spatial}
     return {name: value.float() for name, value in tensors.items() if value is not None}
 
 
 def gather_features(folder: Path, total: int, resolution: int, extractor: Extractor, place: Topology) -> FeatureSet:
     """The features in all ranks' parts as one. Every rank must call it. Raises ValueError if images are missing."""
-    collector = Collector(extractor, total, place)
-    # Widths are known on a rank that has no part, too.
-    blank = torch.zeros(1, 3, resolution, resolution, dtype=torch.uint8, device=place.device)
-    collector.add(blank, torch.zeros(1, dtype=torch.int64), torch.zeros(1))
+    collector = part_collector(total, resolution, extractor, place)
     for part, found in finished(folder, parts_of(total)[place.rank :: place.world_size]):
-        features = Features(*(found[name].to(place.device) if name in found else None for name in _ORDER))  # type: ignore
-        collector.add_features(features, torch.arange(part.start, part.stop), torch.ones(len(part)))
+        collector.add_part(part, found)
     return collector.finish()
 
 
-_ORDER = ("pooled", "logits", "spatial")
+def part_collector(total: int, resolution: int, extractor: Extractor, place: Topology) -> Collector:
+    """A collector of parts, which knows the features' widths on a rank that has no part, too."""
+    collector = Collector(extractor, total, place)
+    blank = torch.zeros(1, 3, resolution, resolution, dtype=torch.uint8, device=place.device)
+    collector.add(blank, torch.zeros(1, dtype=torch.int64), torch.zeros(1))
+    return collector

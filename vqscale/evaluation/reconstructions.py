@@ -15,7 +15,7 @@ from torch import Tensor
 from vqscale.data.cache import Cache
 from vqscale.data.images import to_float, to_uint8
 from vqscale.data.workers import Batch
-from vqscale.evaluation.collect import feature_rows, gather_features
+from vqscale.evaluation.collect import feature_rows, part_collector
 from vqscale.evaluation.features import Extractor
 from vqscale.evaluation.gallery import images_at
 from vqscale.evaluation.inputs import DataSet
@@ -81,21 +81,24 @@ def gather_reconstructions(
     names = ["mse", "psnr", "ssim"] + ["lpips"] * with_lpips
     sums = torch.zeros(len(names), dtype=torch.float64, device=place.device)
     usage = {name: torch.zeros(vqvae.num_codes, dtype=torch.int64, device=place.device) for name in vqvae.level_names}
-    for _, found in finished(folder, parts_of(total)[place.rank :: place.world_size]):
+    collector = part_collector(total, vqvae.resolution, extractor, place) if extractor is not None else None
+    for part, found in finished(folder, parts_of(total)[place.rank :: place.world_size]):
         sums += torch.stack([found[name].double().sum() for name in names]).to(place.device)
         for name, histogram in usage.items():
             histogram += torch.bincount(found[f"codes/{name}"].flatten(), minlength=len(histogram)).to(place.device)
+        if collector is not None:
+            collector.add_part(part, found)
     for tensor in (sums, *usage.values()):
         place.all_reduce_(tensor)
     mse, ratio, similarity, *distance = (sums / total).tolist()
     counts = {name: histogram.cpu().numpy() for name, histogram in usage.items()}
-    features = gather_features(folder, total, vqvae.resolution, extractor, place) if extractor is not None else None
+    features = collector.finish() if collector is not None else None
     return Reconstructions(total, mse, ratio, similarity, distance[0] if distance else None, counts, features)
 
 
 @torch.inference_mode()
 def examples_of(vqvae: Any, data: DataSet, count: int, place: Topology, cache: Cache | None) -> Examples:
-    """`count` images and what the VQ-VAE makes of them. Raises ValueError for a damaged one."""
+    """`count` > 0 images and what the VQ-VAE makes of them. Raises ValueError for a damaged one."""
     found = images_at(data.folder, data.manifest, spread(data.n, count).tolist(), vqvae.resolution, cache)
     originals = torch.stack([image for image, _ in found])
     pictures = to_uint8(vqvae(to_float(originals.to(place.device))).reconstruction).cpu()

@@ -46,8 +46,8 @@ _TILES = ("fid", "fd_lite0", "reconstruction_mse", "psnr", "nll", "used_codes", 
 class Report:
     """The content of a report. Images are uint8 [n, 3, R, R].
 
-    samples: class name -> its images. usage: counts [K] per level. curves: run name -> lines of metrics.jsonl.
-    provenance: one mapping per run or data set, with a `name`.
+    samples: class name -> its images. examples: of reconstructions. usage: counts [K] per level. curves: run name ->
+    lines of metrics.jsonl. provenance: one mapping per run or data set, with a `name`.
     """
 
     title: str
@@ -197,7 +197,9 @@ def _samples(report: Report) -> tuple[str, str]:
 
 def _reconstructions(report: Report) -> tuple[str, str]:
     if (shown := report.examples) is None:
-        return page.section("Reconstructions", "<p>No VQ-VAE or no reference images were given.</p>")
+        return page.section(
+            "Reconstructions", "<p>No VQ-VAE or no reference images were given, or none were to be shown.</p>"
+        )
     trios = "".join(
         f'<figure class="trio"><div>{page.zoomable(png_bytes(original), "original")}'
         f"{page.zoomable(png_bytes(picture), 'reconstruction')}"

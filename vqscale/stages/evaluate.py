@@ -282,7 +282,8 @@ def _reconstructions(config: EvaluateConfig, bench: Bench, found: Inputs, shown:
         sizes = f"images of {data.resolution} px, but the VQ-VAE takes {model.resolution} px"
         raise ValueError(f"reference={data.name}: {sizes}")
     figures = families.score_reconstructions(bench, found.vqvae, data) if wanted or count_codes else None
-    shown.examples = examples_of(model, data, max(1, config.num_reconstructions), bench.place, bench.shards)
+    if config.num_reconstructions:
+        shown.examples = examples_of(model, data, config.num_reconstructions, bench.place, bench.shards)
     return figures
 
 
