@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,28 @@ def test_shard_blocks_are_the_same_whoever_reads_them(images: Path) -> None:
     other = [b for shard in (0, 2, 4) for b in read_shard_blocks(images, [shard], read=READ, block=4, workers=1)]
     for one, two in zip(alone, other, strict=True):
         assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+LEFT_OPEN = """
+import sys
+from vqscale.data.images import ImageReader
+from vqscale.data.sequential import sequential_batches
+
+class Held:
+    pass
+
+if __name__ == "__main__":
+    batches = iter(sequential_batches(sys.argv[1], read=ImageReader(12), batch=5, workers=2))
+    held = Held()
+    held.me, held.batches = held, batches  # a cycle, as an error's traceback makes one
+    next(batches)
+"""
+
+
+def test_a_process_ends_though_its_workers_were_left_open(images: Path) -> None:
+    command = [sys.executable, "-W", "ignore", "-c", LEFT_OPEN, str(images)]
+    done = subprocess.run(command, timeout=60, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_an_empty_data_set_is_named(tmp_path: Path) -> None:

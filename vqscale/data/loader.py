@@ -7,7 +7,8 @@ workers, accumulation nor restarts change what a global batch holds.
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -230,13 +231,14 @@ class Loader:
         """The data set's facts: classes, number of samples, extra."""
         return self.dataset.manifest
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch, None, None]:
         batches = GlobalBatchSampler(
             self.state.consumed_samples, self.global_batch, self.rank, self.local_batch, self.micro_batch
         )
-        for batch in run_workers(self.dataset, batches, **self._options):
-            name_bad_samples(batch, self.dataset, self._bad_path)
-            yield batch
+        with closing(run_workers(self.dataset, batches, **self._options)) as read:
+            for batch in read:
+                name_bad_samples(batch, self.dataset, self._bad_path)
+                yield batch
 
     def describe(self, position: int) -> dict[str, Any]:
         """Which sample stands at a position: {epoch, shard, key}."""

@@ -4,7 +4,8 @@ In: a data set and a `read`.  Out: batches as in training plus `weight` float32 
 padding or a sample that could not be read, so that weighted sums are exact at any number of ranks.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,10 +29,11 @@ class SequentialBatches:
     def __len__(self) -> int:
         return len(self.positions)
 
-    def __iter__(self) -> Iterator[Batch]:
-        for batch in run_workers(self.dataset, self.positions, workers=self.workers):
-            name_bad_samples(batch, self.dataset, self.bad_path)
-            yield batch
+    def __iter__(self) -> Generator[Batch, None, None]:
+        with closing(run_workers(self.dataset, self.positions, workers=self.workers)) as batches:
+            for batch in batches:
+                name_bad_samples(batch, self.dataset, self.bad_path)
+                yield batch
 
 
 def sequential_batches(

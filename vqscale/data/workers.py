@@ -4,11 +4,12 @@ In: a data set and lists of positions.  Out: batches. A worker ends with the pro
 it, and finalizes nothing of what it inherits.
 """
 
+import atexit
 import gc
 import multiprocessing
 import signal
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import numpy as np
@@ -25,11 +26,12 @@ _INLINE_BYTES = 1 << 16
 
 def run_workers(
     dataset: Dataset[Batch], batches: Any, *, workers: int, pin_memory: bool = False, prefetch: int = 4
-) -> Iterator[Batch]:
-    """torch's DataLoader over lists of positions, in order. Closing the iterator ends the workers."""
+) -> Generator[Batch, None, None]:
+    """torch's DataLoader over lists of positions, in order. Closing the generator ends the workers; so does the end of
+    the process, because one that was left open may outlive its users in a cycle or a traceback."""
     options: dict[str, Any] = {}
     if workers:
-        options = {"prefetch_factor": prefetch, "persistent_workers": True, "worker_init_fn": _start_worker}
+        options = {"prefetch_factor": prefetch, "worker_init_fn": _start_worker}
     with warnings.catch_warnings():
         # Workers mostly wait for storage, so more of them than cores is a choice, not a mistake.
         warnings.filterwarnings("ignore", message="This DataLoader will create")
@@ -50,8 +52,15 @@ def run_workers(
             iterator = iter(loader)
         finally:
             gc.unfreeze()
-    for batch in iterator:
-        yield {name: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for name, v in batch.items()}
+    # multiprocessing would terminate them at the end and wait; but they leave that signal to their parent.
+    end = getattr(iterator, "_shutdown_workers", lambda: None)
+    atexit.register(end)
+    try:
+        for batch in iterator:
+            yield {name: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for name, v in batch.items()}
+    finally:
+        atexit.unregister(end)
+        end()
 
 
 def _as_is(batch: Any) -> Any:

@@ -7,7 +7,7 @@ bit for bit when the same command runs again.  The clock is images seen.
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -153,7 +153,8 @@ def fit(
     agreement, clock, stop = Agreement(place, loader.bad_kinds), _Clock(), False
     facts = {"world_size": place.world_size, "strategy": place.strategy, "config": fingerprint(config)}
     facts["model"] = dict(description)
-    batches = _on_device(iter(loader), place.device) if seen < config.total_images else iter(())
+    batches = _on_device(iter(loader) if seen < config.total_images else iter(()), place.device)
+    run.at_exit.callback(batches.close)
     bar = tqdm(total=config.total_images, initial=seen, unit="img", disable=not place.is_main, desc=run.stage)
 
     def evaluated() -> bool:
@@ -267,7 +268,7 @@ def _bytes_per_rank(engine: Engine, run: Run) -> dict[str, list[int]]:
     return {what: [rank[what] for rank in held] for what in held[0]}
 
 
-def _on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+def _on_device(batches: Iterator[Batch], device: torch.device) -> Generator[Batch, None, None]:
     """The batches on `device`; on a GPU the next one is copied while this one is worked on."""
     if device.type == "cpu":
         yield from batches

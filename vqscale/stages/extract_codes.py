@@ -1,6 +1,7 @@
 """Image shards -> code shards: one shard in, one out, of the same name and order; a finished one is never redone."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,8 +80,8 @@ def _extract_split(config: ExtractCodesConfig, run: runtime.Run, source: Source,
         bad_path=run.run_dir / "bad.jsonl",
         cache=Cache.of(config),
     )
-    with run.stoppable(), tqdm(total=total, unit="img", disable=not place.is_main, desc=split) as bar:
-        batches = iter(blocks)
+    bar = tqdm(total=total, unit="img", disable=not place.is_main, desc=split)
+    with run.stoppable(), bar, closing(iter(blocks)) as batches:
         for number in mine:
             with ShardWriter(targets[number]) as writer:
                 for key, parts in _encoded(config, source, manifest.index(folder, number), batches, run):
