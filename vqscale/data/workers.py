@@ -31,7 +31,8 @@ def run_workers(
     the process, because one that was left open may outlive its users in a cycle or a traceback."""
     options: dict[str, Any] = {}
     if workers:
-        options = {"prefetch_factor": prefetch, "worker_init_fn": _start_worker}
+        # Forked whatever the default is here, in a spawned rank say: else each imports torch for seconds.
+        options = {"prefetch_factor": prefetch, "worker_init_fn": _start_worker, "multiprocessing_context": "fork"}
     with warnings.catch_warnings():
         # Workers mostly wait for storage, so more of them than cores is a choice, not a mistake.
         warnings.filterwarnings("ignore", message="This DataLoader will create")
