@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from train_step import Trainer, Way
 
 from vqscale.models.quantizer import QuantizerConfig
+from vqscale.topology import keep_freed_memory
 
 BASE: dict[str, int] = {"batch": 8, "levels": 2, "codes": 512, "resolution": 128}
 POINTS: dict[str, list[int]] = {
@@ -97,6 +98,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = arguments(__doc__, minutes=5)
     parser.add_argument("--page", type=Path, help="write the section `growth` of this page, and the plot beside it")
     args = parser.parse_args(argv)
+    keep_freed_memory()
     base, seconds = trainer_of(BASE, args.quick), 60 * args.minutes / sum(map(len, POINTS.values()))
     tree = {
         what: {str(value): measure(what, value, base, 0.7 * seconds, args.quick) for value in values}

@@ -128,11 +128,11 @@ def median(values: Sequence[float]) -> float:
 
 
 def product_rate(dtype: torch.dtype) -> float:
-    """FLOP/s of a square matrix product, the best of five; of a small one where the type is emulated and slow."""
+    """FLOP/s of a square matrix product, the best of twenty; of a small one where the type is emulated and slow."""
     best = 0.0
     for side in (256, 2048):
         square = torch.randn(side, side).to(dtype)
-        seconds = min(timed(lambda: square @ square) for _ in range(5))  # noqa: B023
+        seconds = min(timed(lambda: square @ square) for _ in range(20))  # noqa: B023
         best = max(best, 2 * side**3 / seconds)
         if seconds > 0.02:
             break

@@ -29,6 +29,7 @@ from vqscale.models.prior import PriorConfig
 from vqscale.models.sampling import choose, draw_uniforms
 from vqscale.models.transformer_block import TransformerBlock
 from vqscale.sources import PRIORS
+from vqscale.topology import keep_freed_memory
 
 K, CLASSES = 512, 1000
 TOP = PriorConfig(hidden=256, residual=768, layers=10, attention_every=5, heads=8, filter=5, output_layers=10)
@@ -173,6 +174,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--batches", nargs="+", type=int, default=[8, 32])
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="arithmetic; bf16 pays on hardware that has it")
     args = parser.parse_args(argv)
+    keep_freed_memory()
     rates = product_rate(torch.float32), memory_rate()
     print(f"matrix product {rates[0] / 1e9:.0f} GFLOP/s, memory {rates[1] / 1e9:.1f} GB/s, {args.dtype}")
     results: dict[str, Any] = {level: {} for level in args.levels}

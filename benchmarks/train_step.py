@@ -28,6 +28,7 @@ from vqscale.models.init import initialise
 from vqscale.models.pixelcnn import PixelCNN
 from vqscale.models.prior import PriorConfig, nll
 from vqscale.models.vqvae import VQVAE, VQVAEConfig
+from vqscale.topology import keep_freed_memory
 
 LEARNING_RATE = 3e-4
 ROUNDS = 12  # steps of each way, at most
@@ -175,6 +176,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--compile", action="store_true", help="torch.compile too: minutes at the first step")
     parser.add_argument("--models", nargs="+", choices=STEPS, default=list(STEPS))
     args = parser.parse_args(argv)
+    keep_freed_memory()
     peaks = {"fp32": product_rate(torch.float32), "bf16": product_rate(torch.bfloat16)}
     print(", ".join(f"matrix product in {name}: {rate / 1e9:.1f} GFLOP/s" for name, rate in peaks.items()))
     precisions = ["fp32", "bf16"] if peaks["bf16"] > peaks["fp32"] else ["fp32"]

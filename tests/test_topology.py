@@ -1,4 +1,5 @@
 import os
+import resource
 import signal
 import socket
 import time
@@ -111,6 +112,26 @@ def test_threads_are_set() -> None:
     finally:
         topology.take_down(orderly=True)
         torch.set_num_threads(before)
+
+
+def _faults_of_reuse() -> tuple[int, int]:
+    """Page faults of ten large tensors, one after the other, before and after freed memory is kept."""
+
+    def faults() -> int:
+        torch.ones(1 << 24)  # 64 MiB
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(10):
+            torch.ones(1 << 24)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    first = faults()
+    topology.keep_freed_memory()
+    return first, faults()
+
+
+def test_freed_memory_is_kept() -> None:
+    ((before, after),) = run_ranks(_faults_of_reuse, 1)
+    assert after < before / 10
 
 
 def _outlive_the_launcher(pid_file: str, port: str) -> None:

@@ -3,6 +3,7 @@
 In: a stage's config and the environment that `accelerate launch` or `torchrun` set.  Out: one `Topology` per process.
 """
 
+import contextlib
 import ctypes
 import datetime
 import os
@@ -20,6 +21,7 @@ from vqscale.config import StageConfig
 STRATEGIES = ("single", "ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3")
 GROUP_TIMEOUT = datetime.timedelta(minutes=30)
 _PR_SET_PDEATHSIG = 1
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def env_int(name: str, default: int) -> int:
@@ -141,6 +143,8 @@ def bring_up(config: StageConfig) -> Topology:
     _assert_slurm_agrees(world)
     device = _device(config.device)
     torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // local_world))
+    if device.type == "cpu":
+        keep_freed_memory()
     if under_launcher():
         die_with_parent()
     _init_group(world, rank, device, config.run_dir)
@@ -169,6 +173,15 @@ def _device(asked: str) -> torch.device:
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
     return device
+
+
+def keep_freed_memory() -> None:
+    """Let tensors reuse this process's memory: glibc gives that of large ones back at once, and the kernel clears every
+    page anew for the next (`benchmarks/allocator.py`). Nothing happens where the C library is another."""
+    with contextlib.suppress(AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 def _init_group(world: int, rank: int, device: torch.device, run_dir: str) -> None:
