@@ -30,6 +30,7 @@ POINTS: dict[str, list[int]] = {
 }
 STRIDES = {1: [4], 2: [4, 2], 3: [4, 2, 2]}  # bottom first
 TITLES = {"batch": "images per batch", "levels": "levels", "codes": "codes per level (K)", "resolution": "pixels"}
+HEIGHTS = [0.2, 0.3, 0.5, 0.7, 0.8, 0.9, 1, 1.2, 1.5, 2, 3, 5]  # marked on the axis
 PLOT = "images/growth.png"
 
 
@@ -74,6 +75,9 @@ def plot(tree: dict[str, dict[str, Row]]) -> Figure:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
         axes.set_xticks(places, [str(place) for place in places], fontsize=7)
+        low, high = axes.get_ylim()
+        heights = [height for height in HEIGHTS if low <= height <= high]
+        axes.set_yticks(heights, [f"{height:g}" for height in heights], fontsize=7)
         axes.set_xlabel(TITLES[what])
     figure.axes[0].set_ylabel("images/s over the base's")
     figure.axes[0].legend(fontsize=7)
