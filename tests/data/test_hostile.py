@@ -1,5 +1,6 @@
 """Tars and pictures made to harm: nothing in them runs, nothing is written outside, no bomb goes off."""
 
+import ctypes
 import io
 import pickle
 import struct
@@ -127,6 +128,7 @@ def grown(work: Callable[[], Any]) -> int:
         line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
         return int(line.split()[1]) // 1024
 
+    ctypes.CDLL(None).malloc_trim(0)  # freed memory that the process kept counts when it is taken again
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
     before = memory("VmRSS")
     work()
