@@ -44,19 +44,19 @@ def make_tokenizer(folder: Path, side: int, hidden: int) -> None:
 
 def encode_alone(folder: Path, side: int, count: int, go_on: bool) -> float | None:
     """Seconds of all ranks together for both views of `count` images; None if rank 0 does not want to go on."""
-    place = bring_up(StageConfig(run_dir="", device="cpu"))
-    if not place.gather(go_on)[0]:
+    topology = bring_up(StageConfig(run_dir="", device="cpu"))
+    if not topology.gather(go_on)[0]:
         take_down(orderly=True)
         return None
     model, image = load_vqvae(folder / "vqvae").model, torch.rand(BLOCK, 3, side, side) * 2 - 1
 
     def passes() -> None:
         with torch.inference_mode():
-            for view in (image, image.flip(-1)) * (count // (BLOCK * place.world_size)):
+            for view in (image, image.flip(-1)) * (count // (BLOCK * topology.world_size)):
                 model.encode(view)
-        place.barrier()
+        topology.barrier()
 
-    place.barrier()
+    topology.barrier()
     seconds = timed(passes)
     take_down(orderly=True)
     return seconds

@@ -50,39 +50,39 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def random_batch(model: Any, level: str, place: Topology) -> dict[str, torch.Tensor]:
+def random_batch(model: Any, level: str, topology: Topology) -> dict[str, torch.Tensor]:
     """One sample of random codes, another on every rank."""
-    rng = torch.Generator().manual_seed(place.rank)
+    rng = torch.Generator().manual_seed(topology.rank)
     names = {1: ["top"], 2: ["top", level], 3: ["top", "middle", "bottom"]}[len(model.upper_grids) + 1]
     grids = zip(names, [*model.upper_grids, model.grid], strict=True)
     batch = {name: torch.randint(model.num_codes, (1, *grid), generator=rng) for name, grid in grids}
     label = torch.randint(model.num_classes, (1,), generator=rng)
-    return batch | {"label": label, "position": torch.tensor([place.rank])}
+    return batch | {"label": label, "position": torch.tensor([topology.rank])}
 
 
-def train(request: plan.Request, description: dict[str, Any], steps: int, place: Topology) -> dict[str, Any]:
+def train(request: plan.Request, description: dict[str, Any], steps: int, topology: Topology) -> dict[str, Any]:
     """Mean losses over all ranks, seconds of each step, this rank's peak memory."""
     config = request.trainer
     assert isinstance(config, train_prior.TrainPriorConfig)
     before = peak_bytes()
     with torch.device("meta"):
         model: Any = build(description)
-    engine = make_engine(model, place, config, 1, partial(initialise, seed=config.seed))
-    batch, step_fn = random_batch(model, config.level, place), train_prior.training_step(config)
+    engine = make_engine(model, topology, config, 1, partial(initialise, seed=config.seed))
+    batch, step_fn = random_batch(model, config.level, topology), train_prior.training_step(config)
     losses, seconds = [], []
 
     def step() -> None:
         engine.begin(last=True)
         loss, _ = step_fn(engine.model, batch)
         engine.backward(loss)
-        losses.append(float(place.all_reduce_(loss.detach().clone())) / place.world_size)
+        losses.append(float(topology.all_reduce_(loss.detach().clone())) / topology.world_size)
         applied, _ = engine.step(config.learning_rate, config.max_norm)
         assert applied, "the gradient is not finite"
 
     engine.module.train()
     for _ in range(steps):
         seconds.append(timed(step))
-    return {"losses": losses, "seconds": seconds, "peak_bytes": place.gather(peak_bytes() - before)}
+    return {"losses": losses, "seconds": seconds, "peak_bytes": topology.gather(peak_bytes() - before)}
 
 
 def _rank(rank: int, args: Any, answers: Any) -> None:
@@ -91,9 +91,9 @@ def _rank(rank: int, args: Any, answers: Any) -> None:
         os.environ |= {name: str(value) for name, value in variables.items()}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(args.port)}
     request = request_of(args)
-    place = bring_up(StageConfig(device="cpu", strategy=request.plan.strategy))
-    found = train(request, plan.describe(request)[0], args.steps, place)
-    if place.is_main:
+    topology = bring_up(StageConfig(device="cpu", strategy=request.plan.strategy))
+    found = train(request, plan.describe(request)[0], args.steps, topology)
+    if topology.is_main:
         answers.put(found)
     take_down(orderly=True)
 

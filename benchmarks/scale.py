@@ -36,20 +36,20 @@ def _rank(rank: int, world: int, strategy: str, port: int, steps: int, quick: bo
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    place = bring_up(StageConfig(run_dir="", strategy=strategy, device="cpu", threads=1))
+    topology = bring_up(StageConfig(run_dir="", strategy=strategy, device="cpu", threads=1))
     task = VQVAESteps(Way("fp32"), quick)
     task.model.train()
     optimizer = {"betas": (0.9, 0.999), "weight_decay": 0.0}
-    engine = TorchEngine(task.model, place, precision="fp32", accumulation=1, optimizer=optimizer)
+    engine = TorchEngine(task.model, topology, precision="fp32", accumulation=1, optimizer=optimizer)
 
     def step(number: int) -> None:
         engine.begin(last=True)
         engine.backward(task.loss(engine.model, number))
         engine.step(3e-4, 1.0)
-        place.all_reduce_(torch.zeros(1))  # the step ends when the last rank's ends
+        topology.all_reduce_(torch.zeros(1))  # the step ends when the last rank's ends
 
     seconds = [timed(lambda number=number: step(number)) for number in range(WARM_UP + steps)]  # type: ignore[misc]
-    if place.is_main:
+    if topology.is_main:
         answers.put(seconds[WARM_UP:])
     take_down(orderly=True)
 

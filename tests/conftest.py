@@ -9,9 +9,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `support`, here and in the processes that tests start
 
-from vqscale import topology  # noqa: E402
 from vqscale.config import StageConfig  # noqa: E402
-from vqscale.topology import Topology  # noqa: E402
+from vqscale.topology import Topology, bring_up, take_down  # noqa: E402
 
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -34,10 +33,10 @@ def program_log() -> Iterator[logging.Logger]:
 
 
 @pytest.fixture
-def place() -> Iterator[Topology]:
+def topology() -> Iterator[Topology]:
     """This process as the only rank, in a process group that ends with the test."""
-    here = topology.bring_up(StageConfig(device="cpu", threads=1))
+    topology = bring_up(StageConfig(device="cpu", threads=1))
     try:
-        yield here
+        yield topology
     finally:
-        topology.take_down(orderly=True)
+        take_down(orderly=True)

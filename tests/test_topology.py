@@ -10,9 +10,8 @@ import torch
 import torch.distributed as dist
 from support.distributed import free_port, run_ranks, started
 
-from vqscale import topology
 from vqscale.config import StageConfig
-from vqscale.topology import Topology
+from vqscale.topology import Topology, bring_up, keep_freed_memory, resolve_strategy, take_down
 
 ACCELERATE = {"ACCELERATE_MIXED_PRECISION": "no"}
 FSDP = ACCELERATE | {"ACCELERATE_USE_FSDP": "true", "FSDP_SHARDING_STRATEGY": "FULL_SHARD"}
@@ -39,7 +38,7 @@ CPU = StageConfig(device="cpu", threads=1)
     ],
 )
 def test_strategy(asked: str, launcher: dict[str, str], world: int, strategy: str) -> None:
-    assert topology.resolve_strategy(asked, launcher | {"WORLD_SIZE": str(world)}) == strategy
+    assert resolve_strategy(asked, launcher | {"WORLD_SIZE": str(world)}) == strategy
 
 
 @pytest.mark.parametrize(
@@ -60,32 +59,39 @@ def test_what_was_asked_for_is_never_silently_less(
     asked: str, launcher: dict[str, str], world: int, words: str
 ) -> None:
     with pytest.raises(ValueError, match=words):
-        topology.resolve_strategy(asked, launcher | {"WORLD_SIZE": str(world)})
+        resolve_strategy(asked, launcher | {"WORLD_SIZE": str(world)})
 
 
-def test_one_process_is_a_group_of_one(place: Topology) -> None:
-    assert (place.rank, place.world_size, place.nodes, place.strategy) == (0, 1, 1, "single")
-    assert place.is_main and place.engine == "torch" and dist.is_initialized()
-    assert place.all_reduce_(torch.tensor(3)) == 3 and place.gather("x") == ["x"]
+def test_one_process_is_a_group_of_one(topology: Topology) -> None:
+    assert (topology.rank, topology.world_size, topology.nodes, topology.strategy) == (0, 1, 1, "single")
+    assert topology.is_main and topology.engine == "torch" and dist.is_initialized()
+    assert topology.all_reduce_(torch.tensor(3)) == 3 and topology.gather("x") == ["x"]
 
 
 def _talk(shift: int) -> dict[str, object]:
-    here = topology.bring_up(CPU)
+    topology = bring_up(CPU)
     try:
         return {
-            "place": (here.rank, here.world_size, here.local_rank, here.local_world_size, here.nodes, here.strategy),
-            "sum": here.all_reduce_(torch.tensor([here.rank + shift])).tolist(),
-            "from 1": here.broadcast_(torch.tensor([here.rank * 10]), 1).tolist(),
-            "gathered": here.gather(f"rank {here.rank}"),
-            "main": here.is_main,
+            "ranks": (
+                topology.rank,
+                topology.world_size,
+                topology.local_rank,
+                topology.local_world_size,
+                topology.nodes,
+                topology.strategy,
+            ),
+            "sum": topology.all_reduce_(torch.tensor([topology.rank + shift])).tolist(),
+            "from 1": topology.broadcast_(torch.tensor([topology.rank * 10]), 1).tolist(),
+            "gathered": topology.gather(f"rank {topology.rank}"),
+            "main": topology.is_main,
         }
     finally:
-        topology.take_down(orderly=True)
+        take_down(orderly=True)
 
 
 def test_two_ranks_talk() -> None:
     answers = run_ranks(_talk, 2, 100)
-    assert [a["place"] for a in answers] == [(0, 2, 0, 2, 1, "ddp"), (1, 2, 1, 2, 1, "ddp")]
+    assert [a["ranks"] for a in answers] == [(0, 2, 0, 2, 1, "ddp"), (1, 2, 1, 2, 1, "ddp")]
     assert [a["main"] for a in answers] == [True, False]
     for answer in answers:
         assert (answer["sum"], answer["from 1"]) == ([201], [10])
@@ -95,22 +101,22 @@ def test_two_ranks_talk() -> None:
 def test_a_slurm_job_seen_in_part_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
     with pytest.raises(ValueError, match="the Slurm job has 2 nodes, but this program sees 1 process"):
-        topology.bring_up(CPU)
+        bring_up(CPU)
 
 
 def test_devices_that_are_not_there() -> None:
     with pytest.raises(ValueError, match="device=tpu: choose auto, cpu or cuda"):
-        topology.bring_up(StageConfig(device="tpu"))
+        bring_up(StageConfig(device="tpu"))
     assert not dist.is_initialized()
 
 
 def test_threads_are_set() -> None:
     before = torch.get_num_threads()
     try:
-        topology.bring_up(StageConfig(device="cpu", threads=3))
+        bring_up(StageConfig(device="cpu", threads=3))
         assert torch.get_num_threads() == 3
     finally:
-        topology.take_down(orderly=True)
+        take_down(orderly=True)
         torch.set_num_threads(before)
 
 
@@ -125,7 +131,7 @@ def _faults_of_reuse() -> tuple[int, int]:
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
     first = faults()
-    topology.keep_freed_memory()
+    keep_freed_memory()
     return first, faults()
 
 
@@ -139,7 +145,7 @@ def _outlive_the_launcher(pid_file: str, port: str) -> None:
     child = os.fork()
     if child == 0:
         os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
-        topology.bring_up(CPU)
+        bring_up(CPU)
         with open(pid_file, "w") as file:
             file.write(str(os.getpid()))
         time.sleep(600)
@@ -178,14 +184,14 @@ def test_a_port_in_use_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> Non
         for name, value in job.items():
             monkeypatch.setenv(name, value)
         with pytest.raises(OSError, match=f"port {port} of this machine is in use, .*: choose another port"):
-            topology.bring_up(CPU)
+            bring_up(CPU)
     assert not dist.is_initialized()
 
 
 def _meet(run_dir: str) -> list[int]:
-    place = topology.bring_up(StageConfig(device="cpu", threads=1, run_dir=run_dir))
-    pids = place.gather(os.getpid())
-    topology.take_down(orderly=True)
+    topology = bring_up(StageConfig(device="cpu", threads=1, run_dir=run_dir))
+    pids = topology.gather(os.getpid())
+    take_down(orderly=True)
     return pids
 
 

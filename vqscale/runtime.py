@@ -20,10 +20,9 @@ from typing import Any, TypeVar
 import torch
 
 from vqscale import config as configs
-from vqscale import topology
 from vqscale.config import StageConfig
 from vqscale.lock import FolderLock
-from vqscale.topology import Topology, is_first_rank, under_launcher
+from vqscale.topology import Topology, bring_up, is_first_rank, take_down, under_launcher, world_size
 from vqscale.versions import git_commit, versions
 from vqscale.watchdog import Watchdog
 
@@ -49,7 +48,7 @@ STOP_FILE_SECONDS = 1.0  # a run looks for its STOP file at most this often
 
 
 class Stopped(Exception):
-    """The run saved its place and ended early because it was asked to."""
+    """The run saved its progress and ended early because it was asked to."""
 
 
 class Leave(Exception):
@@ -75,15 +74,15 @@ def write_json(path: Path, value: Any) -> None:
 
 
 class Run:
-    """A stage's run directory and this process's place in the run.
+    """A stage's run directory, and what this process does for it.
 
     `was_done`: an earlier run of the same config finished here. `resumed`: there was an earlier run.
     """
 
-    def __init__(self, config: StageConfig, stage: str, place: Topology):
+    def __init__(self, config: StageConfig, stage: str, topology: Topology):
         self.config = config
         self.stage = stage
-        self.topology = place
+        self.topology = topology
         self.run_dir = Path(config.run_dir)
         self.images_seen = 0
         self._stop_reason = ""
@@ -185,17 +184,17 @@ class Run:
         path = self.run_dir / "command.json"
         if "restarts" not in self._facts:
             self._facts["restarts"] = read_json(path).get("restarts", -1) + 1
-        place = self.topology
+        topology = self.topology
         write_json(
             path,
             {
                 "argv": sys.argv,
                 "stage": self.stage,
-                "strategy": place.strategy,
-                "engine": place.engine,
-                "world_size": place.world_size,
-                "nodes": place.nodes,
-                "device": str(place.device),
+                "strategy": topology.strategy,
+                "engine": topology.engine,
+                "world_size": topology.world_size,
+                "nodes": topology.nodes,
+                "device": str(topology.device),
                 "threads": torch.get_num_threads(),
                 "git_commit": git_commit(),
                 "versions": versions(),
@@ -318,10 +317,10 @@ class Run:
                     tracker.log_images({name: image[None].cpu().numpy()}, step=images_seen)
 
 
-def _open_trackers(names: list[str], run_dir: Path, resumed_at: int, place: Topology) -> list[Any]:
+def _open_trackers(names: list[str], run_dir: Path, resumed_at: int, topology: Topology) -> list[Any]:
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-    _adopt_process_group(place)
+    _adopt_process_group(topology)
     opened = []
     for name in names:
         if name not in LOGGER_TYPE_TO_CLASS:
@@ -340,7 +339,7 @@ def _open_trackers(names: list[str], run_dir: Path, resumed_at: int, place: Topo
     return opened
 
 
-def _adopt_process_group(place: Topology) -> None:
+def _adopt_process_group(topology: Topology) -> None:
     """Tell accelerate of the process group, because trackers ask it who is first. Where it takes a CPU's LOCAL_RANK for
     a launcher's, it would also choose a thread count and set RANK and others for whatever starts next here."""
     from accelerate import PartialState
@@ -348,7 +347,7 @@ def _adopt_process_group(place: Topology) -> None:
     threads, environment = torch.get_num_threads(), dict(os.environ)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "OMP_NUM_THREADS/MKL_NUM_THREADS unset", UserWarning)
-        PartialState(cpu=place.device.type == "cpu")
+        PartialState(cpu=topology.device.type == "cpu")
     torch.set_num_threads(threads)
     for name in os.environ.keys() - environment.keys():
         del os.environ[name]
@@ -361,8 +360,8 @@ def run(config: StageConfig, stage: str) -> Iterator[Run]:
 
     Raises ValueError when the folder is in use, cannot be written or belongs to another config; Stopped passes through.
     """
-    place = topology.bring_up(config)
-    current = Run(config, stage, place)
+    topology = bring_up(config)
+    current = Run(config, stage, topology)
     previous = {number: signal.signal(number, current._on_signal) for number in _SIGNALS}
     orderly = False
     try:
@@ -384,7 +383,7 @@ def run(config: StageConfig, stage: str) -> Iterator[Run]:
         for number, handler in previous.items():
             signal.signal(number, handler)
         current._close()
-        topology.take_down(orderly)
+        take_down(orderly)
 
 
 def read_status(run_dir: Path) -> dict[str, Any]:
@@ -411,7 +410,7 @@ def leave(code: int) -> None:
     """End the process. Ranks of a job skip static destructors, in which a few in a hundred abort after their work."""
     sys.stdout.flush()
     sys.stderr.flush()
-    if topology.world_size() > 1:
+    if world_size() > 1:
         logging.shutdown()
         os._exit(code)
     sys.exit(code)

@@ -86,7 +86,7 @@ def _needs(strategy: str) -> str:
 
 @dataclass(frozen=True)
 class Topology:
-    """This process's place in the run. `control` is a gloo group for flags and counts, apart from training's own."""
+    """This process among all ranks. `control` is a gloo group for flags and counts, apart from training's own."""
 
     rank: int
     world_size: int
@@ -132,7 +132,7 @@ class Topology:
 
 
 def bring_up(config: StageConfig) -> Topology:
-    """Start the process group and return this rank's place in it. The group has one member without a launcher.
+    """Start the process group and return this rank's topology. The group has one member without a launcher.
 
     Raises ValueError for a strategy that cannot run here, a missing GPU, or a Slurm job of which only a part is seen.
     """

@@ -31,16 +31,16 @@ class Watchdog:
         self,
         seconds: float,
         log_file: Path,
-        place: Topology,
+        topology: Topology,
         progress: Callable[[], int],
         report: Callable[[str], None],
     ):
         """Collective. seconds: without progress, > 0; start-up has ten minutes more."""
         self._seconds, self._progress, self._report = seconds, progress, report
-        self._log_file, self._rank = log_file, place.rank
+        self._log_file, self._rank = log_file, topology.rank
         self._file = open(log_file, "a")  # noqa: SIM115 - faulthandler writes to it until `close`
         faulthandler.register(signal.SIGQUIT, self._file)
-        self._others = [_handle(pid) for pid in _pids_here(place) if pid != os.getpid()]
+        self._others = [_handle(pid) for pid in _pids_here(topology) if pid != os.getpid()]
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
@@ -89,9 +89,9 @@ class Watchdog:
                 signal.pidfd_send_signal(handle, number)
 
 
-def _pids_here(place: Topology) -> list[int]:
+def _pids_here(topology: Topology) -> list[int]:
     """The ranks that this rank's launcher started on this machine."""
-    ranks = place.gather((socket.gethostname(), os.getppid(), os.getpid()))
+    ranks = topology.gather((socket.gethostname(), os.getppid(), os.getpid()))
     return [pid for *where, pid in ranks if where == [socket.gethostname(), os.getppid()]]
 
 

@@ -12,11 +12,10 @@ from support import faults
 from support.distributed import run_ranks
 from torch import Tensor
 
-from vqscale import topology
 from vqscale.config import StageConfig
 from vqscale.engine import checkpoint as checkpoints
 from vqscale.engine.checkpoint import Checkpointer, find_latest, verify
-from vqscale.topology import Topology
+from vqscale.topology import Topology, bring_up, take_down
 
 STATE: dict[str, Any] = {"data": {"consumed_samples": 8}, "engine": {}}
 
@@ -41,9 +40,9 @@ def assert_same(one: dict[str, Tensor], two: dict[str, Tensor]) -> None:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, place: Topology) -> Path:
+def folder(tmp_path: Path, topology: Topology) -> Path:
     """Three checkpoints, of the tensors of seeds 8, 16 and 24."""
-    keeper = Checkpointer(tmp_path / "checkpoints", place, keep=5)
+    keeper = Checkpointer(tmp_path / "checkpoints", topology, keep=5)
     for seen in (8, 16, 24):
         keeper.save(seen, some_tensors(seen), {**STATE, "seed": seen})
     keeper.wait()
@@ -77,13 +76,13 @@ def test_anyone_can_open_a_checkpoint(folder: Path) -> None:
     assert_same(load_file(folder / "000000000024" / shard), some_tensors(24))
 
 
-def test_nothing_there_is_no_checkpoint(tmp_path: Path, place: Topology) -> None:
+def test_nothing_there_is_no_checkpoint(tmp_path: Path, topology: Topology) -> None:
     assert find_latest(tmp_path / "nowhere") is None
-    assert Checkpointer(tmp_path / "new", place, keep=1).latest() is None
+    assert Checkpointer(tmp_path / "new", topology, keep=1).latest() is None
 
 
-def test_changes_after_save_do_not_reach_the_file(tmp_path: Path, place: Topology) -> None:
-    keeper = Checkpointer(tmp_path, place, keep=2)
+def test_changes_after_save_do_not_reach_the_file(tmp_path: Path, topology: Topology) -> None:
+    keeper = Checkpointer(tmp_path, topology, keep=2)
     tensors = {f"model.{i}": torch.full((256, 1024), float(i)) for i in range(8)}
     state = {"data": {"consumed_samples": 1}}
     keeper.save(8, tensors, state)
@@ -97,16 +96,16 @@ def test_changes_after_save_do_not_reach_the_file(tmp_path: Path, place: Topolog
     assert all((read[str(i)] == float(i)).all() for i in range(8))
 
 
-def test_only_the_newest_are_kept(tmp_path: Path, place: Topology) -> None:
-    keeper = Checkpointer(tmp_path, place, keep=2)
+def test_only_the_newest_are_kept(tmp_path: Path, topology: Topology) -> None:
+    keeper = Checkpointer(tmp_path, topology, keep=2)
     for seen in (8, 16, 24, 32):
         keeper.save(seen, some_tensors(seen), STATE)
         keeper.wait()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["000000000024", "000000000032"]
 
 
-def test_the_same_place_is_not_saved_twice(tmp_path: Path, place: Topology) -> None:
-    keeper = Checkpointer(tmp_path, place, keep=2)
+def test_the_same_place_is_not_saved_twice(tmp_path: Path, topology: Topology) -> None:
+    keeper = Checkpointer(tmp_path, topology, keep=2)
     keeper.save(8, some_tensors(1), STATE)
     keeper.wait()
     keeper.save(8, some_tensors(2), STATE)
@@ -154,22 +153,22 @@ def test_another_runs_checkpoints_are_not_touched(folder: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == before
 
 
-def test_when_all_are_damaged_nothing_starts_from_zero(folder: Path, place: Topology) -> None:
+def test_when_all_are_damaged_nothing_starts_from_zero(folder: Path, topology: Topology) -> None:
     for path in folder.iterdir():
         _flip_a_bit(path / "manifest.json")
     for _ in range(2):
         with pytest.raises(ValueError, match="every checkpoint is damaged .*not starting again from zero"):
-            Checkpointer(folder, place, keep=2).latest()
+            Checkpointer(folder, topology, keep=2).latest()
     assert checkpoints.has_checkpoint(folder)
 
 
-def test_half_written_and_odd_names_are_ignored(folder: Path, place: Topology) -> None:
+def test_half_written_and_odd_names_are_ignored(folder: Path, topology: Topology) -> None:
     shutil.copytree(folder / "000000000016", folder / ".saving-000000000032")
     (folder / ".saving-000000000032" / "manifest.json").unlink()
     for odd in ("latest", "00000000004x", "0000000000400", "000000000040.tmp"):
         (folder / odd).mkdir()
     assert loaded_seed(folder) == 24
-    Checkpointer(folder, place, keep=2)
+    Checkpointer(folder, topology, keep=2)
     assert not (folder / ".saving-000000000032").exists()
 
 
@@ -226,15 +225,15 @@ def test_nothing_in_a_checkpoint_is_a_pickle(folder: Path) -> None:
 
 def _save_where_it_fails(folder: str, fault: str) -> list[str]:
     """Two saves, the second with a fault; returns what the run was told at each."""
-    place = topology.bring_up(StageConfig(device="cpu", threads=1))
-    keeper = Checkpointer(Path(folder), place, keep=1)
+    topology = bring_up(StageConfig(device="cpu", threads=1))
+    keeper = Checkpointer(Path(folder), topology, keep=1)
     keeper.save(8, some_tensors(8), STATE)
     keeper.wait()
     told = []
-    if place.is_main and fault == "no space for a folder":
+    if topology.is_main and fault == "no space for a folder":
         (Path(folder) / ".saving-000000000016").touch()
         shutil.rmtree = lambda *a, **k: None  # what is in the way stays there
-    if place.is_main and fault == "commit":
+    if topology.is_main and fault == "commit":
 
         def no_space(path: Path) -> str:
             raise OSError(28, "No space left on device")
@@ -242,14 +241,14 @@ def _save_where_it_fails(folder: str, fault: str) -> list[str]:
         checkpoints._sha256 = no_space
     if fault == "write":
         faults.full_disk()
-    if place.is_main and fault == "too little space":
+    if topology.is_main and fault == "too little space":
         shutil.disk_usage = lambda folder: shutil._ntuple_diskusage(1000, 900, 100)
     try:
         keeper.save(16, some_tensors(16), STATE)
         keeper.wait()
     except OSError as error:
         told.append(str(error))
-    topology.take_down(orderly=True)
+    take_down(orderly=True)
     return told
 
 
@@ -269,19 +268,19 @@ def test_a_save_that_fails_is_an_error_on_all_ranks_and_the_old_one_stays(
 
 
 def _save_in_time(folder: str) -> list[int]:
-    place = topology.bring_up(StageConfig(device="cpu", threads=1))
-    keeper = Checkpointer(Path(folder), place, keep=2)
+    topology = bring_up(StageConfig(device="cpu", threads=1))
+    keeper = Checkpointer(Path(folder), topology, keep=2)
     noise = torch.zeros(1000)
     for seen in range(8, 88, 8):
         keeper.save(seen, some_tensors(seen), {**STATE, "seed": seen})
         for _ in range(20):  # training's own collectives, while the save's run
-            place.all_reduce_(noise)
+            topology.all_reduce_(noise)
     keeper.wait()
-    topology.take_down(orderly=True)
+    take_down(orderly=True)
     return [int(p.name) for p in sorted(Path(folder).iterdir())]
 
 
-def test_saves_of_two_ranks_beside_their_collectives(tmp_path: Path, place: Topology) -> None:
+def test_saves_of_two_ranks_beside_their_collectives(tmp_path: Path, topology: Topology) -> None:
     assert run_ranks(_save_in_time, 2, str(tmp_path))[0] == [72, 80]
     assert loaded_seed(tmp_path) == 80
 

@@ -16,12 +16,12 @@ from support import faults
 from support.distributed import run_ranks, started
 from support.training import TinyConfig, assert_bit_identical, config, losses, saved, train, whole
 
-from vqscale import runtime, topology
+from vqscale import runtime
 from vqscale.engine import checkpoint as checkpoints
 from vqscale.engine.checkpoint import Checkpoint, Checkpointer, find_latest, verify
 from vqscale.engine.loop import _tensors
 from vqscale.engine.parallel import make_engine
-from vqscale.topology import Topology
+from vqscale.topology import Topology, bring_up, take_down
 
 
 def train_with_a_fault(settings: TinyConfig) -> None:
@@ -79,9 +79,9 @@ def some_tensors(value: float) -> dict[str, torch.Tensor]:
 
 
 def test_until_a_save_is_durable_the_one_before_it_stays(
-    tmp_path: Path, place: Topology, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, topology: Topology, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keeper = Checkpointer(tmp_path, place, keep=1)
+    keeper = Checkpointer(tmp_path, topology, keep=1)
     keeper.save(8, some_tensors(8), {})
     keeper.wait()
     may_write, synced = threading.Event(), checkpoints._fsync
@@ -105,7 +105,7 @@ FORMATS = Path(__file__).parent / "formats"
 
 
 @pytest.mark.parametrize("number", range(1, checkpoints.FORMAT + 1))
-def test_checkpoints_of_every_format_load(number: int, place: Topology) -> None:
+def test_checkpoints_of_every_format_load(number: int, topology: Topology) -> None:
     """Committed files, written when the format was new."""
     latest = find_latest(FORMATS / str(number), set_aside=False)
     assert latest is not None and latest.images_seen == 24 and latest.state["format"] == number
@@ -133,10 +133,10 @@ class Malicious:
         return os.mkdir, (str(self.sentinel),)
 
 
-def test_nothing_in_a_checkpoint_can_run_code(tmp_path: Path, place: Topology) -> None:
+def test_nothing_in_a_checkpoint_can_run_code(tmp_path: Path, topology: Topology) -> None:
     """Whoever writes the files writes the manifest too: it must not take a verified pickle for data."""
     sentinel = tmp_path / "sentinel"
-    keeper = Checkpointer(tmp_path / "checkpoints", place, keep=1)
+    keeper = Checkpointer(tmp_path / "checkpoints", topology, keep=1)
     keeper.save(8, some_tensors(8), {})
     keeper.wait()
     folder = keeper.folder / "000000000008"
@@ -183,12 +183,12 @@ class Wide(torch.nn.Linear):
 def _carry(settings: TinyConfig, folder: str, first: bool, number: int) -> list[float]:
     """Load what the ranks before left (or, first, mark this rank's part of every tensor), save it again; what this rank
     holds of it."""
-    place = topology.bring_up(settings)
-    engine = make_engine(Wide(), place, settings, 1)
-    keeper = Checkpointer(Path(folder), place, keep=1)
+    topology = bring_up(settings)
+    engine = make_engine(Wide(), topology, settings, 1)
+    keeper = Checkpointer(Path(folder), topology, keep=1)
     if first:
         for tensor in engine.local_weights().values():
-            tensor.fill_(1000.0 + place.rank)
+            tensor.fill_(1000.0 + topology.rank)
         engine.weights_changed()
     else:
         latest = keeper.latest()
@@ -199,7 +199,7 @@ def _carry(settings: TinyConfig, folder: str, first: bool, number: int) -> list[
     keeper.save(number, _tensors(engine, None), {})
     keeper.wait()
     values = [whole(t).flatten() for name, t in sorted(engine.tensors().items()) if name.startswith("model.")]
-    topology.take_down(orderly=True)
+    take_down(orderly=True)
     return torch.cat(values).tolist()
 
 

@@ -63,8 +63,8 @@ def _sharded(world: int) -> tuple[int, int]:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     with torch.device("meta"):
         model = _paper_size_top_prior()
-    place = Topology(0, world, 0, 8, world // 8, "fsdp", torch.device("cpu"))
-    parallel._shard(model, place, "bf16")
+    topology = Topology(0, world, 0, 8, world // 8, "fsdp", torch.device("cpu"))
+    parallel._shard(model, topology, "bf16")
     parts = [p.to_local().numel() for p in model.parameters() if isinstance(p, DTensor)]
     assert len(parts) == len(list(model.parameters()))
     return sum(parts), sum(p.numel() for p in model.parameters())

@@ -5,23 +5,22 @@ import pytest
 import torch
 from support.distributed import run_ranks
 
-from vqscale import topology
 from vqscale.config import StageConfig
 from vqscale.engine.metrics import Metrics, drop_lines_beyond
-from vqscale.topology import Topology
+from vqscale.topology import Topology, bring_up, take_down
 
 
-def collect(path: Path, place: Topology) -> tuple[Metrics, list[tuple[dict[str, float], int]]]:
+def collect(path: Path, topology: Topology) -> tuple[Metrics, list[tuple[dict[str, float], int]]]:
     tracked: list[tuple[dict[str, float], int]] = []
-    return Metrics(path, place, lambda values, seen: tracked.append((values, seen))), tracked
+    return Metrics(path, topology, lambda values, seen: tracked.append((values, seen))), tracked
 
 
 def lines(path: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_means_over_steps_and_micro_batches(tmp_path: Path, place: Topology) -> None:
-    metrics, tracked = collect(tmp_path / "m.jsonl", place)
+def test_means_over_steps_and_micro_batches(tmp_path: Path, topology: Topology) -> None:
+    metrics, tracked = collect(tmp_path / "m.jsonl", topology)
     for values in ([1.0, 3.0], [5.0, 11.0]):
         for value in values:
             metrics.add({"loss": torch.tensor(value, requires_grad=True)}, parts=2)
@@ -34,34 +33,34 @@ def test_means_over_steps_and_micro_batches(tmp_path: Path, place: Topology) -> 
     assert tracked == [(flushed, 16), ({"loss": 7.0}, 24)]
 
 
-def test_nothing_is_read_from_the_device_before_a_flush(tmp_path: Path, place: Topology) -> None:
-    metrics, _ = collect(tmp_path / "m.jsonl", place)
+def test_nothing_is_read_from_the_device_before_a_flush(tmp_path: Path, topology: Topology) -> None:
+    metrics, _ = collect(tmp_path / "m.jsonl", topology)
     metrics.add({"loss": torch.tensor(1.0)})
     assert not (tmp_path / "m.jsonl").exists()
 
 
-def test_what_is_not_finite_is_null(tmp_path: Path, place: Topology) -> None:
-    metrics, tracked = collect(tmp_path / "m.jsonl", place)
+def test_what_is_not_finite_is_null(tmp_path: Path, topology: Topology) -> None:
+    metrics, tracked = collect(tmp_path / "m.jsonl", topology)
     metrics.write(8, {"loss": float("nan"), "norm": float("inf"), "rate": 1.0})
     assert lines(tmp_path / "m.jsonl") == [{"images_seen": 8, "loss": None, "norm": None, "rate": 1.0}]
     assert len(tracked) == 1
 
 
 def test_a_log_that_cannot_be_written_does_not_stop_the_run(
-    tmp_path: Path, place: Topology, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, topology: Topology, caplog: pytest.LogCaptureFixture
 ) -> None:
-    metrics, tracked = collect(tmp_path / "nowhere" / "m.jsonl", place)
+    metrics, tracked = collect(tmp_path / "nowhere" / "m.jsonl", topology)
     metrics.write(8, {"loss": 1.0})
     assert tracked == [({"loss": 1.0}, 8)]
     assert "a line is lost" in caplog.text
 
 
 def _flush_on_a_rank(path: str) -> dict[str, float]:
-    here = topology.bring_up(StageConfig(device="cpu", threads=1))
-    metrics, tracked = collect(Path(path), here)
-    metrics.add({"loss": torch.tensor(float(here.rank)), "same": torch.tensor(2.0)})
+    topology = bring_up(StageConfig(device="cpu", threads=1))
+    metrics, tracked = collect(Path(path), topology)
+    metrics.add({"loss": torch.tensor(float(topology.rank)), "same": torch.tensor(2.0)})
     flushed = metrics.flush(8, 1, {})
-    topology.take_down(orderly=True)
+    take_down(orderly=True)
     return flushed | {"tracked": len(tracked)}
 
 

@@ -7,11 +7,10 @@ import torch
 from support.distributed import run_ranks
 from support.training import WIDTH, MemoryLoader, TinyConfig, TinyModel, losses, sample, train, whole
 
-from vqscale import topology
 from vqscale.config import StageConfig
 from vqscale.engine.parallel import TorchEngine, assert_same_everywhere, compile_units, make_engine
 from vqscale.models.init import initialise
-from vqscale.topology import Topology
+from vqscale.topology import Topology, bring_up, take_down
 
 STEPS = 20
 OPTIMIZER = {"betas": (0.9, 0.999), "weight_decay": 0.01}
@@ -79,9 +78,9 @@ def test_clipping_was_active(alone: dict[str, Any], tmp_path: Path) -> None:
 
 def _with_engine(strategy: str) -> dict[str, Any]:
     """Facts about an engine, from the inside of its rank."""
-    place = topology.bring_up(StageConfig(device="cpu", threads=1, strategy=strategy))
+    topology = bring_up(StageConfig(device="cpu", threads=1, strategy=strategy))
     module = TinyModel()
-    engine = TorchEngine(module, place, precision="fp32", accumulation=1, optimizer=OPTIMIZER)
+    engine = TorchEngine(module, topology, precision="fp32", accumulation=1, optimizer=OPTIMIZER)
     x = torch.stack([sample(p, 0) for p in range(4)])
     model = module if strategy == "single" else engine.model
     features = getattr(model, "module", model).features(x)
@@ -98,7 +97,7 @@ def _with_engine(strategy: str) -> dict[str, Any]:
     }
     engine.load_counters({"optimizer_steps": 41})
     facts["steps"] = engine.counters()
-    topology.take_down(orderly=True)
+    take_down(orderly=True)
     return facts
 
 
@@ -124,14 +123,14 @@ def test_what_each_rank_holds() -> None:
 
 def _from_meta(strategy: str, forgets: bool) -> bool:
     """Whether a model built on the meta device has only NaN, or the values of one that was built whole."""
-    place = topology.bring_up(StageConfig(device="cpu", threads=1, strategy=strategy))
+    topology = bring_up(StageConfig(device="cpu", threads=1, strategy=strategy))
     expected = initialised(TinyModel())
     with torch.device("meta"):
         module = TinyModel()
     settings = TinyConfig(strategy=strategy)
-    make_engine(module, place, settings, 1, initialise=(lambda _: None) if forgets else initialised)
+    make_engine(module, topology, settings, 1, initialise=(lambda _: None) if forgets else initialised)
     values = {name: whole(parameter.detach()) for name, parameter in module.named_parameters()}
-    topology.take_down(orderly=True)
+    take_down(orderly=True)
     if forgets:
         return all(value.isnan().all() for value in values.values())
     return all(torch.equal(values[name], parameter) for name, parameter in expected.named_parameters())
@@ -150,8 +149,8 @@ def test_a_model_on_the_meta_device_gets_its_values_after_it_is_spread(
     assert run_ranks(_from_meta, world, strategy, forgets) == [True] * world
 
 
-def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(place: Topology) -> None:
-    engine = TorchEngine(TinyModel(), place, precision="fp32", accumulation=1, optimizer=OPTIMIZER)
+def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(topology: Topology) -> None:
+    engine = TorchEngine(TinyModel(), topology, precision="fp32", accumulation=1, optimizer=OPTIMIZER)
     x = torch.ones(2, WIDTH)
     for loss_scale, expected in ((1.0, True), (float("inf"), False), (float("nan"), False), (1.0, True)):
         before = {name: tensor.clone() for name, tensor in engine.tensors().items()}
@@ -166,10 +165,10 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(place: Topolo
         assert all(p.grad is None for p in engine.module.parameters())
 
 
-def test_gradients_are_the_mean_over_micro_batches(place: Topology) -> None:
+def test_gradients_are_the_mean_over_micro_batches(topology: Topology) -> None:
     norms = []
     for parts in (1, 4):
-        engine = TorchEngine(TinyModel(), place, precision="fp64", accumulation=parts, optimizer=OPTIMIZER)
+        engine = TorchEngine(TinyModel(), topology, precision="fp64", accumulation=parts, optimizer=OPTIMIZER)
         for batch in torch.stack([sample(p, 0) for p in range(8)]).double().chunk(parts):
             engine.backward(engine.model(batch).square().mean())
         norms.append(engine.step(0.0, 0.0)[1].item())
@@ -184,27 +183,27 @@ def test_gradients_are_the_mean_over_micro_batches(place: Topology) -> None:
         ("bf16", torch.float32, torch.bfloat16),
     ],
 )
-def test_precisions(place: Topology, precision: str, parameters: torch.dtype, arithmetic: torch.dtype) -> None:
-    engine = TorchEngine(TinyModel(), place, precision=precision, accumulation=1, optimizer=OPTIMIZER)
+def test_precisions(topology: Topology, precision: str, parameters: torch.dtype, arithmetic: torch.dtype) -> None:
+    engine = TorchEngine(TinyModel(), topology, precision=precision, accumulation=1, optimizer=OPTIMIZER)
     assert {p.dtype for p in engine.module.parameters()} == {parameters}
     with engine.autocast():
         assert engine.model.head(torch.ones(2, WIDTH, dtype=parameters)).dtype == arithmetic
 
 
-def test_what_cannot_be_had_is_refused(place: Topology) -> None:
+def test_what_cannot_be_had_is_refused(topology: Topology) -> None:
     with pytest.raises(ValueError, match="precision=fp16: choose fp32, bf16, fp64"):
-        TorchEngine(TinyModel(), place, precision="fp16", accumulation=1, optimizer=OPTIMIZER)
+        TorchEngine(TinyModel(), topology, precision="fp16", accumulation=1, optimizer=OPTIMIZER)
 
 
 def _compare(values: list[float]) -> str:
-    place = topology.bring_up(StageConfig(device="cpu", threads=1))
+    topology = bring_up(StageConfig(device="cpu", threads=1))
     try:
-        assert_same_everywhere({"fixed": torch.ones(2), "code": torch.tensor([values[place.rank]])}, place)
+        assert_same_everywhere({"fixed": torch.ones(2), "code": torch.tensor([values[topology.rank]])}, topology)
         return ""
     except RuntimeError as error:
         return str(error)
     finally:
-        topology.take_down(orderly=True)
+        take_down(orderly=True)
 
 
 def test_what_differs_between_ranks_is_named() -> None:
@@ -213,12 +212,12 @@ def test_what_differs_between_ranks_is_named() -> None:
 
 
 def _train_compiled_or_not(compiled: bool) -> dict[str, torch.Tensor]:
-    place = topology.bring_up(StageConfig(device="cpu", threads=1))
+    topology = bring_up(StageConfig(device="cpu", threads=1))
     module = TinyModel()
     names = [name for name, _ in module.named_parameters()]
     if compiled:
         compile_units(module)
-    engine = TorchEngine(module, place, precision="fp32", accumulation=1, optimizer=OPTIMIZER)
+    engine = TorchEngine(module, topology, precision="fp32", accumulation=1, optimizer=OPTIMIZER)
     assert [name for name, _ in module.named_parameters()] == names
     for first in range(0, 12, 4):
         engine.backward(engine.model(torch.stack([sample(p, 0) for p in range(first, first + 4)])).square().mean())

@@ -137,8 +137,8 @@ def test_bf16_under_every_strategy(tmp_path: Path, strategy: str, world: int) ->
     assert max(abs(many[seen] - loss) / loss for seen, loss in one.items()) < 1e-2
 
 
-def test_what_zero_cannot_do_is_refused(place: Topology, monkeypatch: pytest.MonkeyPatch) -> None:
-    zero = replace(place, strategy="zero2")
+def test_what_zero_cannot_do_is_refused(topology: Topology, monkeypatch: pytest.MonkeyPatch) -> None:
+    zero = replace(topology, strategy="zero2")
     with pytest.raises(ValueError, match="precision=fp64 under strategy=zero2: choose fp32 or bf16"):
         make_engine(TinyModel(), zero, TinyConfig(precision="fp64"), 1)
     monkeypatch.setitem(sys.modules, "deepspeed", None)

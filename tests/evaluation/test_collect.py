@@ -20,35 +20,37 @@ from vqscale.stages import evaluate
 from vqscale.topology import Topology
 
 
-def batches(folder: Path, place: Topology, batch: int) -> Any:
-    return sequential_batches(folder, read=ImageReader(16), batch=batch, rank=place.rank, world_size=place.world_size)
+def batches(folder: Path, topology: Topology, batch: int) -> Any:
+    return sequential_batches(
+        folder, read=ImageReader(16), batch=batch, rank=topology.rank, world_size=topology.world_size
+    )
 
 
-def collect(batches: Any, extractor: Extractor, total: int, place: Topology) -> FeatureSet:
-    collector = Collector(extractor, total, place)
+def collect(batches: Any, extractor: Extractor, total: int, topology: Topology) -> FeatureSet:
+    collector = Collector(extractor, total, topology)
     for batch in batches:
         collector.add(batch["image"], batch["position"], batch["weight"])
     return collector.finish()
 
 
-def test_features_come_in_stored_order(world: Any, place: Topology) -> None:
-    found = collect(batches(world.root / "pack" / "holdout", place, 7), projection(), 26, place)
+def test_features_come_in_stored_order(world: Any, topology: Topology) -> None:
+    found = collect(batches(world.root / "pack" / "holdout", topology, 7), projection(), 26, topology)
     expected = projection()(world.holdout).pooled
     torch.testing.assert_close(found.features, expected)
     assert found.gaussian is not None
     torch.testing.assert_close(found.gaussian.covariance, moments_of(expected).covariance)
 
 
-def test_images_in_memory_give_the_same(world: Any, place: Topology) -> None:
-    found = collect_images(world.holdout, projection(), place, batch=8)
+def test_images_in_memory_give_the_same(world: Any, topology: Topology) -> None:
+    found = collect_images(world.holdout, projection(), topology, batch=8)
     torch.testing.assert_close(found.features, projection()(world.holdout).pooled)
     assert found.n == 26
 
 
-def test_a_missing_image_is_an_error(world: Any, place: Topology) -> None:
-    short = list(batches(world.root / "pack" / "holdout", place, 13))[:1]
+def test_a_missing_image_is_an_error(world: Any, topology: Topology) -> None:
+    short = list(batches(world.root / "pack" / "holdout", topology, 13))[:1]
     with pytest.raises(ValueError, match="13 of 26 images could not be read"):
-        collect(short, projection(), 26, place)
+        collect(short, projection(), 26, topology)
 
 
 def evaluated(root: str, config: str, words: list[str]) -> dict[str, Any]:

@@ -19,47 +19,49 @@ from vqscale.topology import Topology
 
 
 @torch.inference_mode()
-def test_nll_is_the_mean_over_all_codes_at_any_batch(world: Any, place: Topology) -> None:
+def test_nll_is_the_mean_over_all_codes_at_any_batch(world: Any, topology: Topology) -> None:
     codes = read_codes(world.root / "codes" / "holdout")
     prior = load_prior(world.root / "prior_bottom").model
     target = codes.levels["bottom"].long()
     expected = float(code_nll(prior(target, codes.labels, [codes.levels["top"].long()]), target).double().mean())
     for batch in (5, 26, 100):
-        assert likelihood(prior, codes, "bottom", place, batch=batch).per_code() == pytest.approx(expected, rel=1e-6)
+        assert likelihood(prior, codes, "bottom", topology, batch=batch).per_code() == pytest.approx(expected, rel=1e-6)
 
 
 @torch.inference_mode()
-def test_each_class_has_its_own_mean(world: Any, place: Topology) -> None:
+def test_each_class_has_its_own_mean(world: Any, topology: Topology) -> None:
     codes = read_codes(world.root / "codes" / "holdout")
     prior = load_prior(world.root / "prior_top").model
     target = codes.levels["top"].long()
     each = code_nll(prior(target, codes.labels), target).double().flatten(1).mean(1)
-    found = likelihood(prior, codes, "top", place, batch=7)
+    found = likelihood(prior, codes, "top", topology, batch=7)
     expected = {label: float(each[codes.labels == label].mean()) for label in range(3)}
     assert found.by_class() == pytest.approx(expected, rel=1e-6)
     assert len({round(value, 4) for value in expected.values()}) == 3
     shifted = (codes.labels + 1) % 3  # a sample counts for its own class whatever class the prior is given
     partner = torch.tensor([int((codes.labels == label).nonzero()[0]) for label in shifted])
-    other = likelihood(prior, codes, "top", place, labels_of=partner).by_class()
+    other = likelihood(prior, codes, "top", topology, labels_of=partner).by_class()
     each = code_nll(prior(target, shifted), target).double().flatten(1).mean(1)
     assert other == pytest.approx({label: float(each[codes.labels == label].mean()) for label in range(3)}, rel=1e-6)
 
 
 @torch.inference_mode()
-def test_exchanged_conditioning_is_what_the_prior_sees(world: Any, place: Topology) -> None:
+def test_exchanged_conditioning_is_what_the_prior_sees(world: Any, topology: Topology) -> None:
     codes = read_codes(world.root / "codes" / "holdout")
     prior = load_prior(world.root / "prior_bottom").model
     target, others = codes.levels["bottom"].long(), other_samples(len(codes), 0)
     upper = codes.levels["top"][others].long()
     expected = float(code_nll(prior(target, codes.labels, [upper]), target).double().mean())
-    plain = likelihood(prior, codes, "bottom", place).per_code()
-    assert likelihood(prior, codes, "bottom", place, upper_of=others).per_code() == pytest.approx(expected, rel=1e-6)
+    plain = likelihood(prior, codes, "bottom", topology).per_code()
+    assert likelihood(prior, codes, "bottom", topology, upper_of=others).per_code() == pytest.approx(expected, rel=1e-6)
     assert abs(expected - plain) > 1e-4
     classes = other_classes(codes.labels, 0)
     expected = float(
         code_nll(prior(target, codes.labels[classes], [codes.levels["top"].long()]), target).double().mean()
     )
-    assert likelihood(prior, codes, "bottom", place, labels_of=classes).per_code() == pytest.approx(expected, rel=1e-6)
+    assert likelihood(prior, codes, "bottom", topology, labels_of=classes).per_code() == pytest.approx(
+        expected, rel=1e-6
+    )
     assert abs(expected - plain) > 1e-4
 
 

@@ -65,8 +65,8 @@ def noise(n: int, seed: int) -> Tensor:
     return (torch.rand(n, 3, 1, 1, generator=generator) * 255 + grain).clamp(0, 255).byte()
 
 
-def collected(extractor: Extractor, images: Tensor, place: Topology) -> FeatureSet:
-    collector = Collector(extractor, len(images), place)
+def collected(extractor: Extractor, images: Tensor, topology: Topology) -> FeatureSet:
+    collector = Collector(extractor, len(images), topology)
     for first in range(0, len(images), 7):  # other batches than the library's
         rows = images[first : first + 7]
         collector.add(rows, torch.arange(first, first + len(rows)), torch.ones(len(rows)))
@@ -75,10 +75,10 @@ def collected(extractor: Extractor, images: Tensor, place: Topology) -> FeatureS
 
 @pytest.mark.slow
 @pytest.mark.parametrize("draw", [scenes, noise])
-def test_metrics_equal_calculate_metrics(weights: Path, place: Topology, draw: Callable[[int, int], Tensor]) -> None:
+def test_metrics_equal_calculate_metrics(weights: Path, topology: Topology, draw: Callable[[int, int], Tensor]) -> None:
     generated, real = draw(12, 1), draw(14, 2)
     extractor = load_extractor("inception", weights=str(weights), allow_unverified_weights=True)
-    sets = [collected(extractor, images, place) for images in (generated, real)]
+    sets = [collected(extractor, images, topology) for images in (generated, real)]
     theirs = torch_fidelity.calculate_metrics(
         input1=Images(generated),
         input2=Images(real),
@@ -108,12 +108,12 @@ def test_metrics_equal_calculate_metrics(weights: Path, place: Topology, draw: C
 
 
 @pytest.mark.slow
-def test_precision_and_recall_of_vgg16_equal_calculate_metrics(tmp_path: Path, place: Topology) -> None:
+def test_precision_and_recall_of_vgg16_equal_calculate_metrics(tmp_path: Path, topology: Topology) -> None:
     torch.manual_seed(0)
     torch.save(vgg16().state_dict(), tmp_path / "random.pth")
     generated, real = scenes(9, 1), noise(8, 2)
     extractor = load_extractor("vgg16", weights=str(tmp_path / "random.pth"), allow_unverified_weights=True)
-    ours, reference = (collected(extractor, images, place) for images in (generated, real))
+    ours, reference = (collected(extractor, images, topology) for images in (generated, real))
     theirs = torch_fidelity.calculate_metrics(
         input1=Images(generated),
         input2=Images(real),

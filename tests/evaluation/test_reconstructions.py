@@ -9,7 +9,6 @@ import torch
 from support.distributed import run_ranks
 from support.extractors import projection
 
-from vqscale import topology
 from vqscale.config import StageConfig
 from vqscale.data.images import ImageReader, to_float, to_uint8
 from vqscale.data.sequential import read_runs
@@ -27,36 +26,36 @@ from vqscale.evaluation.reconstructions import (
     spread,
 )
 from vqscale.sources import load_prior, load_vqvae
-from vqscale.topology import Topology
+from vqscale.topology import Topology, bring_up, take_down
 
 
-def reconstructed(root: Path, folder: Path, place: Topology, block: int, **networks: Any) -> Reconstructions:
+def reconstructed(root: Path, folder: Path, topology: Topology, block: int, **networks: Any) -> Reconstructions:
     """All 26 held-out images, in parts of `parts.PART`."""
     model, extractor = load_vqvae(root / "vqvae").model, networks.get("extractor")
-    mine = parts.parts_of(26)[place.rank :: place.world_size]
+    mine = parts.parts_of(26)[topology.rank :: topology.world_size]
     batches = read_runs(root / "pack" / "holdout", mine, read=ImageReader(16), block=block)
-    rows = reconstruction_rows(model, place, extractor, networks.get("perceptual"))
+    rows = reconstruction_rows(model, topology, extractor, networks.get("perceptual"))
     assert parts.compute_parts(folder, mine, batches, rows, block) == 0
-    return gather_reconstructions(folder, model, 26, place, extractor, "perceptual" in networks)
+    return gather_reconstructions(folder, model, 26, topology, extractor, "perceptual" in networks)
 
 
 def everything(root: str, folder: str, block: int) -> dict[str, Any]:
     """All that an evaluation sums over ranks, on one of them."""
     parts.PART = 8
-    place = topology.bring_up(StageConfig(device="cpu", threads=1))
+    topology = bring_up(StageConfig(device="cpu", threads=1))
     try:
-        found = reconstructed(Path(root), Path(folder), place, block, extractor=projection())
+        found = reconstructed(Path(root), Path(folder), topology, block, extractor=projection())
         assert found.features is not None and found.features.gaussian is not None
         codes, prior = read_codes(Path(root) / "codes" / "holdout"), load_prior(Path(root) / "prior_bottom").model
         other = moments_of(found.features.features + 1)
         return {
             "numbers": [found.mse, found.psnr, found.ssim, frechet_distance(found.features.gaussian, other)],
-            "nll": likelihood(prior, codes, "bottom", place, batch=block).per_code(),
+            "nll": likelihood(prior, codes, "bottom", topology, batch=block).per_code(),
             "usage": {name: counts.tolist() for name, counts in found.usage.items()},
             "features": found.features.features.numpy(),
         }
     finally:
-        topology.take_down(orderly=True)
+        take_down(orderly=True)
 
 
 def test_two_ranks_find_what_one_finds(world: Any, tmp_path: Path) -> None:
@@ -71,8 +70,8 @@ def test_two_ranks_find_what_one_finds(world: Any, tmp_path: Path) -> None:
 
 
 @torch.inference_mode()
-def test_the_figures_are_the_models(world: Any, place: Topology, tmp_path: Path) -> None:
-    found = reconstructed(world.root, tmp_path, place, 8)
+def test_the_figures_are_the_models(world: Any, topology: Topology, tmp_path: Path) -> None:
+    found = reconstructed(world.root, tmp_path, topology, 8)
     output = load_vqvae(world.root / "vqvae").model(to_float(world.holdout))
     picture = to_uint8(output.reconstruction)
     error = (output.reconstruction - to_float(world.holdout)).square().mean()
@@ -83,23 +82,23 @@ def test_the_figures_are_the_models(world: Any, place: Topology, tmp_path: Path)
     assert found.usage["top"].tolist() == torch.bincount(output.codes[0].flatten(), minlength=16).tolist()
 
 
-def test_a_distance_of_pairs_is_averaged(world: Any, place: Topology, tmp_path: Path) -> None:
+def test_a_distance_of_pairs_is_averaged(world: Any, topology: Topology, tmp_path: Path) -> None:
     def first_pixel(pictures: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
         return (pictures[:, 0, 0, 0].float() - images[:, 0, 0, 0].float()).abs()
 
-    found = reconstructed(world.root, tmp_path, place, 8, perceptual=first_pixel)
+    found = reconstructed(world.root, tmp_path, topology, 8, perceptual=first_pixel)
     model = load_vqvae(world.root / "vqvae").model
     pictures = to_uint8(model(to_float(world.holdout)).reconstruction.detach())
     assert found.lpips == pytest.approx(float(first_pixel(pictures, world.holdout).mean()), rel=1e-6)
 
 
 @torch.inference_mode()
-def test_examples_are_spread_over_the_set(world: Any, place: Topology) -> None:
+def test_examples_are_spread_over_the_set(world: Any, topology: Topology) -> None:
     assert spread(10, 10).tolist() == list(range(10)) and spread(3, 8).tolist() == [0, 1, 2]
     assert spread(100, 4).tolist() == [12, 37, 62, 87]
     folder, model = world.root / "pack" / "holdout", load_vqvae(world.root / "vqvae").model
     data = DataSet("pack", folder, Manifest.load(folder))
-    found, shown = examples_of(model, data, 3, place, None), [4, 13, 21]
+    found, shown = examples_of(model, data, 3, topology, None), [4, 13, 21]
     assert torch.equal(found.originals, world.holdout[shown])
     assert torch.equal(found.pictures, to_uint8(model(to_float(world.holdout[shown])).reconstruction))
     assert found.names == [data.manifest.classes[n % 3] for n in shown]

@@ -119,11 +119,11 @@ def train(
     `on_step(run, images_seen)` is called after every optimizer step.
     """
     with runtime.run(config, "tiny") as run:
-        place = run.topology
+        topology = run.topology
         module = TinyModel(config.seed)
-        data = (config.global_batch, config.micro_batch, place.rank, place.world_size, config.seed, set(bad))
+        data = (config.global_batch, config.micro_batch, topology.rank, topology.world_size, config.seed, set(bad))
         loader = MemoryLoader(*data)
-        engine = make_engine(module, place, config, loader.micro_batches_per_step)
+        engine = make_engine(module, topology, config, loader.micro_batches_per_step)
         consumed: list[int] = []
         applied_steps: list[bool] = []
         biases: list[Tensor] = []
@@ -141,7 +141,7 @@ def train(
         def after_step(applied: bool, learning_rate: float, images_seen: int) -> dict[str, Tensor]:
             applied_steps.append(applied)
             biases.append(whole(engine.tensors()["model.head.bias"]))
-            place.all_reduce_(inputs)
+            topology.all_reduce_(inputs)
             module.average.lerp_(inputs.to(module.average.dtype) / config.global_batch, 0.1)
             module.updates.add_(1)
             inputs.zero_()

@@ -18,8 +18,8 @@ def count_bad(flags: Tensor, kinds: int) -> Tensor:
 class Agreement:
     """Stop requests and unreadable samples, summed over ranks on the control group."""
 
-    def __init__(self, place: Topology, kinds: Sequence[str]):
-        self._place = place
+    def __init__(self, topology: Topology, kinds: Sequence[str]):
+        self._topology = topology
         self._kinds = kinds
         self._pending: Any = None
         self._values = torch.zeros(1 + len(kinds), dtype=torch.int64)
@@ -28,8 +28,8 @@ class Agreement:
         """Post this step's values; returns the previous step's, the same on all ranks."""
         previous = self.collect()
         self._values = torch.cat([torch.tensor([int(stop)]), bad])
-        if self._place.world_size > 1:
-            self._pending = dist.all_reduce(self._values, group=self._place.control, async_op=True)
+        if self._topology.world_size > 1:
+            self._pending = dist.all_reduce(self._values, group=self._topology.control, async_op=True)
         return previous
 
     def collect(self) -> tuple[bool, dict[str, int]]:

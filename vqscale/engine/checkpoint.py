@@ -37,34 +37,34 @@ _SETTLE_SECONDS = 60  # a rank that hangs must not keep the others from ending
 class Checkpointer:
     """Saves in the background, one save in flight, and finds the newest checkpoint that verifies."""
 
-    def __init__(self, folder: Path, place: Topology, *, keep: int):
+    def __init__(self, folder: Path, topology: Topology, *, keep: int):
         self.folder = folder
-        self._place = place
+        self._topology = topology
         self._keep = max(1, keep)
         # The save's collectives run beside training's: they need a group of their own.
         self._group = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
         self._written: Any = None
         self._committed: concurrent.futures.Future[None] | None = None
         self._committer = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="commit")
-        if place.is_main:
+        if topology.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             for stale in folder.glob(f"{_TEMPORARY}*"):
                 shutil.rmtree(stale, ignore_errors=True)
-        place.barrier()
+        topology.barrier()
 
     def save(self, images_seen: int, tensors: dict[str, Tensor], state: Mapping[str, Any]) -> None:
         """Stage the tensors and return; writing and committing go on in the background. Called by all ranks."""
         self.wait()
         final = self.folder / f"{images_seen:012d}"
         temporary = self.folder / f"{_TEMPORARY}{final.name}"
-        exists, failure = self._place.gather(self._prepare(temporary, final, _bytes(tensors)))[0]
+        exists, failure = self._topology.gather(self._prepare(temporary, final, _bytes(tensors)))[0]
         if failure:
             raise OSError(f"a checkpoint could not be written to {self.folder}: {failure}")
         if exists:
             return
         writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
         self._written = dcp.async_save(tensors, storage_writer=writer, process_group=self._group)  # type: ignore[arg-type]
-        if self._place.is_main:
+        if self._topology.is_main:
             described = {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()}
             whole = {"format": FORMAT, "images_seen": images_seen, "tensors": described, **state}
             text = json.dumps(whole, indent=1) + "\n"  # now: training goes on and changes what `state` refers to
@@ -72,7 +72,7 @@ class Checkpointer:
 
     def _prepare(self, temporary: Path, final: Path, needed: int) -> tuple[bool, str]:
         """(whether this checkpoint exists, why it cannot be written), decided by rank 0."""
-        if not self._place.is_main or final.exists():
+        if not self._topology.is_main or final.exists():
             return final.exists(), ""
         try:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -110,8 +110,8 @@ class Checkpointer:
                 failure = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
                 if isinstance(error, KeyboardInterrupt):
                     raise
-        if self._place.gather(self._written is not None)[0]:
-            failures = [text for text in self._place.gather(failure) if text]
+        if self._topology.gather(self._written is not None)[0]:
+            failures = [text for text in self._topology.gather(failure) if text]
             if failures:
                 raise OSError(f"a checkpoint could not be written to {self.folder}: {failures[0]}")
         self._written = self._committed = None
@@ -127,13 +127,13 @@ class Checkpointer:
         Raises ValueError when there are checkpoints and none of them verifies.
         """
         found: tuple[str | None, str] = (None, "")
-        if self._place.is_main:
+        if self._topology.is_main:
             try:
                 checkpoint = find_latest(self.folder)
                 found = (str(checkpoint.folder) if checkpoint else None, "")
             except (ValueError, OSError) as error:
                 found = (None, str(error))
-        path, failure = self._place.gather(found)[0]
+        path, failure = self._topology.gather(found)[0]
         if failure:
             raise ValueError(failure)
         return Checkpoint(Path(path)) if path else None

@@ -84,17 +84,17 @@ class Loader(Protocol):
 
 def loader_options(config: FitConfig, run: Run) -> dict[str, Any]:
     """What `data.loader.build_loader` needs to know of the config and of this rank."""
-    place = run.topology
+    topology = run.topology
     return {
         "global_batch": config.global_batch,
         "micro_batch": config.micro_batch,
-        "rank": place.rank,
-        "world_size": place.world_size,
+        "rank": topology.rank,
+        "world_size": topology.world_size,
         "seed": config.seed,
         "shuffle_window": config.shuffle_window,
         "workers": config.workers,
         "max_bad_fraction": config.max_bad_fraction,
-        "pin_memory": place.device.type == "cuda",
+        "pin_memory": topology.device.type == "cuda",
         "bad_path": run.run_dir / "bad.jsonl",
     }
 
@@ -127,13 +127,13 @@ def fit(
     Raises runtime.Stopped after saving when the run was asked to stop; ValueError when a checkpoint does not fit or too
     many steps in a row had no finite gradient.
     """
-    place, batch_size, accumulation = run.topology, config.global_batch, loader.micro_batches_per_step
+    topology, batch_size, accumulation = run.topology, config.global_batch, loader.micro_batches_per_step
     ema = None
     if config.ema_halflife:
         ema = WeightEMA(
             engine.local_weights(), engine.weights_changed, halflife=config.ema_halflife, rampup=config.ema_rampup
         )
-    checkpoints = Checkpointer(run.run_dir / "checkpoints", place, keep=config.keep_checkpoints)
+    checkpoints = Checkpointer(run.run_dir / "checkpoints", topology, keep=config.keep_checkpoints)
     run.at_exit.callback(checkpoints.settle)
     seen, owed, skipped = 0, False, SkippedSteps(config.max_skipped_steps, loader.describe)
     if latest := checkpoints.latest():
@@ -147,15 +147,15 @@ def fit(
         log.info("%s %s of %s images", verb, f"{seen:,}", f"{config.total_images:,}")
     run.images_seen = resumed_from = seen
     run.describe(resumed_from=seen, precision=config.precision, bytes_per_rank=_bytes_per_rank(engine, run))
-    if place.is_main:
+    if topology.is_main:
         drop_lines_beyond(run.run_dir / "metrics.jsonl", seen)
-    metrics = Metrics(run.run_dir / "metrics.jsonl", place, run.start_trackers(config.trackers, seen))
-    agreement, clock, stop = Agreement(place, loader.bad_kinds), _Clock(), False
-    facts = {"world_size": place.world_size, "strategy": place.strategy, "config": fingerprint(config)}
+    metrics = Metrics(run.run_dir / "metrics.jsonl", topology, run.start_trackers(config.trackers, seen))
+    agreement, clock, stop = Agreement(topology, loader.bad_kinds), _Clock(), False
+    facts = {"world_size": topology.world_size, "strategy": topology.strategy, "config": fingerprint(config)}
     facts["model"] = dict(description)
-    batches = _on_device(iter(loader) if seen < config.total_images else iter(()), place.device)
+    batches = _on_device(iter(loader) if seen < config.total_images else iter(()), topology.device)
     run.at_exit.callback(batches.close)
-    bar = tqdm(total=config.total_images, initial=seen, unit="img", disable=not place.is_main, desc=run.stage)
+    bar = tqdm(total=config.total_images, initial=seen, unit="img", disable=not topology.is_main, desc=run.stage)
 
     def evaluated() -> bool:
         """Write the figures that are due now; False when the run was asked to stop meanwhile."""

@@ -22,18 +22,18 @@ log = logging.getLogger("vqscale")
 class Metrics:
     """Accumulates on every rank; rank 0 writes."""
 
-    def __init__(self, path: Path, place: Topology, track: Callable[[dict[str, float], int], None]):
+    def __init__(self, path: Path, topology: Topology, track: Callable[[dict[str, float], int], None]):
         self.path = path
-        self._place = place
+        self._topology = topology
         self._track = track
-        self._precision = torch.float64 if place.device.type == "cpu" else torch.float32
+        self._precision = torch.float64 if topology.device.type == "cpu" else torch.float32
         self._sums: dict[str, Tensor] = {}
 
     def add(self, values: Mapping[str, Tensor], parts: int = 1) -> None:
         """Add one step's values, or one of its `parts` micro-batches'."""
         for name, value in values.items():
             # All on one device and in one precision, so that a flush is a single reduction.
-            share = value.detach().to(device=self._place.device, dtype=self._precision, non_blocking=True) / parts
+            share = value.detach().to(device=self._topology.device, dtype=self._precision, non_blocking=True) / parts
             self._sums[name] = self._sums[name] + share if name in self._sums else share
 
     def flush(self, images_seen: int, steps: int, host_values: Mapping[str, float]) -> dict[str, float]:
@@ -41,8 +41,8 @@ class Metrics:
         line: dict[str, float] = {}
         if self._sums:
             names = sorted(self._sums)
-            sums = self._place.all_reduce_(torch.stack([self._sums[name].reshape(()) for name in names]))
-            means = (sums / (self._place.world_size * max(1, steps))).tolist()
+            sums = self._topology.all_reduce_(torch.stack([self._sums[name].reshape(()) for name in names]))
+            means = (sums / (self._topology.world_size * max(1, steps))).tolist()
             line = dict(zip(names, means, strict=True))
         self._sums = {}
         line.update(host_values)
@@ -52,7 +52,7 @@ class Metrics:
     def write(self, images_seen: int, values: Mapping[str, float]) -> None:
         """One line of metrics.jsonl, with null for what is not finite, and the trackers. A full log disk must not stop
         the run."""
-        if not self._place.is_main:
+        if not self._topology.is_main:
             return
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         try:

@@ -55,7 +55,7 @@ class TorchEngine:
     def __init__(
         self,
         module: nn.Module,
-        place: Topology,
+        topology: Topology,
         *,
         precision: str,
         accumulation: int,
@@ -69,17 +69,17 @@ class TorchEngine:
         """
         if precision not in DTYPES:
             raise ValueError(f"precision={precision}: choose {', '.join(DTYPES)}")
-        self._place = place
+        self._topology = topology
         self._precision = precision
         self._accumulation = accumulation
         self.module = module.to(dtype=DTYPES[precision]) if precision == "fp64" else module
-        self.model = _spread(self.module, place, precision, initialise)
+        self.model = _spread(self.module, topology, precision, initialise)
         self._names = {parameter: name for name, parameter in self.module.named_parameters()}
         self._optimizer = build_adamw(self._names, **optimizer)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """bf16 arithmetic over fp32 parameters, or nothing."""
-        return torch.autocast(self._place.device.type, torch.bfloat16, enabled=self._precision == "bf16")
+        return torch.autocast(self._topology.device.type, torch.bfloat16, enabled=self._precision == "bf16")
 
     def begin(self, last: bool) -> None:
         """Before each micro-batch's forward: gradients are reduced over ranks after the last one only."""
@@ -156,13 +156,13 @@ def _as_sharded(local: Tensor, like: Tensor) -> Tensor:
     return DTensor.from_local(local, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
 
 
-def materialise(module: nn.Module, place: Topology, initialise: Initialise | None) -> None:
+def materialise(module: nn.Module, topology: Topology, initialise: Initialise | None) -> None:
     """Onto the rank's device. What was on the meta device is filled with NaN first: a parameter that `initialise`
     forgets shows at the first step."""
     if not any(parameter.is_meta for parameter in module.parameters()):
-        module.to(place.device)
+        module.to(topology.device)
         return
-    module.to_empty(device=place.device)
+    module.to_empty(device=topology.device)
     for tensor in itertools.chain(module.parameters(), module.buffers()):
         if tensor.is_floating_point():
             _local(tensor.detach()).fill_(math.nan)
@@ -170,28 +170,28 @@ def materialise(module: nn.Module, place: Topology, initialise: Initialise | Non
         initialise(module)
 
 
-def _spread(module: nn.Module, place: Topology, precision: str, initialise: Initialise | None) -> Any:
-    if place.strategy in SHARDED:
-        _shard(module, place, precision)
-        materialise(module, place, initialise)
+def _spread(module: nn.Module, topology: Topology, precision: str, initialise: Initialise | None) -> Any:
+    if topology.strategy in SHARDED:
+        _shard(module, topology, precision)
+        materialise(module, topology, initialise)
         return module
-    materialise(module, place, initialise)
-    if place.strategy == "single":
+    materialise(module, topology, initialise)
+    if topology.strategy == "single":
         return module
-    on_gpu = [place.local_rank] if place.device.type == "cuda" else None
+    on_gpu = [topology.local_rank] if topology.device.type == "cuda" else None
     with warnings.catch_warnings():  # the word's successor does not exist in every torch that we support
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         return DistributedDataParallel(module, device_ids=on_gpu, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
-def _shard(module: Any, place: Topology, precision: str) -> None:
-    mesh = _mesh(place)
+def _shard(module: Any, topology: Topology, precision: str) -> None:
+    mesh = _mesh(topology)
     # In bf16 autocast would make and keep a copy of all weights; so they come as bf16 from the other ranks. The
     # residual stream stays as autocast has it.
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     if precision == "bf16":
         policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    shards = shard_count(place.strategy, place.world_size, place.nodes)
+    shards = shard_count(topology.strategy, topology.world_size, topology.nodes)
 
     def cut(parameter: nn.Parameter) -> Shard:
         return Shard(shard_dim(parameter.shape, shards))
@@ -221,24 +221,24 @@ def shard_count(strategy: str, world_size: int, nodes: int) -> int:
     return world_size // nodes if nodes > 1 else world_size // 2
 
 
-def _mesh(place: Topology) -> DeviceMesh:
-    kind = place.device.type
-    if place.strategy == "fsdp":
-        return init_device_mesh(kind, (place.world_size,), mesh_dim_names=("shard",))
-    shards = shard_count(place.strategy, place.world_size, place.nodes)
-    return init_device_mesh(kind, (place.world_size // shards, shards), mesh_dim_names=("replicate", "shard"))
+def _mesh(topology: Topology) -> DeviceMesh:
+    kind = topology.device.type
+    if topology.strategy == "fsdp":
+        return init_device_mesh(kind, (topology.world_size,), mesh_dim_names=("shard",))
+    shards = shard_count(topology.strategy, topology.world_size, topology.nodes)
+    return init_device_mesh(kind, (topology.world_size // shards, shards), mesh_dim_names=("replicate", "shard"))
 
 
 def make_engine(
-    module: nn.Module, place: Topology, config: Any, accumulation: int, initialise: Initialise | None = None
+    module: nn.Module, topology: Topology, config: Any, accumulation: int, initialise: Initialise | None = None
 ) -> Engine:
     """The engine of the strategy that was launched; `config` is a FitConfig. See TorchEngine for the rest."""
     optimizer = {"betas": (config.beta1, config.beta2), "weight_decay": config.weight_decay}
-    if place.engine == "deepspeed":
-        materialise(module, place, initialise)
+    if topology.engine == "deepspeed":
+        materialise(module, topology, initialise)
         return ZeroEngine(
             module,
-            place,
+            topology,
             precision=config.precision,
             accumulation=accumulation,
             max_norm=config.max_norm,
@@ -246,7 +246,7 @@ def make_engine(
         )
     return TorchEngine(
         module,
-        place,
+        topology,
         precision=config.precision,
         accumulation=accumulation,
         optimizer=optimizer,
@@ -260,10 +260,10 @@ def compile_units(module: nn.Module) -> None:
         unit.compile()
 
 
-def assert_same_everywhere(values: dict[str, Tensor], place: Topology) -> None:
+def assert_same_everywhere(values: dict[str, Tensor], topology: Topology) -> None:
     """Every rank holds bit-identical values; raises RuntimeError naming the first that differs."""
     for name, value in values.items():
-        first = place.broadcast_(value.detach().clone())
+        first = topology.broadcast_(value.detach().clone())
         differs = (first != value).any().to(torch.int64).reshape(1)
-        if int(place.all_reduce_(differs)):
+        if int(topology.all_reduce_(differs)):
             raise RuntimeError(f"{name} differs between ranks")

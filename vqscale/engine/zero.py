@@ -40,7 +40,7 @@ class ZeroEngine:
     def __init__(
         self,
         module: nn.Module,
-        place: Topology,
+        topology: Topology,
         *,
         precision: str,
         accumulation: int,
@@ -52,13 +52,13 @@ class ZeroEngine:
         Raises ValueError where DeepSpeed is not installed, or for a precision that it does not train in.
         """
         if precision not in ("fp32", "bf16"):
-            raise ValueError(f"precision={precision} under strategy={place.strategy}: choose fp32 or bf16")
-        self._place, self._precision = place, precision
+            raise ValueError(f"precision={precision} under strategy={topology.strategy}: choose fp32 or bf16")
+        self._topology, self._precision = topology, precision
         self.module = module
         self._shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
         self._parameters = dict(module.named_parameters())
-        stage = int(place.strategy.removeprefix("zero"))
-        deepspeed = _import_deepspeed(place)
+        stage = int(topology.strategy.removeprefix("zero"))
+        deepspeed = _import_deepspeed(topology)
         groups = adamw_groups(self._parameters.values(), optimizer["weight_decay"])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of its own use of torch
@@ -68,17 +68,17 @@ class ZeroEngine:
                 config=_config(stage, precision, accumulation, max_norm),
                 dist_init_required=False,
             )
-        self._ranges = _Stage3(self._optimizer, place) if stage == 3 else _Stage12(self._optimizer)
+        self._ranges = _Stage3(self._optimizer, topology) if stage == 3 else _Stage12(self._optimizer)
         self._adam: Any = self._optimizer.optimizer
         for flat in self._ranges.flats:
             self._adam.state[flat] = fresh_state(flat)
         self._fragments = {name: self._ranges.fragment(p) for name, p in self._parameters.items()}
-        self._mesh = init_device_mesh(place.device.type, (place.world_size,), mesh_dim_names=("shard",))
+        self._mesh = init_device_mesh(topology.device.type, (topology.world_size,), mesh_dim_names=("shard",))
         self._last = True
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """bf16 arithmetic over fp32 parameters, or nothing."""
-        return torch.autocast(self._place.device.type, torch.bfloat16, enabled=self._precision == "bf16")
+        return torch.autocast(self._topology.device.type, torch.bfloat16, enabled=self._precision == "bf16")
 
     def begin(self, last: bool) -> None:
         """Before each micro-batch's forward. DeepSpeed counts micro-batches by itself."""
@@ -99,7 +99,7 @@ class ZeroEngine:
         self.model.step()
         applied = not self._optimizer.overflow
         norm = self.model.get_global_grad_norm() if applied else math.inf
-        return applied, torch.as_tensor(norm, dtype=torch.float32, device=self._place.device)
+        return applied, torch.as_tensor(norm, dtype=torch.float32, device=self._topology.device)
 
     def local_weights(self) -> dict[str, Tensor]:
         """This rank's range of every trained parameter's fp32 master copy, by name, flat; views, not copies."""
@@ -163,9 +163,9 @@ class ZeroEngine:
         whole = torch.zeros(self._shapes[name].numel(), dtype=local.dtype, device=local.device)
         start = self._fragments[name].start
         whole[start : start + local.numel()] = local
-        whole = self._place.all_reduce_(whole).view(self._shapes[name])
-        rows = whole.chunk(self._place.world_size)
-        mine = rows[self._place.rank] if self._place.rank < len(rows) else whole[:0]
+        whole = self._topology.all_reduce_(whole).view(self._shapes[name])
+        rows = whole.chunk(self._topology.world_size)
+        mine = rows[self._topology.rank] if self._topology.rank < len(rows) else whole[:0]
         return DTensor.from_local(mine.clone(), self._mesh, [Shard(0)], shape=whole.shape, stride=whole.stride())
 
 
@@ -194,8 +194,8 @@ class _Stage3:
     """Where stage 3 keeps them: parameter after parameter, each cut into equal padded parts, in one flat tensor per
     sub-group."""
 
-    def __init__(self, optimizer: Any, place: Topology):
-        self._optimizer, self._rank = optimizer, place.rank
+    def __init__(self, optimizer: Any, topology: Topology):
+        self._optimizer, self._rank = optimizer, topology.rank
         self.flats: list[Tensor] = list(optimizer.fp32_partitioned_groups_flat)
 
     def fragment(self, parameter: Any) -> Fragment:
@@ -238,12 +238,12 @@ def _config(stage: int, precision: str, accumulation: int, max_norm: float) -> d
     }
 
 
-def _import_deepspeed(place: Topology) -> Any:
+def _import_deepspeed(topology: Topology) -> Any:
     """The library, told to use the process group that is there. Raises ValueError where it is not installed."""
-    if place.device.type == "cpu":
+    if topology.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
-    os.environ.setdefault("LOCAL_RANK", str(place.local_rank))  # it insists, even without a launcher
+    os.environ.setdefault("LOCAL_RANK", str(topology.local_rank))  # it insists, even without a launcher
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -251,9 +251,10 @@ def _import_deepspeed(place: Topology) -> Any:
             import deepspeed.ops
     except ImportError as error:
         raise ValueError(
-            f"strategy={place.strategy} needs DeepSpeed, which cannot be imported here ({error}): pip install deepspeed"
+            f"strategy={topology.strategy} needs DeepSpeed, which cannot be imported here ({error}): "
+            "pip install deepspeed"
         ) from error
-    if place.device.type == "cpu":  # an op that it would compile on import, for minutes
+    if topology.device.type == "cpu":  # an op that it would compile on import, for minutes
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(
         dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False, dist_init_required=False

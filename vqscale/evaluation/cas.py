@@ -36,7 +36,7 @@ def _score(bench: Bench, classifier: ImageClassifier, reference: DataSet, name: 
     about = classifier.source.description
     batches = bench.images(reference, about["resolution"])
     top_1, top_5, n = accuracy(
-        classifier, bench.tick(batches, f"accuracy, learned from {name}", len(batches)), bench.place
+        classifier, bench.tick(batches, f"accuracy, learned from {name}", len(batches)), bench.topology
     )
     if n != reference.n:
         raise ValueError(f"{reference.n - n} of {reference.n} images could not be read: bad.jsonl names them")

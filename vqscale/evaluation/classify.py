@@ -87,13 +87,13 @@ def hits(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([order[:, 0], order.any(1)], dim=1).double()
 
 
-def accuracy(logits_of: Any, batches: Iterable[Mapping[str, Any]], place: Topology) -> tuple[float, float, int]:
+def accuracy(logits_of: Any, batches: Iterable[Mapping[str, Any]], topology: Topology) -> tuple[float, float, int]:
     """(top-1, top-5, n) of a function from uint8 images to logits over every image of all ranks' batches."""
-    sums = torch.zeros(3, dtype=torch.float64, device=place.device)
+    sums = torch.zeros(3, dtype=torch.float64, device=topology.device)
     for batch in batches:
-        image, label, weight = (batch[name].to(place.device) for name in ("image", "label", "weight"))
+        image, label, weight = (batch[name].to(topology.device) for name in ("image", "label", "weight"))
         weight = weight.double()
         sums[:2] += (hits(logits_of(image), label) * weight[:, None]).sum(0)
         sums[2] += weight.sum()
-    right, right_5, n = place.all_reduce_(sums).tolist()
+    right, right_5, n = topology.all_reduce_(sums).tolist()
     return right / n, right_5 / n, int(n)

@@ -61,7 +61,7 @@ class Bench:
     """
 
     scores: Scores
-    place: Topology
+    topology: Topology
     extractor: Extractor | None
     perceptual: PerceptualDistance | None
     cache: Path
@@ -78,8 +78,8 @@ class Bench:
             data.folder,
             read=ImageReader(resolution),
             batch=self.batch,
-            rank=self.place.rank,
-            world_size=self.place.world_size,
+            rank=self.topology.rank,
+            world_size=self.topology.world_size,
             workers=self.workers,
             limit=data.limit,
             bad_path=self.bad_path,
@@ -101,12 +101,12 @@ class Bench:
     def cached(self, facts: Mapping[str, Any], compute: Callable[[], FeatureSet]) -> FeatureSet:
         """Statistics from the cache if all ranks see them there, else computed and kept."""
         path = statistics_path(self.cache, facts)
-        if all(self.place.gather(path.is_file())):
+        if all(self.topology.gather(path.is_file())):
             return load_statistics(path, facts)
         found = compute()
-        if self.place.is_main:
+        if self.topology.is_main:
             save_statistics(path, found, facts)
-        self.place.barrier()
+        self.topology.barrier()
         return found
 
 
@@ -133,14 +133,14 @@ def features_of(bench: Bench, data: DataSet, resolution: int) -> FeatureSet:
         "n": data.n,
         "split": data.folder.name,
     }
-    place = bench.place
+    topology = bench.topology
 
     def compute() -> FeatureSet:
         def rows(batch: Batch) -> dict[str, Tensor]:
-            return feature_rows(extractor(batch["image"].to(place.device)))
+            return feature_rows(extractor(batch["image"].to(topology.device)))
 
         with _parts(bench, facts, data, resolution, rows, f"features of {data.folder.name}") as folder:
-            return gather_features(folder, data.n, resolution, extractor, place)
+            return gather_features(folder, data.n, resolution, extractor, topology)
 
     return bench.cached(facts, compute)
 
@@ -153,15 +153,15 @@ def _parts(
 
     Raises ValueError on all ranks if an image can't be read.
     """
-    place, folder = bench.place, statistics_path(bench.cache, facts).with_suffix("")
-    missing = unfinished(folder, parts_of(data.n)[place.rank :: place.world_size])
+    topology, folder = bench.topology, statistics_path(bench.cache, facts).with_suffix("")
+    missing = unfinished(folder, parts_of(data.n)[topology.rank :: topology.world_size])
     batches = bench.runs(data, resolution, missing)
     unread = compute_parts(folder, missing, bench.share(batches, title, len(batches)), rows, bench.batch)
-    if unread := sum(place.gather(unread)):
+    if unread := sum(topology.gather(unread)):
         raise ValueError(f"{unread} of {data.n} images could not be read: bad.jsonl names them")
     yield folder
-    place.barrier()
-    if place.is_main:
+    topology.barrier()
+    if topology.is_main:
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -176,7 +176,7 @@ def published_features(bench: Bench, reference: PublishedReference, where: str) 
     if reference.images is None or not len(reference.images):
         nothing = torch.zeros(0, len(reference.gaussian.mean))
         return FeatureSet(0, reference.gaussian, reference.spatial, nothing, nothing)
-    own = collect_images(reference.images, extractor, bench.place, bench.batch)
+    own = collect_images(reference.images, extractor, bench.topology, bench.batch)
     return FeatureSet(own.n, reference.gaussian, reference.spatial, own.features, own.logits)
 
 
@@ -210,7 +210,7 @@ def score_samples(
             bench.scores.leave_out(["sfid"], "the reference has no moments of spatial features")
     else:
         put("sfid", lambda: distance(generated.spatial, real.spatial))
-    if not bench.place.is_main:
+    if not bench.topology.is_main:
         return  # the rest compares pairs of images, once
     usual = kid_subset_size == metrics.KID_SUBSET_SIZE
     put("kid", lambda: metrics.kid(generated.features, real.features, kid_subset_size), standard=usual)
@@ -256,12 +256,12 @@ def score_reconstructions(bench: Bench, source: Source, data: DataSet) -> Recons
     scores, resolution = bench.scores, source.description["resolution"]
     names = [name for name in ("reconstruction_fid", "reconstruction_fd_lite0") if name not in scores.left_out]
     names = [name for name in names if scores.wants(name)]
-    extractor, place = (bench.extractor if names else None), bench.place
+    extractor, topology = (bench.extractor if names else None), bench.topology
     networks = [network.weights_sha256 for network in (extractor, bench.perceptual) if network is not None]
     facts = {"vqvae": source.fingerprint, "data": data.manifest.fingerprint, "n": data.n, "networks": networks}
-    rows = reconstruction_rows(source.model, place, extractor, bench.perceptual)
+    rows = reconstruction_rows(source.model, topology, extractor, bench.perceptual)
     with _parts(bench, facts, data, resolution, rows, "reconstructions") as folder:
-        found = gather_reconstructions(folder, source.model, data.n, place, extractor, bench.perceptual is not None)
+        found = gather_reconstructions(folder, source.model, data.n, topology, extractor, bench.perceptual is not None)
     against, published = data.describe(), is_published_set(data.manifest, data.n)
     reason = why_not_comparable(None, n=data.n, published_reference=published)
     for key, value in (("reconstruction_mse", found.mse), ("psnr", found.psnr), ("ssim", found.ssim)):
@@ -314,10 +314,10 @@ def score_nll(
     for level, prior in priors.items():
 
         def nll(level: str = level, prior: Source = prior, **exchanged: Tensor) -> Likelihood:
-            total = -(-len(codes) // (bench.batch * bench.place.world_size))
+            total = -(-len(codes) // (bench.batch * bench.topology.world_size))
             steps = iter(bench.tick(range(total), f"NLL {level}", total))
             found = likelihood(
-                prior.model, codes, level, bench.place, batch=bench.batch, tick=lambda: next(steps), **exchanged
+                prior.model, codes, level, bench.topology, batch=bench.batch, tick=lambda: next(steps), **exchanged
             )
             next(steps, None)  # closes the bar
             return found
@@ -342,7 +342,7 @@ def score_train_nll(bench: Bench, priors: Mapping[str, Source], data: DataSet, l
     codes = read_codes(data.folder, limit=limit, cache=bench.shards)
     about = describe_set(data.manifest, str(data.folder), len(codes))
     for level, prior in priors.items():
-        value = likelihood(prior.model, codes, level, bench.place, batch=bench.batch).per_code()
+        value = likelihood(prior.model, codes, level, bench.topology, batch=bench.batch).per_code()
         bench.scores.put(f"nll_train/{level}", Score(value, len(codes), about, reason=_OWN_CODES))
 
 

@@ -86,7 +86,7 @@ def likelihood(
     prior: nn.Module,
     codes: Codes,
     level: str,
-    place: Topology,
+    topology: Topology,
     *,
     batch: int = 32,
     labels_of: Tensor | None = None,
@@ -100,20 +100,20 @@ def likelihood(
     """
     own = torch.arange(len(codes))
     labels_of, upper_of = (own if rows is None else rows for rows in (labels_of, upper_of))
-    sums = torch.zeros(2, int(codes.labels.max()) + 1, dtype=torch.float64, device=place.device)
-    for first in range(0, len(codes), place.world_size * batch):
+    sums = torch.zeros(2, int(codes.labels.max()) + 1, dtype=torch.float64, device=topology.device)
+    for first in range(0, len(codes), topology.world_size * batch):
         tick()
-        rows = own[first + place.rank * batch :][:batch]
+        rows = own[first + topology.rank * batch :][:batch]
         if not len(rows):
             continue
-        target = codes.levels[level][rows].long().to(place.device)
-        upper = [codes.levels[name][upper_of[rows]].long().to(place.device) for name in codes.above(level)]
-        logits = prior(target, codes.labels[labels_of[rows]].to(place.device), upper)
+        target = codes.levels[level][rows].long().to(topology.device)
+        upper = [codes.levels[name][upper_of[rows]].long().to(topology.device) for name in codes.above(level)]
+        logits = prior(target, codes.labels[labels_of[rows]].to(topology.device), upper)
         each = code_nll(logits, target).double().flatten(1)
-        own_class = codes.labels[rows].to(place.device)
+        own_class = codes.labels[rows].to(topology.device)
         sums[0].index_add_(0, own_class, each.sum(1))
         sums[1].index_add_(0, own_class, torch.full_like(each[:, 0], each.shape[1]))
-    nats, counts = place.all_reduce_(sums).cpu()
+    nats, counts = topology.all_reduce_(sums).cpu()
     return Likelihood(nats, counts)
 
 

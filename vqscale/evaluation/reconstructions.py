@@ -53,13 +53,13 @@ class Examples:
 
 
 def reconstruction_rows(
-    vqvae: Any, place: Topology, extractor: Extractor | None, perceptual: PerceptualDistance | None
+    vqvae: Any, topology: Topology, extractor: Extractor | None, perceptual: PerceptualDistance | None
 ) -> Rows:
     """Batches -> errors, codes, and features of the pictures, a row per image."""
 
     @torch.inference_mode()
     def rows(batch: Batch) -> dict[str, Tensor]:
-        image = batch["image"].to(place.device)
+        image = batch["image"].to(topology.device)
         target = to_float(image)
         output = vqvae(target)
         picture = to_uint8(output.reconstruction)
@@ -75,21 +75,23 @@ def reconstruction_rows(
 
 
 def gather_reconstructions(
-    folder: Path, vqvae: Any, total: int, place: Topology, extractor: Extractor | None, with_lpips: bool
+    folder: Path, vqvae: Any, total: int, topology: Topology, extractor: Extractor | None, with_lpips: bool
 ) -> Reconstructions:
     """All parts of all ranks as one. Every rank must call it."""
     names = ["mse", "psnr", "ssim"] + ["lpips"] * with_lpips
-    sums = torch.zeros(len(names), dtype=torch.float64, device=place.device)
-    usage = {name: torch.zeros(vqvae.num_codes, dtype=torch.int64, device=place.device) for name in vqvae.level_names}
-    collector = part_collector(total, vqvae.resolution, extractor, place) if extractor is not None else None
-    for part, found in finished(folder, parts_of(total)[place.rank :: place.world_size]):
-        sums += torch.stack([found[name].double().sum() for name in names]).to(place.device)
+    sums = torch.zeros(len(names), dtype=torch.float64, device=topology.device)
+    usage = {
+        name: torch.zeros(vqvae.num_codes, dtype=torch.int64, device=topology.device) for name in vqvae.level_names
+    }
+    collector = part_collector(total, vqvae.resolution, extractor, topology) if extractor is not None else None
+    for part, found in finished(folder, parts_of(total)[topology.rank :: topology.world_size]):
+        sums += torch.stack([found[name].double().sum() for name in names]).to(topology.device)
         for name, histogram in usage.items():
-            histogram += torch.bincount(found[f"codes/{name}"].flatten(), minlength=len(histogram)).to(place.device)
+            histogram += torch.bincount(found[f"codes/{name}"].flatten(), minlength=len(histogram)).to(topology.device)
         if collector is not None:
             collector.add_part(part, found)
     for tensor in (sums, *usage.values()):
-        place.all_reduce_(tensor)
+        topology.all_reduce_(tensor)
     mse, ratio, similarity, *distance = (sums / total).tolist()
     counts = {name: histogram.cpu().numpy() for name, histogram in usage.items()}
     features = collector.finish() if collector is not None else None
@@ -97,11 +99,11 @@ def gather_reconstructions(
 
 
 @torch.inference_mode()
-def examples_of(vqvae: Any, data: DataSet, count: int, place: Topology, cache: Cache | None) -> Examples:
+def examples_of(vqvae: Any, data: DataSet, count: int, topology: Topology, cache: Cache | None) -> Examples:
     """`count` > 0 images and what the VQ-VAE makes of them. Raises ValueError for a damaged one."""
     found = images_at(data.folder, data.manifest, spread(data.n, count).tolist(), vqvae.resolution, cache)
     originals = torch.stack([image for image, _ in found])
-    pictures = to_uint8(vqvae(to_float(originals.to(place.device))).reconstruction).cpu()
+    pictures = to_uint8(vqvae(to_float(originals.to(topology.device))).reconstruction).cpu()
     return Examples(originals, pictures, [name for _, name in found])
 
 

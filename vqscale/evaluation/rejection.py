@@ -99,7 +99,7 @@ def score_rejection(
     seed: int,
 ) -> None:
     """The samples' metrics at every rate, as `<metric>/accepted_<rate>`, and `<distance>/random_<rate>` beside them."""
-    if not bench.place.is_main:
+    if not bench.topology.is_main:
         return
     judged = Judged(judged.probability[: len(generated.features)], judged.label[: len(generated.features)])
     for rate in sorted(rates, reverse=True):

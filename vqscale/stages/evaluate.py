@@ -240,7 +240,7 @@ def self_checks(bench: Bench, found: Inputs, real: FeatureSet) -> list[str]:
         assert reference is not None
         images = [] if reference.images is None else list(reference.images[:_CHECKED])
     if images:
-        lines += check_extractor(bench.extractor, torch.stack(images).to(bench.place.device))
+        lines += check_extractor(bench.extractor, torch.stack(images).to(bench.topology.device))
     return lines
 
 
@@ -253,7 +253,7 @@ def _neighbours(
     assert found.samples is not None
     resolution = found.resolution_of(found.samples)
     training = families.features_of(bench, found.training, resolution)
-    if not bench.place.is_main:
+    if not bench.topology.is_main:
         return None
     return find_neighbours(
         found.samples,
@@ -283,7 +283,7 @@ def _reconstructions(config: EvaluateConfig, bench: Bench, found: Inputs, shown:
         raise ValueError(f"reference={data.name}: {sizes}")
     figures = families.score_reconstructions(bench, found.vqvae, data) if wanted or count_codes else None
     if config.num_reconstructions:
-        shown.examples = examples_of(model, data, config.num_reconstructions, bench.place, bench.shards)
+        shown.examples = examples_of(model, data, config.num_reconstructions, bench.topology, bench.shards)
     return figures
 
 

@@ -58,17 +58,17 @@ def _splits(data: str) -> list[str]:
 
 
 def _extract_split(config: ExtractCodesConfig, run: runtime.Run, source: Source, split: str) -> None:
-    folder, out, place = resolve(config.data, split), run.run_dir / split, run.topology
+    folder, out, topology = resolve(config.data, split), run.run_dir / split, run.topology
     manifest = Manifest.load(folder)
     _check_fits(config, manifest, source)
-    if place.is_main:
+    if topology.is_main:
         out.mkdir(parents=True, exist_ok=True)
         _remember_tokenizer(out, source, manifest)
-    place.barrier()
+    topology.barrier()
     targets = [out / name for name in manifest.names_of_results()]
     left = [n for n, target in enumerate(targets) if shard_info(target) is None]
-    place.barrier()  # all ranks listed the same shards before any of them writes one
-    mine = left[place.rank :: place.world_size]
+    topology.barrier()  # all ranks listed the same shards before any of them writes one
+    mine = left[topology.rank :: topology.world_size]
     total = sum(manifest.shards[n].num_samples for n in mine)
     # One loader for all shards: its workers read on into the next one while this one is written.
     blocks = read_shard_blocks(
@@ -80,7 +80,7 @@ def _extract_split(config: ExtractCodesConfig, run: runtime.Run, source: Source,
         bad_path=run.run_dir / "bad.jsonl",
         cache=Cache.of(config),
     )
-    bar = tqdm(total=total, unit="img", disable=not place.is_main, desc=split)
+    bar = tqdm(total=total, unit="img", disable=not topology.is_main, desc=split)
     with run.stoppable(), bar, closing(iter(blocks)) as batches:
         for number in mine:
             with ShardWriter(targets[number]) as writer:
@@ -141,7 +141,7 @@ def _write_manifest(
     shards: Sequence[ShardInfo],
 ) -> None:
     """Count the codes of all shards, shared among the ranks, and describe the data set: its last file."""
-    place, model = run.topology, source.model
+    topology, model = run.topology, source.model
     levels = {name: list(grid) for name, grid in zip(model.level_names, model.grids, strict=True)}
     extra: dict[str, Any] = {
         "tokenizer": source.fingerprint,
@@ -153,24 +153,24 @@ def _write_manifest(
         "resolution": source.description["resolution"],
     }
     manifest = Manifest.of("codes", shards, images.classes, images.transform, extra)
-    if place.is_main:
+    if topology.is_main:
         manifest.save(out)
-    place.barrier()
+    topology.barrier()
     usage = {name: torch.zeros(model.num_codes, dtype=torch.int64) for name in levels}
-    mine = range(place.rank, len(shards), place.world_size)
+    mine = range(topology.rank, len(shards), topology.world_size)
     for batch in read_shard_blocks(out, mine, read=CodeReader(levels, views=extra["views"]), block=1024):
         for name, histogram in usage.items():
             histogram += torch.bincount(batch[name][batch["weight"] > 0].flatten(), minlength=model.num_codes)
     for histogram in usage.values():
-        place.all_reduce_(histogram)
+        topology.all_reduce_(histogram)
     extra["usage"] = {name: histogram.tolist() for name, histogram in usage.items()}
     extra["perplexity"] = {name: _perplexity(histogram) for name, histogram in usage.items()}
     for name, value in extra["perplexity"].items():
         if value < 2:
             runtime.log.warning("the %s codes have collapsed: perplexity %.2f of %d", name, value, model.num_codes)
-    if place.is_main:
+    if topology.is_main:
         Manifest.of("codes", shards, images.classes, images.transform, extra).save(out)
-    place.barrier()
+    topology.barrier()
 
 
 def _perplexity(histogram: Tensor) -> float:

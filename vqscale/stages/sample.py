@@ -78,10 +78,10 @@ def main(config: SampleConfig) -> None:
         labels = [c for c in chosen_classes(config.classes, chain.classes) for _ in range(config.samples_per_class)]
         if not labels:
             raise ValueError(f"nothing to sample: {config.samples_per_class} samples of {len(chain.classes)} classes")
-        size, place = config.batch * config.blocks_per_shard, run.topology
+        size, topology = config.batch * config.blocks_per_shard, run.topology
         count = -(-len(labels) // size)
-        with run.stoppable(), tqdm(total=len(labels), unit="img", disable=not place.is_main, desc="sample") as bar:
-            for number in range(place.rank, count, place.world_size):
+        with run.stoppable(), tqdm(total=len(labels), unit="img", disable=not topology.is_main, desc="sample") as bar:
+            for number in range(topology.rank, count, topology.world_size):
                 path = run.run_dir / f"{number:06d}.tar"
                 ids = range(number * size, min(len(labels), (number + 1) * size))
                 if shard_info(path) is None:
@@ -90,10 +90,10 @@ def main(config: SampleConfig) -> None:
                             writer.write(key, parts)
                             bar.update()
                 run.images_seen += len(ids)
-        if place.is_main:
+        if topology.is_main:
             found = [shard_info(run.run_dir / f"{n:06d}.tar") for n in range(count)]
             _finish(config, chain, run.run_dir, [info for info in found if info is not None])
-        place.barrier()
+        topology.barrier()
 
 
 def load_chain(config: SampleConfig, device: torch.device) -> Chain:

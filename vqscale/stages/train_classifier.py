@@ -51,10 +51,10 @@ Config = TrainClassifierConfig
 def main(config: TrainClassifierConfig) -> None:
     """Train, or go on training, in `config.run_dir`. Raises ValueError for anything that does not fit before step 1."""
     with runtime.run(config, "train_classifier") as run:
-        place = run.topology
+        topology = run.topology
         folder = resolve(config.data, "train", made_by="pack or sample")
-        extractor = _extractor(config, place.device)
-        vqvae = None if config.vqvae == "none" else load_vqvae(config.vqvae, device=place.device)
+        extractor = _extractor(config, topology.device)
+        vqvae = None if config.vqvae == "none" else load_vqvae(config.vqvae, device=topology.device)
         description = describe(config, Manifest.load(folder), extractor, vqvae)
         held_out = HeldOutAccuracy(config, description, extractor, run)
         reader = ImageReader(description["resolution"], flip=config.flip, crop=config.crop, seed=config.seed)
@@ -64,7 +64,7 @@ def main(config: TrainClassifierConfig) -> None:
         if config.compile:
             compile_units(model)
         accumulation = loader.micro_batches_per_step
-        engine = make_engine(model, place, config, accumulation, partial(initialise, seed=config.seed))
+        engine = make_engine(model, topology, config, accumulation, partial(initialise, seed=config.seed))
         fit(
             engine,
             loader,
@@ -159,13 +159,13 @@ class HeldOutAccuracy:
         yield "held_out/accuracy_top5", top_5
 
     def _batches(self) -> SequentialBatches:
-        place = self._run.topology
+        topology = self._run.topology
         return sequential_batches(
             self._folder,
             read=ImageReader(self._resolution),
             batch=64,
-            rank=place.rank,
-            world_size=place.world_size,
+            rank=topology.rank,
+            world_size=topology.world_size,
             workers=0,
             limit=self._config.evaluate_images,
             cache=Cache.of(self._config),

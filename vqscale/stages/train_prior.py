@@ -41,7 +41,7 @@ Config = TrainPriorConfig
 def main(config: TrainPriorConfig) -> None:
     """Train, or go on training, in `config.run_dir`. Raises ValueError for anything that does not fit before step 1."""
     with runtime.run(config, "train_prior") as run:
-        place = run.topology
+        topology = run.topology
         folder = resolve(config.data, "train", made_by="extract_codes")
         description = describe(config, Manifest.load(folder))
         loader = build_loader(
@@ -55,7 +55,7 @@ def main(config: TrainPriorConfig) -> None:
         if config.compile:
             compile_units(model)
         accumulation = loader.micro_batches_per_step
-        engine = make_engine(model, place, config, accumulation, partial(initialise, seed=config.seed))
+        engine = make_engine(model, topology, config, accumulation, partial(initialise, seed=config.seed))
         fit(
             engine,
             loader,
@@ -141,26 +141,26 @@ class HeldOutNLL:
 
     def run(self, model: nn.Module, images_seen: int) -> Iterator[tuple[str, float]]:
         """Yields held_out/nll/<level>."""
-        place, config = self._run.topology, self._config
+        topology, config = self._run.topology, self._config
         folder = resolve(config.data, "holdout", made_by="extract_codes")
-        sums = torch.zeros(2, dtype=torch.float64, device=place.device)
+        sums = torch.zeros(2, dtype=torch.float64, device=topology.device)
         batches = sequential_batches(
             folder,
             read=reader(config, Manifest.load(folder), flip=False),
             batch=min(64, config.evaluate_images),
-            rank=place.rank,
-            world_size=place.world_size,
+            rank=topology.rank,
+            world_size=topology.world_size,
             workers=0,
             limit=config.evaluate_images,
             cache=Cache.of(config),
         )
         for batch in self._run.watched(batches):
-            moved = {name: value.to(place.device) for name, value in batch.items()}
+            moved = {name: value.to(topology.device) for name, value in batch.items()}
             codes, above = inputs(moved, config.level)
             each = code_nll(model(codes, moved["label"], above), codes).flatten(1).mean(1).double()
             weight = moved["weight"].double()
             sums += torch.stack([(each * weight).sum(), weight.sum()])
-        place.all_reduce_(sums)
+        topology.all_reduce_(sums)
         yield f"held_out/nll/{config.level}", float(sums[0] / sums[1])
 
 

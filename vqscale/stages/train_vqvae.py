@@ -44,7 +44,7 @@ Config = TrainVQVAEConfig
 def main(config: TrainVQVAEConfig) -> None:
     """Train, or go on training, in `config.run_dir`. Raises ValueError for anything that does not fit before step 1."""
     with runtime.run(config, "train_vqvae") as run:
-        place = run.topology
+        topology = run.topology
         folder = resolve(config.data, "train")
         description = describe(config, Manifest.load(folder))
         reader = ImageReader(description["resolution"], flip=config.flip, crop=config.crop, seed=config.seed)
@@ -56,17 +56,17 @@ def main(config: TrainVQVAEConfig) -> None:
         )
         model: Any = build(description)
         initialise(model, config.seed)
-        if not place.gather(has_checkpoint(run.run_dir / "checkpoints"))[0]:
+        if not topology.gather(has_checkpoint(run.run_dir / "checkpoints"))[0]:
             _init_codebooks(model, folder, reader, config, run)
         if config.compile:
             compile_units(model)
-        engine = make_engine(model, place, config, loader.micro_batches_per_step)
+        engine = make_engine(model, topology, config, loader.micro_batches_per_step)
 
         def after_step(applied: bool, learning_rate: float, images_seen: int) -> dict[str, Tensor]:
             return model.update_codebooks(
-                place.all_reduce_,
-                rank=place.rank,
-                world_size=place.world_size,
+                topology.all_reduce_,
+                rank=topology.rank,
+                world_size=topology.world_size,
                 seed=config.seed,
                 images_seen=images_seen,
                 applied=applied,
@@ -116,20 +116,20 @@ def _init_codebooks(
     model: VQVAE, folder: Path, reader: ImageReader, config: TrainVQVAEConfig, run: runtime.Run
 ) -> None:
     """Codebooks from the first images of the order, which stay unconsumed: rank 0 computes, all ranks receive."""
-    place = run.topology
-    model.to(place.device)
+    topology = run.topology
+    model.to(topology.device)
     left = False
-    if place.is_main:
-        images = _first_images(folder, reader, config, place.device)
+    if topology.is_main:
+        images = _first_images(folder, reader, config, topology.device)
         try:
             model.init_codebooks(images, seed=config.seed, between=run.poll_signals)
         except runtime.Leave:
             left = True
-    if place.gather(left)[0]:
+    if topology.gather(left)[0]:
         run.stop("asked to, before the first step")
     for _, buffer in model.named_buffers():
-        place.broadcast_(buffer)
-    assert_same_everywhere(dict(model.named_buffers()), place)
+        topology.broadcast_(buffer)
+    assert_same_everywhere(dict(model.named_buffers()), topology)
 
 
 def _first_images(
@@ -161,15 +161,15 @@ class HeldOutReconstruction:
 
     def run(self, model: nn.Module, images_seen: int) -> Iterator[tuple[str, float]]:
         """Yields held_out/… figures, each over the whole held-out subset."""
-        place, vqvae = self._run.topology, model
+        topology, vqvae = self._run.topology, model
         assert isinstance(vqvae, VQVAE)
-        assert_same_everywhere(dict(vqvae.named_buffers()), place)  # the codebooks, under any strategy
+        assert_same_everywhere(dict(vqvae.named_buffers()), topology)  # the codebooks, under any strategy
         names = level_names(len(vqvae.grids))
-        used = torch.zeros(len(names), vqvae.num_codes, dtype=torch.float64, device=place.device)
-        sums = torch.zeros(3, dtype=torch.float64, device=place.device)  # squared error, PSNR, images
+        used = torch.zeros(len(names), vqvae.num_codes, dtype=torch.float64, device=topology.device)
+        sums = torch.zeros(3, dtype=torch.float64, device=topology.device)  # squared error, PSNR, images
         shown = False
         for batch in self._run.watched(self._batches()):
-            image, weight = to_float(batch["image"].to(place.device)), batch["weight"].to(place.device).double()
+            image, weight = to_float(batch["image"].to(topology.device)), batch["weight"].to(topology.device).double()
             output = vqvae(image)
             error = (output.reconstruction.float().clamp(-1, 1) - image).square().flatten(1).mean(1).double()
             sums += torch.stack([(error * weight).sum(), (psnr(error) * weight).sum(), weight.sum()])
@@ -178,8 +178,8 @@ class HeldOutReconstruction:
             if not shown:
                 self._picture(vqvae, image, output, images_seen)
                 shown = True
-        place.all_reduce_(sums)
-        place.all_reduce_(used)
+        topology.all_reduce_(sums)
+        topology.all_reduce_(used)
         yield "held_out/reconstruction_mse", float(sums[0] / sums[2])
         yield "held_out/psnr", float(sums[1] / sums[2])
         for level, name in enumerate(names):
@@ -188,13 +188,13 @@ class HeldOutReconstruction:
             yield f"held_out/perplexity/{name}", float(torch.exp(-torch.xlogy(share, share).sum()))
 
     def _batches(self) -> Iterable[Batch]:
-        place, config = self._run.topology, self._config
+        topology, config = self._run.topology, self._config
         return sequential_batches(
             resolve(config.data, "holdout"),
             read=ImageReader(self._resolution, flip=False, crop="center", seed=config.seed),
             batch=min(64, config.evaluate_images),
-            rank=place.rank,
-            world_size=place.world_size,
+            rank=topology.rank,
+            world_size=topology.world_size,
             workers=0,
             limit=config.evaluate_images,
             cache=Cache.of(config),
