@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "vqscale"
-BASE = {"config", "seeding", "topology", "lock", "watchdog", "versions", "runtime"}
+BASE = {"text", "config", "seeding", "topology", "lock", "watchdog", "versions", "runtime"}
 MAY_IMPORT = {part: BASE | {part} for part in ("data", "models", "engine")}
 MAY_IMPORT["sources"] = BASE | {"data", "models", "engine"}
 MAY_IMPORT["evaluation"] = MAY_IMPORT["sources"] | {"sources", "evaluation"}
@@ -13,14 +13,15 @@ MAY_IMPORT["stages"] = MAY_IMPORT["evaluation"]
 MAY_IMPORT["stages/plan"] = MAY_IMPORT["stages"] | {"stages"}  # it reads the trainers' configs
 MAY_IMPORT["api"] = MAY_IMPORT["stages"] | {"stages"}  # it samples as the stage does
 MAY_IMPORT |= {
-    "config": set(),
+    "text": set(),
+    "config": {"text"},
     "seeding": set(),
-    "topology": {"config"},
-    "lock": set(),
+    "topology": {"config", "text"},
+    "lock": {"text"},
     "versions": set(),
     "watchdog": {"topology"},
 }
-MAY_IMPORT |= {"runtime": {"config", "topology", "lock", "versions", "watchdog"}}
+MAY_IMPORT |= {"runtime": {"text", "config", "topology", "lock", "versions", "watchdog"}}
 MAY_IMPORT |= {"cli": BASE | {"stages"}, "__main__": {"cli"}, "__init__": {"api"}}
 DOORS = {
     "accelerate": "runtime.py",

@@ -1,0 +1,45 @@
+"""Text that others wrote, made safe for where it is shown.
+
+In: names, paths, URLs and commands.  Out: the same without secrets, or escaped for a terminal, a log or Markdown.
+(jinja2 escapes HTML.)
+"""
+
+import re
+import unicodedata
+
+HIDDEN = "***"
+# A password may hold what it must not: then the part after `user:` is no port, and all up to the next @ is hidden.
+_USERINFO = re.compile(r"(?<=://)(?:[^\s/?#]*@|[^\s/?#@:]*:(?!\d*(?:[/?#]|$)|\s)[^\n]*?@)")
+# Blanks belong to a query: where its end is in doubt, too much is hidden.
+_QUERY = re.compile(
+    r"(?P<before>://[^?\n]*\?(?=[^\s).,;'\"])|[?#](?=[\w.~%-]+=))(?P<query>.*?)(?=$|: |, | \(|[\"'](?!\w))",
+    re.MULTILINE,
+)
+_MARKUP = re.compile(r"[\\`*_{}\[\]<>&|~$#!@]|(?<=:)/|(?<=www)\.|^[-+=]|(?<=^\d)[.)]")
+_JOINERS = "\u200c\u200d"  # parts of emoji, and of words in several scripts
+
+
+def redact_url(text: str) -> str:
+    """The text with the user, the password and the query's values of each URL in it hidden."""
+    text = _USERINFO.sub(f"{HIDDEN}@", text)
+    return _QUERY.sub(lambda match: match["before"] + _without_values(match["query"]), text)
+
+
+def _without_values(query: str) -> str:
+    pairs = (pair.partition("=") for pair in query.split("&"))
+    return "&".join(f"{key}={HIDDEN}" if equals else HIDDEN for key, equals, _ in pairs)
+
+
+def printable(text: str) -> str:
+    """On one line, without effect on a terminal or a log: control, direction and broken characters as escapes."""
+    return "".join(_escaped(character) for character in text)
+
+
+def _escaped(character: str) -> str:
+    acts = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and character not in _JOINERS
+    return character.encode("unicode_escape").decode() if acts else character
+
+
+def markdown(text: str) -> str:
+    """As plain text in Markdown: no markup, HTML, link, table cell or line comes from it."""
+    return _MARKUP.sub(r"\\\g<0>", printable(text))
