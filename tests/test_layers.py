@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "vqscale"
-BASE = {"text", "config", "seeding", "topology", "lock", "watchdog", "versions", "runtime"}
+BASE = {"batch", "text", "config", "seeding", "topology", "lock", "watchdog", "versions", "runtime"}
 MAY_IMPORT = {part: BASE | {part} for part in ("data", "models", "engine")}
 MAY_IMPORT["sources"] = BASE | {"data", "models", "engine"}
 MAY_IMPORT["evaluation"] = MAY_IMPORT["sources"] | {"sources", "evaluation"}
@@ -13,6 +13,7 @@ MAY_IMPORT["stages"] = MAY_IMPORT["evaluation"]
 MAY_IMPORT["stages/plan"] = MAY_IMPORT["stages"] | {"stages"}  # it reads the trainers' configs
 MAY_IMPORT["api"] = MAY_IMPORT["stages"] | {"stages"}  # it samples as the stage does
 MAY_IMPORT |= {
+    "batch": set(),
     "text": set(),
     "config": {"text"},
     "seeding": set(),

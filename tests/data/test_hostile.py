@@ -17,9 +17,9 @@ from PIL import Image
 from vqscale.data.codes import CodeReader
 from vqscale.data.images import ImageReader, decode_image
 from vqscale.data.loader import build_loader
-from vqscale.data.parts import DecodeError
+from vqscale.data.parts import DecodeError, read_samples
 from vqscale.data.sequential import sequential_batches
-from vqscale.data.shards import Manifest, iterate
+from vqscale.data.shards import Manifest
 from vqscale.evaluation.gallery import first_of_each_class
 from vqscale.stages import index
 from vqscale.stages.index import IndexConfig
@@ -84,7 +84,7 @@ def test_payloads_in_every_part_never_run(tmp_path: Path, monkeypatch: pytest.Mo
     assert sum(batch["weight"].sum() for batch in sequential_batches(folder, read=ImageReader(8), batch=2)) == 6
     manifest = Manifest.load(folder)
     first_of_each_class(folder, manifest, resolution=8, per_class=9, most_classes=2)
-    assert len(list(iterate(folder, manifest.index(folder, 0).part_names))) == 6
+    assert len(list(read_samples(folder, manifest.index(folder, 0).part_names))) == 6
     assert everything(tmp_path) == before and not (tmp_path / "ran").exists()
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vqscale.data.shards import Manifest, ShardIndex, ShardInfo, ShardWriter, iterate, resolve, shard_info
+from vqscale.data.parts import read_samples
+from vqscale.data.shards import Manifest, ShardIndex, ShardInfo, ShardWriter, resolve, shard_info
 
 SAMPLES = {
     "a/0001": {"jpg": b"x" * 700, "cls": b"3", "json": b"{}"},
@@ -159,12 +160,23 @@ def test_resolve(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         resolve(tmp_path / "nowhere", made_by="extract_codes")
 
 
-def test_iterate_sees_every_sample_and_a_flipped_byte(own_images: Path) -> None:
-    assert len(list(iterate(own_images, ["png"]))) == 37
+def test_read_samples_sees_every_sample_and_a_flipped_byte(own_images: Path) -> None:
+    assert len(list(read_samples(own_images, ["png"]))) == 37
     index = Manifest.load(own_images).index(own_images, 2)
     flip(own_images / "000002.tar", int(index.offset["png"][4]) + 20)
-    with pytest.raises(ValueError, match=rf"000002.tar: {index.key(4)}.png is damaged"):
-        list(iterate(own_images, ["png"]))
+    with pytest.raises(ValueError, match=rf"000002.tar: key '{index.key(4)}': part 'png' is damaged"):
+        list(read_samples(own_images, ["png"]))
+
+
+def test_samples_are_read_at_positions_in_the_order_asked(images: Path) -> None:
+    everything = list(read_samples(images, ["png", "cls"]))
+    asked = [36, 0, 7, 6, 36]
+    assert list(read_samples(images, ["png", "cls"], asked)) == [everything[position] for position in asked]
+    assert {int(sample.parts["cls"]) == sample.label for sample in everything} == {True}
+    assert [sample.parts for sample in read_samples(images, ["txt"], [3])] == [{}]
+    for position in (-1, 37):
+        with pytest.raises(IndexError, match=f"no position {position} among 37 samples"):
+            next(read_samples(images, [], [position]))
 
 
 def flip(path: Path, at: int) -> None:

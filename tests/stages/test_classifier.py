@@ -10,7 +10,8 @@ from support.distributed import run_ranks
 from support.stages import run_stage
 
 from vqscale.data.images import decode_image
-from vqscale.data.shards import Manifest, iterate
+from vqscale.data.parts import read_samples
+from vqscale.data.shards import Manifest
 from vqscale.evaluation import classify
 from vqscale.evaluation.classify import ImageClassifier, hits
 from vqscale.evaluation.features import Extractor, Features
@@ -151,8 +152,8 @@ def test_the_probability_of_its_class_is_stored_with_each_sample(
     assert run_stage("sample", "sample", "run_dir=judged", f"rejection={real}") == 0
     judge = ImageClassifier.load(real, CPU)
     assert Manifest.load("judged").extra["rejection"]["classifier"] == judge.source.fingerprint
-    plain = {key: parts["png"] for key, _, parts in iterate(chain / "sample", ["png"])}
-    for key, label, parts in iterate("judged", ["png", "json"]):
+    plain = {key: parts["png"] for key, _, parts in read_samples(chain / "sample", ["png"])}
+    for key, label, parts in read_samples("judged", ["png", "json"]):
         assert parts["png"] == plain[key]  # judging changes no pixel
         expected = judge(decode_image(parts["png"])[None]).double().softmax(1)[0, label]
         assert json.loads(parts["json"])["class_probability"] == pytest.approx(expected.item(), rel=1e-5)

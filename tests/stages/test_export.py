@@ -20,7 +20,8 @@ import vqscale
 from vqscale import cli
 from vqscale.api import VQVAE, sample
 from vqscale.data.images import decode_image, to_float, to_uint8
-from vqscale.data.shards import Manifest, iterate, resolve
+from vqscale.data.parts import read_samples
+from vqscale.data.shards import Manifest, resolve
 from vqscale.sources import load_any, load_vqvae
 
 ROOT = Path(__file__).parents[2]
@@ -154,14 +155,16 @@ def test_encode_and_decode_from_a_folder_and_from_a_run(whole_chain: Path, expor
 
 def test_the_codes_are_those_of_extraction(whole_chain: Path, exported: Path) -> None:
     top = VQVAE.from_pretrained(exported).encode(torch.stack([*_pixels(whole_chain / "pack" / "holdout", 4)]))[0]
-    for found, (_, _, parts) in zip(top, iterate(whole_chain / "extract_codes" / "holdout", ["top.npy"]), strict=False):
+    for found, (_, _, parts) in zip(
+        top, read_samples(whole_chain / "extract_codes" / "holdout", ["top.npy"]), strict=False
+    ):
         views = np.load(io.BytesIO(parts["top.npy"]))
         assert np.array_equal(views[0], found.numpy())
 
 
 def _pixels(folder: Path, count: int) -> Iterator[Tensor]:
     """The first images of a folder of shards, uint8."""
-    for _, (_, _, parts) in zip(range(count), iterate(folder, ["png"]), strict=False):
+    for _, (_, _, parts) in zip(range(count), read_samples(folder, ["png"]), strict=False):
         yield decode_image(parts["png"])
 
 

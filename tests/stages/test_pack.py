@@ -11,7 +11,8 @@ from PIL import Image
 
 from vqscale import runtime
 from vqscale.data.images import decode_image
-from vqscale.data.shards import Manifest, iterate
+from vqscale.data.parts import read_samples
+from vqscale.data.shards import Manifest
 from vqscale.stages import pack
 from vqscale.stages.pack import PackConfig
 
@@ -55,7 +56,7 @@ def test_a_folder_becomes_two_data_sets(tmp_path: Path, source: Path) -> None:
     assert train.classes == holdout.classes == ("ant", "bee", "cow") and train.kind == "images"
     assert [shard.num_samples for shard in train.shards] == [5, 5, 6, 5, 6]
     assert train.transform["resolution"] == 8 and train.transform["format"] == "png"
-    samples = [*iterate(tmp_path / "run" / "train", ["png"]), *iterate(tmp_path / "run" / "holdout", ["png"])]
+    samples = [*read_samples(tmp_path / "run" / "train", ["png"]), *read_samples(tmp_path / "run" / "holdout", ["png"])]
     assert {(key.split("/")[0], label) for key, label, _ in samples} == {("ant", 0), ("bee", 1), ("cow", 2)}
     assert len({key for key, _, _ in samples}) == 30
     assert all(decode_image(parts["png"]).shape == (3, 8, 8) for _, _, parts in samples)
@@ -192,7 +193,7 @@ def test_images_that_fit_are_stored_as_they_are(tmp_path: Path) -> None:
     for name, (suffix, mode) in {**kept, "alpha": ("png", "RGBA"), "lossless": ("bmp", "RGB")}.items():
         save(tmp_path / "source" / "a" / f"{name}.{suffix}", 1, (8, 8), mode)
     pack.main(config(tmp_path, tmp_path / "source", holdout="0"))
-    for key, _, parts in iterate(tmp_path / "run" / "train", ["png"]):
+    for key, _, parts in read_samples(tmp_path / "run" / "train", ["png"]):
         (path,) = (tmp_path / "source").glob(f"{key}.*")
         assert (parts["png"] == path.read_bytes()) == (path.stem in kept)
         assert decode_image(parts["png"]).equal(decode_image(path.read_bytes()))
@@ -202,7 +203,7 @@ def test_jpg(tmp_path: Path, source: Path) -> None:
     pack.main(config(tmp_path, source, resolution=130, quality=80))
     manifest = Manifest.load(tmp_path / "run" / "train")
     assert (manifest.transform["format"], manifest.transform["quality"]) == ("jpg", 80)
-    _, _, parts = next(iterate(tmp_path / "run" / "train", ["jpg"]))
+    _, _, parts = next(read_samples(tmp_path / "run" / "train", ["jpg"]))
     assert decode_image(parts["jpg"]).shape == (3, 130, 130)
 
 
@@ -212,7 +213,7 @@ def test_a_holdout_folder_with_a_labels_file(tmp_path: Path, source: Path) -> No
     (tmp_path / "labels.txt").write_text("0.png cow\n1.png ant\n2.png 1\n")
     made = config(tmp_path, source, holdout=str(tmp_path / "val"), labels=str(tmp_path / "labels.txt"))
     pack.main(made)
-    holdout = {key: label for key, label, _ in iterate(tmp_path / "run" / "holdout", [])}
+    holdout = {key: label for key, label, _ in read_samples(tmp_path / "run" / "holdout", [])}
     assert holdout == {"0": 2, "1": 0, "2": 1} and Manifest.load(tmp_path / "run" / "train").num_samples == 30
 
 
@@ -220,7 +221,7 @@ def test_class_numbers_of_another_data_set(tmp_path: Path, source: Path) -> None
     pack.main(config(tmp_path, source))
     shutil.rmtree(source / "ant")
     pack.main(config(tmp_path, source, run_dir=str(tmp_path / "two"), classes_from=str(tmp_path / "run")))
-    assert {label for _, label, _ in iterate(tmp_path / "two" / "train", [])} == {1, 2}
+    assert {label for _, label, _ in read_samples(tmp_path / "two" / "train", [])} == {1, 2}
     save(source / "zebra" / "x.png", 1)
     with pytest.raises(ValueError, match="'zebra' is not one of the 3 known classes"):
         pack.main(config(tmp_path, source, run_dir=str(tmp_path / "three"), classes_from=str(tmp_path / "run")))
@@ -232,5 +233,5 @@ def test_the_embedded_data_set(tmp_path: Path) -> None:
     pack.main(drawn)
     manifest = Manifest.load(tmp_path / "run" / "train")
     assert manifest.num_samples == 39 and manifest.classes[0] == "circle"
-    for key, label, parts in iterate(tmp_path / "run" / "train", ["png"]):
+    for key, label, parts in read_samples(tmp_path / "run" / "train", ["png"]):
         assert key.split("/")[0] == manifest.classes[label] and decode_image(parts["png"]).shape == (3, 16, 16)

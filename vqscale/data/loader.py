@@ -11,19 +11,20 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
+from vqscale.batch import Batch
 from vqscale.config import local_batching
 from vqscale.data.cache import Cache, RemoteTar
 from vqscale.data.order import NAME, ShuffleOrder
 from vqscale.data.parts import BAD_KINDS, DECODE, PartReader, RawSample
 from vqscale.data.shards import Manifest
-from vqscale.data.workers import Batch, run_workers
+from vqscale.data.workers import run_workers
 from vqscale.seeding import key_of, mix
 
 # read(parts, label, position) -> the decoded sample; raises ValueError for bytes that do not decode. It may have
@@ -112,7 +113,7 @@ class TarDataset(Dataset):
         self._look_ahead(int(used[0]))
         _, shards, rows = self.order.locate(used)
         samples = self.files.read(shards, rows)
-        batch = self._decode(samples, used)
+        batch = cast(Batch, self._decode(samples, used))
         batch["label"] = torch.tensor([sample.label for sample in samples])
         batch["position"] = torch.from_numpy(used)
         batch["bad"] = torch.tensor([sample.bad for sample in samples], dtype=torch.uint8)
@@ -121,7 +122,7 @@ class TarDataset(Dataset):
         batch["errors"] = [(int(used[i]), s.bad, s.error) for i, s in enumerate(samples) if s.bad and asked[i] >= 0]
         return batch
 
-    def _decode(self, samples: list[RawSample], positions: np.ndarray) -> Batch:
+    def _decode(self, samples: list[RawSample], positions: np.ndarray) -> dict[str, Tensor]:
         many = getattr(self.read, "batch", None)
         if many is not None and not any(sample.bad for sample in samples):
             try:
@@ -171,7 +172,7 @@ class TarDataset(Dataset):
         self._hinted = here
 
 
-def collate(samples: Sequence[Mapping[str, Tensor | int]]) -> Batch:
+def collate(samples: Sequence[Mapping[str, Tensor | int]]) -> dict[str, Tensor]:
     """Stack tensors; integers become an int64 tensor [b]."""
     return {
         name: torch.stack([sample[name] for sample in samples])  # type: ignore[misc]

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -29,6 +29,7 @@ _SLOW_SECONDS = 0.5e-3  # a page-cache hit takes microseconds, a seek or a netwo
 _IN_FLIGHT = 32
 _FETCHES = 4  # shards that a process fetches ahead at a time
 _ROOM_SECONDS = 1.0
+_AT_ONCE = 64  # samples that `read_samples` reads together
 _NOWHERE = np.iinfo(np.int64).max
 
 K = TypeVar("K")
@@ -240,6 +241,45 @@ class PartReader:
         paths = [(place, self.manifest.shards[n].bytes) for n in near if isinstance(place := self.places[n], Path)]
         if paths:
             threading.Thread(target=_will_need, args=(paths, share[1]), daemon=True).start()
+
+
+class StoredSample(NamedTuple):
+    """A sample as stored: its key, its label and the parts that were asked for, by name."""
+
+    key: str
+    label: int
+    parts: dict[str, bytes]
+
+
+def read_samples(
+    folder: str | Path,
+    parts: Sequence[str],
+    positions: Sequence[int] | None = None,
+    cache: Cache | None = None,
+) -> Iterator[StoredSample]:
+    """The samples of a data set at these positions in stored order (None: all), in the order asked, local or remote.
+
+    `positions` count samples over all shards: 0 is the first sample of the first shard. Parts that a sample lacks are
+    left out. For tools and pictures; loaders stream, shuffle and prefetch. Raises ValueError naming shard, key and
+    cause for a sample that cannot be read whole, IndexError for a position outside the data set.
+    """
+    manifest = Manifest.load(folder)
+    reader = PartReader(Path(folder), manifest, parts, len(manifest.shards), cache or Cache())
+    ends = np.cumsum([shard.num_samples for shard in manifest.shards], dtype=np.int64)
+    asked = range(manifest.num_samples) if positions is None else positions
+    if outside := [position for position in asked if not 0 <= position < manifest.num_samples]:
+        raise IndexError(f"{folder}: there is no position {outside[0]} among {manifest.num_samples} samples")
+    for first in range(0, len(asked), _AT_ONCE):
+        chosen = np.asarray(asked[first : first + _AT_ONCE], np.int64)
+        shards = np.searchsorted(ends, chosen, side="right")
+        rows = chosen - np.append(0, ends)[shards]
+        for shard, row, sample in zip(shards.tolist(), rows.tolist(), reader.read(shards, rows), strict=True):
+            if sample.bad == IO:
+                raise ValueError(sample.error)
+            key = reader.index(shard).key(row)
+            if sample.bad:
+                raise ValueError(f"{reader.places[shard]}: key {key!r}: {sample.error}")
+            yield StoredSample(key, sample.label, {name: bytes(data) for name, data in sample.parts.items()})
 
 
 @dataclass

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
+from vqscale.batch import Batch
 from vqscale.data.cache import Cache
 from vqscale.data.loader import Read, TarDataset, name_bad_samples
 from vqscale.data.shards import Manifest
-from vqscale.data.workers import Batch, run_workers
+from vqscale.data.workers import run_workers
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import os
 import re
 import tarfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -319,31 +319,6 @@ def resolve(folder: str | Path, split: str = "train", *, made_by: str = "pack") 
         return folder / "train"
     state = "has no dataset.json (unfinished?)" if folder.exists() else "does not exist"
     raise FileNotFoundError(f"data set {folder} {state}; `vqscale {made_by}` makes it")
-
-
-def iterate(folder: str | Path, parts: Sequence[str]) -> Iterator[tuple[str, int, dict[str, bytes]]]:
-    """(key, label, parts) of every sample in order: simple and sequential, for tools and small data sets.
-
-    Parts that a sample lacks are left out. Raises ValueError naming shard and key when a crc32 does not match.
-    """
-    manifest = Manifest.load(folder)
-    for shard in range(len(manifest.shards)):
-        index = manifest.index(folder, shard)
-        with open(manifest.tar(folder, shard), "rb") as file:
-            for row in range(len(index)):
-                yield index.key(row), int(index.labels[row]), read_row(file, index, row, parts)
-
-
-def read_row(file: BinaryIO, index: ShardIndex, row: int, parts: Sequence[str]) -> dict[str, bytes]:
-    """Those of `parts` that the sample has, checked against their crc32."""
-    found = {}
-    for name in (name for name in parts if name in index.offset and index.offset[name][row] >= 0):
-        file.seek(int(index.offset[name][row]))
-        data = file.read(int(index.size[name][row]))
-        if zlib.crc32(data) != index.crc32[name][row]:
-            raise ValueError(f"{file.name}: {index.key(row)}.{name} is damaged (crc32 differs)")
-        found[name] = data
-    return found
 
 
 def check_key(key: str, where: str) -> None:

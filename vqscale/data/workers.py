@@ -10,16 +10,15 @@ import multiprocessing
 import signal
 import warnings
 from collections.abc import Generator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from vqscale.batch import Batch
 from vqscale.topology import die_with_parent
-
-Batch = dict[str, Any]
 
 _INLINE_BYTES = 1 << 16
 
@@ -58,7 +57,8 @@ def run_workers(
     atexit.register(end)
     try:
         for batch in iterator:
-            yield {name: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for name, v in batch.items()}
+            arrays_back = {n: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for n, v in batch.items()}
+            yield cast(Batch, arrays_back)
     finally:
         atexit.unregister(end)
         end()

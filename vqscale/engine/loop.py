@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from vqscale.batch import Batch, to_device
 from vqscale.config import ReadsShards, fingerprint, flatten
 from vqscale.engine.agreement import Agreement, count_bad
 from vqscale.engine.checkpoint import Checkpoint, Checkpointer
@@ -26,7 +27,6 @@ from vqscale.engine.skipped import SkippedSteps
 from vqscale.runtime import Leave, Run
 
 log = logging.getLogger("vqscale")
-Batch = dict[str, Tensor]
 StepFn = Callable[[Any, Batch], tuple[Tensor, Mapping[str, Tensor]]]
 AfterStep = Callable[[bool, float, int], Mapping[str, Tensor]]  # (applied, learning rate, images seen) -> metrics
 
@@ -275,8 +275,7 @@ def _on_device(batches: Iterator[Batch], device: torch.device) -> Generator[Batc
         return
     ahead: Batch | None = None
     for batch in batches:
-        moved = {name: value.to(device, non_blocking=True) for name, value in batch.items() if name != "bad"}
-        moved["bad"] = batch["bad"]
+        moved = to_device(batch, device, non_blocking=True)
         if ahead is not None:
             yield ahead
         ahead = moved

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vqscale.batch import Batch
 from vqscale.data.cache import Cache
 from vqscale.data.images import ImageReader
 from vqscale.data.sequential import SequentialBatches, read_runs, sequential_batches
-from vqscale.data.workers import Batch
 from vqscale.evaluation import metrics
 from vqscale.evaluation.collect import collect_images, feature_rows, gather_features
 from vqscale.evaluation.features import Extractor

@@ -3,15 +3,15 @@
 In: a data set.  Out: {class name: images uint8 [3, R, R]}; or the images at given positions.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 from torch import Tensor
 
-from vqscale.data.cache import Cache, RemoteTar, open_place, tar_places
+from vqscale.data.cache import Cache
 from vqscale.data.images import SUFFIXES, decode_image, resize_center_crop
-from vqscale.data.shards import Manifest, read_row
+from vqscale.data.parts import read_samples
+from vqscale.data.shards import Manifest
 
 
 def first_of_each_class(
@@ -27,15 +27,12 @@ def first_of_each_class(
 
     Raises ValueError for an image that is damaged.
     """
-    rows = _rows_by_class(folder, manifest, per_class)
-    present = sorted(rows)
+    positions = _positions_by_class(folder, manifest, per_class)
+    present = sorted(positions)
     step = max(1.0, len(present) / most_classes)
-    places = tar_places(folder, manifest, cache or Cache())
     chosen = [present[int(n * step)] for n in range(min(len(present), most_classes))]
     return {
-        _name(manifest, label): [
-            resize_center_crop(image, resolution) for image in _read(folder, manifest, places, rows[label])
-        ]
+        _name(manifest, label): [image for image, _ in images_at(folder, manifest, positions[label], resolution, cache)]
         for label in chosen
     }
 
@@ -44,36 +41,21 @@ def _name(manifest: Manifest, label: int) -> str:
     return manifest.classes[label] if 0 <= label < len(manifest.classes) else str(label)
 
 
-def _rows_by_class(folder: Path, manifest: Manifest, per_class: int) -> dict[int, list[tuple[int, int]]]:
-    rows: dict[int, list[tuple[int, int]]] = {}
-    for shard in range(len(manifest.shards)):
-        for row, label in enumerate(manifest.index(folder, shard).labels.tolist()):
-            found = rows.setdefault(label, [])
-            if len(found) < per_class:
-                found.append((shard, row))
-    return rows
-
-
-def _read(
-    folder: Path, manifest: Manifest, places: Sequence[Path | RemoteTar], rows: list[tuple[int, int]]
-) -> Iterator[Tensor]:
-    for shard, row in rows:
-        with open(open_place(places[shard]), "rb") as file:
-            parts = read_row(file, manifest.index(folder, shard), row, SUFFIXES)
-        yield decode_image(next(iter(parts.values())))
+def _positions_by_class(folder: Path, manifest: Manifest, per_class: int) -> dict[int, list[int]]:
+    positions: dict[int, list[int]] = {}
+    labels = (label for shard in range(len(manifest.shards)) for label in manifest.index(folder, shard).labels.tolist())
+    for position, label in enumerate(labels):
+        of_class = positions.setdefault(label, [])
+        if len(of_class) < per_class:
+            of_class.append(position)
+    return positions
 
 
 def images_at(
     folder: Path, manifest: Manifest, positions: Sequence[int], resolution: int, cache: Cache | None = None
 ) -> list[tuple[Tensor, str]]:
     """(image uint8 [3, R, R], class name) at each position in stored order. Raises ValueError for a damaged one."""
-    places = tar_places(folder, manifest, cache or Cache())
-    starts = np.cumsum([0, *(shard.num_samples for shard in manifest.shards)])
-    found = []
-    for position in positions:
-        shard = int(np.searchsorted(starts, position, side="right")) - 1
-        row = int(position - starts[shard])
-        (image,) = _read(folder, manifest, places, [(shard, row)])
-        label = int(manifest.index(folder, shard).labels[row])
-        found.append((resize_center_crop(image, resolution), _name(manifest, label)))
-    return found
+    return [
+        (resize_center_crop(decode_image(next(iter(parts.values()))), resolution), _name(manifest, label))
+        for _, label, parts in read_samples(folder, SUFFIXES, positions, cache)
+    ]

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vqscale.batch import codes_of
 from vqscale.data.cache import Cache
 from vqscale.data.codes import CodeReader
 from vqscale.data.sequential import sequential_batches
@@ -61,7 +62,7 @@ def read_codes(folder: Path, *, limit: int = 0, workers: int = 0, cache: Cache |
     weight = torch.cat([batch["weight"] for batch in batches])
     if int(weight.sum()) != total:
         raise ValueError(f"codes={folder}: {total - int(weight.sum())} of {total} samples could not be read")
-    levels = {name: torch.cat([batch[name] for batch in batches])[:total] for name in extra["levels"]}
+    levels = {name: torch.cat([codes_of(batch, name) for batch in batches])[:total] for name in extra["levels"]}
     return Codes(torch.cat([batch["label"] for batch in batches])[:total], levels, extra["num_codes"])
 
 

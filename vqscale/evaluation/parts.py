@@ -14,8 +14,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from vqscale.batch import Batch
 from vqscale.data.shards import write_atomically
-from vqscale.data.workers import Batch
 
 PART = 256  # images; of Inception's features some 5 MB
 

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vqscale.batch import Batch
 from vqscale.data.cache import Cache
 from vqscale.data.images import to_float, to_uint8
-from vqscale.data.workers import Batch
 from vqscale.evaluation.collect import feature_rows, part_collector
 from vqscale.evaluation.features import Extractor
 from vqscale.evaluation.gallery import images_at

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vqscale.data.shards import iterate
+from vqscale.data.parts import read_samples
 from vqscale.evaluation import metrics
 from vqscale.evaluation.classify import CLASS_PROBABILITY
 from vqscale.evaluation.families import Bench, once, score_or_null
@@ -64,7 +64,7 @@ def read_judged(data: DataSet) -> Judged | None:
     if not data.manifest.extra.get("rejection"):
         return None
     probabilities, labels = [], []
-    for key, label, parts in iterate(data.folder, ["json"]):
+    for key, label, parts in read_samples(data.folder, ["json"]):
         try:
             probabilities.append(float(json.loads(parts["json"])[CLASS_PROBABILITY]))
         except (KeyError, ValueError, TypeError):

@@ -12,13 +12,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vqscale import runtime
+from vqscale.batch import Batch, codes_of
 from vqscale.config import ReadsShards, run_of
 from vqscale.data.cache import Cache
 from vqscale.data.codes import CodeReader, pack_codes
 from vqscale.data.images import ImageReader, to_float
 from vqscale.data.sequential import read_shard_blocks
 from vqscale.data.shards import Manifest, ShardIndex, ShardInfo, ShardWriter, resolve, shard_info
-from vqscale.data.workers import Batch
 from vqscale.sources import Source, load_vqvae
 
 
@@ -160,7 +160,7 @@ def _write_manifest(
     mine = range(topology.rank, len(shards), topology.world_size)
     for batch in read_shard_blocks(out, mine, read=CodeReader(levels, views=extra["views"]), block=1024):
         for name, histogram in usage.items():
-            histogram += torch.bincount(batch[name][batch["weight"] > 0].flatten(), minlength=model.num_codes)
+            histogram += torch.bincount(codes_of(batch, name)[batch["weight"] > 0].flatten(), minlength=model.num_codes)
     for histogram in usage.values():
         topology.all_reduce_(histogram)
     extra["usage"] = {name: histogram.tolist() for name, histogram in usage.items()}

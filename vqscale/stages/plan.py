@@ -188,7 +188,7 @@ def _vqvae_step(model: Any, micro: int) -> Callable[[], Tensor]:
     for quantizer in model.quantizers.values():
         quantizer.eval()  # the codebooks' statistics look at values, and are small
     side = model.resolution
-    batch = {"image": torch.zeros(micro, 3, side, side, dtype=torch.uint8), "position": torch.arange(micro)}
+    batch: Any = {"image": torch.zeros(micro, 3, side, side, dtype=torch.uint8), "position": torch.arange(micro)}
     return lambda: train_vqvae.training_step(model, batch)[0]
 
 
@@ -197,7 +197,7 @@ def _prior_step(request: Request, model: Any, micro: int) -> Callable[[], Tensor
     assert isinstance(trainer, train_prior.TrainPriorConfig)
     grids = [*model.upper_grids, model.grid]
     names = {1: ["top"], 2: ["top", trainer.level], 3: configs.level_names(3)}[len(grids)]
-    batch = {name: torch.zeros(micro, *grid, dtype=torch.int16) for name, grid in zip(names, grids, strict=True)}
+    batch: Any = {name: torch.zeros(micro, *grid, dtype=torch.int16) for name, grid in zip(names, grids, strict=True)}
     batch |= {"label": torch.zeros(micro, dtype=torch.int64), "position": torch.arange(micro)}
     step = train_prior.training_step(trainer)
     return lambda: step(model, batch)[0]

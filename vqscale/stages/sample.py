@@ -19,7 +19,8 @@ from vqscale import runtime
 from vqscale.config import StageConfig, run_of
 from vqscale.data.images import decode_image, to_uint8
 from vqscale.data.packing import Encoding, encode_image
-from vqscale.data.shards import Manifest, ShardInfo, ShardWriter, iterate, shard_info
+from vqscale.data.parts import read_samples
+from vqscale.data.shards import Manifest, ShardInfo, ShardWriter, shard_info
 from vqscale.evaluation.classify import CLASS_PROBABILITY, ImageClassifier
 from vqscale.evaluation.features import NEED_A_PATH
 from vqscale.models.sampling import sample_codes
@@ -227,7 +228,7 @@ def _finish(config: SampleConfig, chain: Chain, run_dir: Path, shards: list[Shar
     Manifest.of("samples", shards, chain.classes, transform, provenance).save(run_dir)
     columns = min(config.grid_columns, config.samples_per_class)
     rows: dict[int, list[Tensor]] = {}
-    for _, label, parts in iterate(run_dir, ["png"]):
+    for _, label, parts in read_samples(run_dir, ["png"]):
         row = rows.setdefault(label, [])
         if len(row) < columns:
             row.append(decode_image(parts["png"]))

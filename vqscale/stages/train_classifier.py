@@ -14,13 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqscale import runtime
+from vqscale.batch import Batch
 from vqscale.config import as_dict, run_of
 from vqscale.data.cache import Cache
 from vqscale.data.images import ImageReader
 from vqscale.data.loader import build_loader
 from vqscale.data.sequential import SequentialBatches, sequential_batches
 from vqscale.data.shards import Manifest, resolve
-from vqscale.engine.loop import Batch, FitConfig, fit, loader_options
+from vqscale.engine.loop import FitConfig, fit, loader_options
 from vqscale.engine.parallel import compile_units, make_engine
 from vqscale.evaluation.classify import accuracy, hits, network_input, reconstructed
 from vqscale.evaluation.features import WIDTHS, Extractor, load_extractor

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from vqscale import runtime
+from vqscale.batch import Batch, codes_of, to_device
 from vqscale.config import as_dict, run_of
 from vqscale.data.cache import Cache
 from vqscale.data.codes import CodeReader
 from vqscale.data.loader import build_loader
 from vqscale.data.sequential import sequential_batches
 from vqscale.data.shards import Manifest, resolve
-from vqscale.engine.loop import Batch, FitConfig, fit, loader_options
+from vqscale.engine.loop import FitConfig, fit, loader_options
 from vqscale.engine.parallel import compile_units, make_engine
 from vqscale.models.dropout import dropout_key
 from vqscale.models.init import initialise
@@ -116,8 +117,8 @@ def reader(config: TrainPriorConfig, manifest: Manifest, *, flip: bool) -> CodeR
 
 def inputs(batch: Batch, level: str) -> tuple[Tensor, list[Tensor]]:
     """(codes of `level`, codes of the levels above, top first) of a batch of codes."""
-    above = [batch[name].long() for name in ("top", "middle", "bottom") if name in batch and name != level]
-    return batch[level].long(), above
+    above = [codes_of(batch, name).long() for name in ("top", "middle", "bottom") if name in batch and name != level]
+    return codes_of(batch, level).long(), above
 
 
 def training_step(config: TrainPriorConfig) -> Callable[[Any, Batch], tuple[Tensor, dict[str, Tensor]]]:
@@ -155,7 +156,7 @@ class HeldOutNLL:
             cache=Cache.of(config),
         )
         for batch in self._run.watched(batches):
-            moved = {name: value.to(topology.device) for name, value in batch.items()}
+            moved = to_device(batch, topology.device)
             codes, above = inputs(moved, config.level)
             each = code_nll(model(codes, moved["label"], above), codes).flatten(1).mean(1).double()
             weight = moved["weight"].double()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchvision.utils import make_grid, save_image
 
 from vqscale import runtime
+from vqscale.batch import Batch
 from vqscale.config import as_dict, level_names, run_of
 from vqscale.data.cache import Cache
 from vqscale.data.images import ImageReader, to_float
@@ -18,7 +19,7 @@ from vqscale.data.loader import build_loader
 from vqscale.data.sequential import sequential_batches
 from vqscale.data.shards import Manifest, resolve
 from vqscale.engine.checkpoint import has_checkpoint
-from vqscale.engine.loop import Batch, FitConfig, fit, loader_options
+from vqscale.engine.loop import FitConfig, fit, loader_options
 from vqscale.engine.parallel import assert_same_everywhere, compile_units, make_engine
 from vqscale.models.init import initialise
 from vqscale.models.vqvae import VQVAE, VQVAEConfig, VQVAEOutput

@@ -1,0 +1,40 @@
+"""What a loader yields.
+
+In: nothing.  Out: `Batch`, the one type of a batch, made by `data.loader.TarDataset`.
+Letters: b samples, R resolution, h and w a level's code grid.
+"""
+
+from typing import TypedDict, cast
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+
+class Batch(TypedDict, total=False):
+    """Images or codes of b samples. Training batches have no `weight`; one level has no `middle` and no `bottom`."""
+
+    image: UInt8[Tensor, "b 3 R R"]
+    top: Int[Tensor, "b h w"]
+    middle: Int[Tensor, "b h w"]
+    bottom: Int[Tensor, "b h w"]
+    label: Int[Tensor, "b"]
+    position: Int[Tensor, "b"]  # in the stream, over epochs
+    bad: UInt8[Tensor, "b"]  # 0, or why the sample was replaced: 1 + its index in `data.parts.BAD_KINDS`
+    weight: Float[Tensor, "b"]  # 1 for a sample that counts, 0 for padding and for one that was replaced
+    errors: list[tuple[int, int, str]]  # (position, bad, reason); the loader takes it out and writes it to bad.jsonl
+
+
+def codes_of(batch: Batch, level: str) -> Int[Tensor, "b h w"]:
+    """The codes of the level with this name."""
+    return batch[level]  # type: ignore[literal-required]
+
+
+def to_device(batch: Batch, device: torch.device, non_blocking: bool = False) -> Batch:
+    """The batch on `device`, without `errors`; `bad` stays on the CPU, where it is counted."""
+    moved = {
+        name: value if name == "bad" else value.to(device, non_blocking=non_blocking)
+        for name, value in batch.items()
+        if isinstance(value, Tensor)
+    }
+    return cast(Batch, moved)
