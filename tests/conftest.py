@@ -9,6 +9,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `support`, here and in the processes that tests start
 
+from support import shapes  # noqa: E402
+
+shapes.install([f"vqscale.{folder}" for folder in ("data", "models", "engine", "evaluation")])  # before their import
+
 from vqscale.config import StageConfig  # noqa: E402
 from vqscale.topology import Topology, bring_up, take_down  # noqa: E402
 

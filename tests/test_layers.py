@@ -5,7 +5,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "vqscale"
-BASE = {"batch", "text", "config", "seeding", "topology", "lock", "watchdog", "versions", "runtime"}
+BASE = {
+    "files",
+    "text",
+    "batch",
+    "stopping",
+    "config",
+    "seeding",
+    "topology",
+    "lock",
+    "watchdog",
+    "versions",
+    "runtime",
+}
 MAY_IMPORT = {part: BASE | {part} for part in ("data", "models", "engine")}
 MAY_IMPORT["sources"] = BASE | {"data", "models", "engine"}
 MAY_IMPORT["evaluation"] = MAY_IMPORT["sources"] | {"sources", "evaluation"}
@@ -13,8 +25,10 @@ MAY_IMPORT["stages"] = MAY_IMPORT["evaluation"]
 MAY_IMPORT["stages/plan"] = MAY_IMPORT["stages"] | {"stages"}  # it reads the trainers' configs
 MAY_IMPORT["api"] = MAY_IMPORT["stages"] | {"stages"}  # it samples as the stage does
 MAY_IMPORT |= {
-    "batch": set(),
+    "files": set(),
     "text": set(),
+    "batch": set(),
+    "stopping": {"topology"},
     "config": {"text"},
     "seeding": set(),
     "topology": {"config", "text"},
@@ -22,7 +36,7 @@ MAY_IMPORT |= {
     "versions": set(),
     "watchdog": {"topology"},
 }
-MAY_IMPORT |= {"runtime": {"text", "config", "topology", "lock", "versions", "watchdog"}}
+MAY_IMPORT |= {"runtime": BASE - {"seeding"}}
 MAY_IMPORT |= {"cli": BASE | {"stages"}, "__main__": {"cli"}, "__init__": {"api"}}
 DOORS = {
     "accelerate": "runtime.py",

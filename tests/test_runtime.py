@@ -17,6 +17,7 @@ from support.distributed import run_ranks, started
 
 from vqscale import runtime
 from vqscale.config import StageConfig
+from vqscale.files import read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ def test_a_killed_run_reads_as_stopped_and_its_lock_is_taken_over(tiny: TinyConf
 
 
 def test_a_status_of_another_host_is_taken_at_its_word(tmp_path: Path) -> None:
-    runtime.write_json(tmp_path / "status.json", {"state": "running", "host": "elsewhere", "pid": 2**22 + 1})
+    write_json(tmp_path / "status.json", {"state": "running", "host": "elsewhere", "pid": 2**22 + 1})
     assert runtime.read_status(tmp_path)["state"] == "running"
     (tmp_path / "status.json").write_text("{")
     assert runtime.read_status(tmp_path) == {}
@@ -220,10 +221,10 @@ def test_an_unwritable_run_directory_is_one_clear_line(tmp_path: Path, place: st
 
 def test_json_is_replaced_whole(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
-    runtime.write_json(path, {"a": 1})
+    write_json(path, {"a": 1})
     with pytest.raises(TypeError):
-        runtime.write_json(path, {"a": object()})
-    assert runtime.read_json(path) == {"a": 1}
+        write_json(path, {"a": object()})
+    assert read_json(path) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
 
 

@@ -5,7 +5,6 @@ config.yaml, command.json, status.json and log/<rank>.log.  The only importer of
 """
 
 import contextlib
-import json
 import logging
 import os
 import signal
@@ -21,6 +20,7 @@ import torch
 
 from vqscale import config as configs
 from vqscale.config import StageConfig
+from vqscale.files import read_json, write_json
 from vqscale.lock import FolderLock
 from vqscale.topology import Topology, bring_up, is_first_rank, take_down, under_launcher, world_size
 from vqscale.versions import git_commit, versions
@@ -33,11 +33,9 @@ __all__ = [
     "Topology",
     "is_first_rank",
     "leave",
-    "read_json",
     "read_status",
     "run",
     "under_launcher",
-    "write_json",
 ]
 
 log = logging.getLogger("vqscale")
@@ -64,13 +62,6 @@ class _LogFile(logging.FileHandler):
     def close(self) -> None:
         with contextlib.suppress(OSError):
             super().close()
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Atomically: a reader sees the old file or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(temporary, path)
 
 
 class Run:
@@ -395,15 +386,6 @@ def read_status(run_dir: Path) -> dict[str, Any]:
         except ProcessLookupError:
             status.update(state="stopped", reason="its process is gone")
     return status
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, or {} where there is none."""
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def leave(code: int) -> None:

@@ -238,7 +238,7 @@ def _save_where_it_fails(folder: str, fault: str) -> list[str]:
         def no_space(path: Path) -> str:
             raise OSError(28, "No space left on device")
 
-        checkpoints._sha256 = no_space
+        checkpoints.sha256_of = no_space
     if fault == "write":
         faults.full_disk()
     if topology.is_main and fault == "too little space":

@@ -21,6 +21,7 @@ from vqscale.engine import checkpoint as checkpoints
 from vqscale.engine.checkpoint import Checkpoint, Checkpointer, find_latest, verify
 from vqscale.engine.loop import _tensors
 from vqscale.engine.parallel import make_engine
+from vqscale.files import write_json
 from vqscale.topology import Topology, bring_up, take_down
 
 
@@ -84,13 +85,13 @@ def test_until_a_save_is_durable_the_one_before_it_stays(
     keeper = Checkpointer(tmp_path, topology, keep=1)
     keeper.save(8, some_tensors(8), {})
     keeper.wait()
-    may_write, synced = threading.Event(), checkpoints._fsync
+    may_write, synced = threading.Event(), checkpoints.fsync
 
     def blocked(path: Path) -> None:
         assert may_write.wait(30)
         synced(path)
 
-    monkeypatch.setattr(checkpoints, "_fsync", blocked)
+    monkeypatch.setattr(checkpoints, "fsync", blocked)
     keeper.save(16, some_tensors(16), {})
     for _ in range(20):
         latest = find_latest(tmp_path, set_aside=False)
@@ -155,8 +156,8 @@ def test_nothing_in_a_checkpoint_can_run_code(tmp_path: Path, topology: Topology
         keeper.wait()
         victim.write_bytes(content)
         files = [path for path in folder.iterdir() if path.name != "manifest.json"]
-        entries = {p.name: {"sha256": checkpoints._sha256(p), "bytes": p.stat().st_size} for p in files}
-        runtime.write_json(folder / "manifest.json", {"files": entries})
+        entries = {p.name: {"sha256": checkpoints.sha256_of(p), "bytes": p.stat().st_size} for p in files}
+        write_json(folder / "manifest.json", {"files": entries})
         assert verify(folder) == ""
         if victim.suffix in (".safetensors", ".json"):
             with pytest.raises(ValueError):

@@ -14,6 +14,7 @@ from support.training import TinyConfig, TinyModel, assert_bit_identical, config
 
 from vqscale import runtime
 from vqscale.engine.checkpoint import find_latest
+from vqscale.files import read_json
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def test_a_run_leaves_what_it_promises(uninterrupted: Path) -> None:
     assert [p.name for p in sorted((uninterrupted / "checkpoints").iterdir())] == ["000000000144", "000000000160"]
     names = saved(uninterrupted).keys()
     assert {"model.head.bias", "model.average", "optimizer.exp_avg.head.bias", "ema.head.bias"} <= names
-    command = runtime.read_json(uninterrupted / "command.json")
+    command = read_json(uninterrupted / "command.json")
     assert (command["resumed_from"], command["precision"]) == (0, "fp32")
     held = sum(p.numel() for p in TinyModel().parameters()) * 4
     assert command["bytes_per_rank"] == {"parameters": [held], "optimizer": [2 * held]}
@@ -58,7 +59,7 @@ def test_a_run_goes_on_to_a_larger_total(uninterrupted: Path, tmp_path: Path) ->
     assert first["consumed"] + second["consumed"] == list(range(160))
     assert_bit_identical(saved(tmp_path), saved(uninterrupted))
     assert losses(tmp_path) == losses(uninterrupted)
-    assert runtime.read_json(tmp_path / "command.json")["resumed_from"] == 64
+    assert read_json(tmp_path / "command.json")["resumed_from"] == 64
 
 
 def run_until_done(settings: TinyConfig, world: int, kill: Any, most: int = 60) -> int:
@@ -82,7 +83,7 @@ def kill_at_random(run_dir: Path, chance: random.Random, most: int, victims: lis
         if kills >= most:
             return False  # the last one may finish
         until = time.monotonic() + 60
-        while runtime.read_json(run_dir / "status.json").get("pid") != ranks.pids[0] and time.monotonic() < until:
+        while read_json(run_dir / "status.json").get("pid") != ranks.pids[0] and time.monotonic() < until:
             time.sleep(0.005)
         time.sleep(chance.uniform(0.0, 0.8))
         ranks.signal(signal.SIGKILL, victims)
@@ -98,7 +99,7 @@ def test_killed_at_random_places_a_run_ends_bit_identical(uninterrupted: Path, t
     assert kills >= 3
     assert_bit_identical(saved(tmp_path), saved(uninterrupted))
     assert losses(tmp_path) == losses(uninterrupted)
-    assert runtime.read_json(tmp_path / "command.json")["restarts"] == kills
+    assert read_json(tmp_path / "command.json")["restarts"] == kills
 
 
 def _train_and_die_at(settings: TinyConfig, at: int) -> None:

@@ -10,9 +10,9 @@ import torch
 from support.distributed import run_ranks
 from support.training import TinyConfig, TinyModel, losses, metrics, sample, train
 
-from vqscale import runtime
 from vqscale.engine.checkpoint import find_latest
 from vqscale.engine.parallel import make_engine
+from vqscale.files import read_json
 from vqscale.topology import Topology
 
 
@@ -71,7 +71,7 @@ def test_a_run_leaves_what_a_single_process_leaves(alone: Path, tmp_path: Path, 
     run_ranks(train_and_evaluate, 2, config(tmp_path, strategy=strategy))
     assert_same_run(tmp_path, alone, 1e-5)
     assert figures(tmp_path) == [pytest.approx(line, rel=1e-5) for line in figures(alone)] and len(figures(alone)) == 2
-    command = runtime.read_json(tmp_path / "command.json")
+    command = read_json(tmp_path / "command.json")
     assert (command["engine"], command["strategy"]) == ("deepspeed", strategy)
     numel = sum(p.numel() for p in TinyModel().parameters())
     held = command["bytes_per_rank"]

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from vqscale import cli, runtime
+from vqscale import cli
+from vqscale.files import write_json
 from vqscale.stages import watch
 
 
@@ -23,7 +24,7 @@ def run_dir(tmp_path: Path) -> Path:
         (folder / "samples" / name).write_bytes(b"")
     os.utime(folder / "samples" / "000000000100.png", (1, 1))
     (folder / "config.yaml").write_text("total_images: 1000\n")
-    runtime.write_json(folder / "command.json", {"strategy": "ddp", "world_size": 2, "device": "cpu"})
+    write_json(folder / "command.json", {"strategy": "ddp", "world_size": 2, "device": "cpu"})
     lines = [
         {"images_seen": 100, "loss": 4.0, "images_per_second": 40.0, "nll/top": 4.0},
         {"images_seen": 500, "held_out/nll/top": 2.5, "loss": None},
@@ -36,7 +37,7 @@ def run_dir(tmp_path: Path) -> Path:
 
 def stand(folder: Path, state: str, images_seen: int, reason: str = "") -> None:
     status = {"state": state, "images_seen": images_seen, "reason": reason}
-    runtime.write_json(folder / "status.json", status | {"host": socket.gethostname(), "pid": os.getpid()})
+    write_json(folder / "status.json", status | {"host": socket.gethostname(), "pid": os.getpid()})
 
 
 def shown(run_dir: Path, *words: str, sleep=None) -> str:

@@ -22,8 +22,8 @@ from vqscale.topology import env_int
 POINTS: dict[str, tuple[Any, str, bool, bool]] = {
     "nothing written": (checkpoints, "HuggingFaceStorageWriter", False, False),
     "shard written": (checkpoints.HuggingFaceStorageWriter, "write_data", True, False),
-    "all shards written": (checkpoints, "_sha256", False, True),
-    "manifest written": (checkpoints, "_fsync", False, True),
+    "all shards written": (checkpoints, "sha256_of", False, True),
+    "manifest written": (checkpoints, "fsync", False, True),
     "synced": (os, "rename", False, True),
     "renamed": (os, "rename", True, True),
     "before retention": (checkpoints, "_committed_folders", False, True),

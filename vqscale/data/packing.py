@@ -16,7 +16,8 @@ from PIL import Image
 from vqscale.data.drawn import draw
 from vqscale.data.images import decode_image, read_header, resize_center_crop
 from vqscale.data.listing import Item
-from vqscale.data.shards import ShardInfo, ShardWriter, shard_info, write_atomically
+from vqscale.data.shards import ShardInfo, ShardWriter, shard_info
+from vqscale.files import write_atomically
 
 _DRAWN_AT_ONCE = 50
 

@@ -25,6 +25,7 @@ from safetensors.numpy import save as safetensors_bytes
 from webdataset.writer import TarWriter
 
 from vqscale.data.remote import is_url
+from vqscale.files import fsync_folder, write_atomically
 
 MANIFEST = "dataset.json"
 _KINDS = ("images", "codes", "samples")
@@ -342,30 +343,6 @@ def parse_label(data: bytes | None, where: str, num_classes: int | None = None) 
         known = "" if num_classes is None else f", outside the {num_classes} classes"
         raise ValueError(f"{where}: label {label} is {'negative' if label < 0 else 'too large'}{known}")
     return label
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """A reader, or a crash, sees the old file or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    fsync_folder(path.parent)
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make renames inside the folder durable; file systems that cannot are left alone."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def encode_npy(array: np.ndarray) -> bytes:

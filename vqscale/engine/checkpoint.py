@@ -6,7 +6,6 @@ without a manifest that verifies is not a checkpoint.  Nothing in it can run cod
 """
 
 import concurrent.futures
-import hashlib
 import json
 import logging
 import os
@@ -25,6 +24,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
+from vqscale.files import fsync, sha256_of
 from vqscale.topology import GROUP_TIMEOUT, Topology
 
 log = logging.getLogger("vqscale")
@@ -86,13 +86,13 @@ class Checkpointer:
     def _commit(self, written: Any, temporary: Path, final: Path, state: str) -> None:
         written.result()
         (temporary / "state.json").write_text(state)
-        files = {p.name: {"sha256": _sha256(p), "bytes": p.stat().st_size} for p in sorted(temporary.iterdir())}
+        files = {p.name: {"sha256": sha256_of(p), "bytes": p.stat().st_size} for p in sorted(temporary.iterdir())}
         (temporary / "manifest.json").write_text(json.dumps({"files": files}, indent=1))
         for path in temporary.iterdir():
-            _fsync(path)
-        _fsync(temporary)
+            fsync(path)
+        fsync(temporary)
         os.rename(temporary, final)
-        _fsync(self.folder)
+        fsync(self.folder)
         for old in _committed_folders(self.folder)[self._keep :]:
             doomed = old.with_name(f"{_TEMPORARY}{old.name}")  # under its own name it would be a damaged checkpoint
             os.rename(old, doomed)
@@ -224,7 +224,7 @@ def verify(folder: Path) -> str:
             path = folder / name
             if path.stat().st_size != entry["bytes"]:
                 return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
-            if _sha256(path) != entry["sha256"]:
+            if sha256_of(path) != entry["sha256"]:
                 return f"{name} does not have the sha256 of the manifest"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"manifest.json: {type(error).__name__}: {error}"
@@ -241,22 +241,6 @@ def _committed_folders(folder: Path) -> list[Path]:
 def _bytes(tensors: Mapping[str, Tensor]) -> int:
     """What the tensors take on disk, sharded ones whole; names and state take a little more."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def has_checkpoint(folder: Path) -> bool:

@@ -7,13 +7,13 @@ and over all ranks.
 import json
 import logging
 import math
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from vqscale.files import write_atomically
 from vqscale.topology import Topology
 
 log = logging.getLogger("vqscale")
@@ -74,6 +74,4 @@ def drop_lines_beyond(path: Path, images_seen: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError):
             continue
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, path)
+    write_atomically(path, "".join(kept))

@@ -12,7 +12,7 @@ from vqscale.data.shards import Manifest, resolve
 from vqscale.evaluation.provenance import metrics_of_run
 from vqscale.evaluation.report import format_value, with_unit
 from vqscale.evaluation.scores import is_of_curve
-from vqscale.runtime import read_json
+from vqscale.files import read_json
 from vqscale.sources import Source
 
 _STAGES = (  # in the order in which they run

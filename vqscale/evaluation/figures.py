@@ -4,7 +4,6 @@ In: images uint8 [n, 3, h, w], histograms, lines of metrics.jsonl.  Out: bytes t
 """
 
 import io
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from vqscale.files import replacing
 
 INK, MUTED, PAPER = "#1f2a37", "#6b7280", "#ffffff"
 SERIES = ("#2b5c8a", "#c2703d", "#4d8060", "#8a5a8f", "#9a8430")
@@ -82,9 +83,8 @@ def grid_png(
     picture = _compose(blocks, title)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    picture.save(temporary, "PNG", optimize=True)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        picture.save(temporary, "PNG", optimize=True)
 
 
 def _compose(blocks: Sequence[tuple[str, Rows]], title: str) -> Image.Image:

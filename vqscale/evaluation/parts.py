@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vqscale.batch import Batch
-from vqscale.data.shards import write_atomically
+from vqscale.files import write_atomically
 
 PART = 256  # images; of Inception's features some 5 MB
 

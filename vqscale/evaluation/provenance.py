@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from vqscale.data.shards import Manifest
-from vqscale.runtime import read_json, read_status
+from vqscale.files import read_json
+from vqscale.runtime import read_status
 
 _OF_COMMAND = ("argv", "strategy", "world_size", "device", "precision", "git_commit", "versions")
 

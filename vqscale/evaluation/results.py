@@ -13,7 +13,6 @@ from torch import Tensor
 
 from vqscale import runtime
 from vqscale.data.cache import Cache
-from vqscale.data.shards import write_atomically
 from vqscale.evaluation import report
 from vqscale.evaluation.figures import grid_png
 from vqscale.evaluation.gallery import first_of_each_class
@@ -22,6 +21,7 @@ from vqscale.evaluation.neighbours import Neighbours
 from vqscale.evaluation.provenance import about_data, about_run, metrics_of_run
 from vqscale.evaluation.reconstructions import Examples
 from vqscale.evaluation.scores import Score, Scores, is_of_curve
+from vqscale.files import write_atomically, write_json
 from vqscale.sources import Source
 
 
@@ -51,7 +51,7 @@ class Shown:
 
 def write_results(config: Wanted, run: runtime.Run, scores: Scores, found: Inputs, shown: Shown, cache: Cache) -> None:
     """scores.json, samples.png, the picture and report.html."""
-    runtime.write_json(run.run_dir / "scores.json", scores.as_json())
+    write_json(run.run_dir / "scores.json", scores.as_json())
     samples = _shown_samples(config, found, cache)
     if samples or shown.examples:
         columns = (shown.examples.originals, shown.examples.pictures) if shown.examples else ((), ())

@@ -18,8 +18,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from vqscale.data.shards import write_atomically
 from vqscale.evaluation.moments import Gaussian
+from vqscale.files import write_atomically
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,7 @@ run code.
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,8 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+
+from vqscale.files import replacing
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
@@ -53,9 +53,9 @@ def write_folder(folder: str | Path, tensors: Mapping[str, Tensor], config_json:
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config_json, indent=2, ensure_ascii=False) + "\n"
     plain = _unshared({name: _plain(tensors[name]) for name in sorted(tensors)})
-    with _replacing(folder / WEIGHTS) as temporary:
+    with replacing(folder / WEIGHTS) as temporary:
         safetensors.torch.save_file(plain, temporary)
-    with _replacing(folder / CONFIG) as temporary:
+    with replacing(folder / CONFIG) as temporary:
         temporary.write_text(text, encoding="utf-8")
     (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)  # safetensors makes files that no one else may read
 
@@ -69,19 +69,6 @@ def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         out[name] = tensor.clone() if memory in seen else tensor
         seen.add(memory)
     return out
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary path that takes the place of `path` when the block ends well, and vanishes otherwise."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_folder(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -25,6 +25,7 @@ from vqscale.evaluation.rejection import RATES, check_networks, check_rates, rea
 from vqscale.evaluation.results import Shown, print_table, write_results
 from vqscale.evaluation.scores import METRICS, Scores, is_published_set
 from vqscale.evaluation.statistics import FeatureSet, PublishedReference
+from vqscale.files import read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def main(config: EvaluateConfig) -> None:
     with runtime.run(config, "evaluate") as run:
         found = inputs_of(config, run.topology.device)
         identity = {"config": fingerprint(config), **found.identity()}
-        if run.was_done and runtime.read_json(run.run_dir / "inputs.json") == identity:
+        if run.was_done and read_json(run.run_dir / "inputs.json") == identity:
             runtime.log.info("nothing left to do: %s is up to date", run.run_dir / "report.html")
             return
         shown = compute(config, run, scores, found)
@@ -91,8 +92,8 @@ def main(config: EvaluateConfig) -> None:
         if run.topology.is_main:
             write_results(config, run, scores, found, shown, Cache.of(config))
             if shown.nll_by_class:
-                runtime.write_json(run.run_dir / "nll_by_class.json", shown.nll_by_class)
-            runtime.write_json(run.run_dir / "inputs.json", identity)
+                write_json(run.run_dir / "nll_by_class.json", shown.nll_by_class)
+            write_json(run.run_dir / "inputs.json", identity)
             print_table(scores)
         run.topology.barrier()
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from vqscale import config as configs
 from vqscale.evaluation.card import Exported, card
+from vqscale.files import read_json
 from vqscale.models.pretrained import save_pretrained
-from vqscale.runtime import read_json
 from vqscale.sources import Source, load_any
 
 USAGE = "RUN_DIR OUT_DIR [key=value ...]"

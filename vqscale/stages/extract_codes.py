@@ -19,6 +19,7 @@ from vqscale.data.codes import CodeReader, pack_codes
 from vqscale.data.images import ImageReader, to_float
 from vqscale.data.sequential import read_shard_blocks
 from vqscale.data.shards import Manifest, ShardIndex, ShardInfo, ShardWriter, resolve, shard_info
+from vqscale.files import read_json, write_json
 from vqscale.sources import Source, load_vqvae
 
 
@@ -103,11 +104,11 @@ def _check_fits(config: ExtractCodesConfig, manifest: Manifest, source: Source) 
 def _remember_tokenizer(out: Path, source: Source, manifest: Manifest) -> None:
     """A half-finished folder belongs to one tokenizer and one data set. Raises ValueError for another's."""
     path, facts = out / "source.json", {"tokenizer": source.fingerprint, "data": manifest.fingerprint}
-    saved = runtime.read_json(path)
+    saved = read_json(path)
     for key, value in facts.items():
         if saved.get(key, value) != value:
             raise ValueError(f"{path}: these code shards were begun with {key} {saved[key]}, now it is {value}")
-    runtime.write_json(path, facts)
+    write_json(path, facts)
 
 
 def _encoded(

@@ -32,6 +32,7 @@ from vqscale.data.listing import (
 from vqscale.data.packing import Encoding, ShardJob, finished, pack_shard, read_bad
 from vqscale.data.processes import run_jobs
 from vqscale.data.shards import Manifest, ShardInfo, resolve
+from vqscale.files import write_json
 
 log = logging.getLogger("vqscale")
 _PNG_UP_TO = 128  # pixels: below, PNG is small enough and exact
@@ -173,7 +174,7 @@ def _agree_with_earlier(run: Any, plan: _Plan) -> None:
                     f"the source has changed since {run.run_dir} was begun: {counts}{same}; use another run_dir"
                 )
     elif run.topology.is_main:
-        runtime.write_json(path, plan.facts)
+        write_json(path, plan.facts)
 
 
 def _pack(config: PackConfig, plan: _Plan, run: Any) -> None:

@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from vqscale import config as configs
-from vqscale.runtime import read_json, read_status
+from vqscale.files import read_json
+from vqscale.runtime import read_status
 
 USAGE = "[RUNS | RUN | CONFIG | CONFIGS] [key=value ...]"
 _ABSENT = "the program did not begin"

@@ -19,7 +19,8 @@ from rich.text import Text
 from vqscale import config as configs
 from vqscale.evaluation.figures import curves_png
 from vqscale.evaluation.provenance import metrics_of_run
-from vqscale.runtime import read_json, read_status
+from vqscale.files import read_json
+from vqscale.runtime import read_status
 
 USAGE = "RUN_DIR [--once] [--png FILE] [key=value ...]"
 _BLOCKS = "▁▂▃▄▅▆▇█"
