@@ -1,6 +1,7 @@
 """The page and the picture: complete, self-contained, and safe with any class name."""
 
 import io
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -10,12 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
+from vqscale.evaluation import report as report_module
 from vqscale.evaluation.figures import curves_svg, error_map, grid_png, png_bytes, usage_svg
-from vqscale.evaluation.page import CSS
 from vqscale.evaluation.reconstructions import Examples
 from vqscale.evaluation.report import PAPER, Report, format_value, render
 from vqscale.evaluation.scores import Score
 
+CSS = Path(report_module.__file__).with_name("report.css").read_text()
 SECTIONS = [
     "summary",
     "samples",
@@ -99,6 +101,15 @@ def test_the_page_is_whole_and_needs_no_network() -> None:
     assert "http" not in without_data.lower().replace("http-equiv", "")
     assert all(alt is not None for alt in page.alts) and len(page.alts) == 5 + 3 * 4 + 1 + 1 + 1
     assert {f"#{name}" for name in SECTIONS} <= set(page.addresses)
+
+
+def test_an_installed_package_has_the_files_beside_its_modules() -> None:
+    package = Path(report_module.__file__).parents[1]
+    pyproject = (package.parent / "pyproject.toml").read_text()
+    declared = re.search(r"\[tool.setuptools.package-data\]\nvqscale = (\[.*\])", pyproject)
+    assert declared
+    others = [p for p in package.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")]
+    assert sorted(p.relative_to(package).as_posix() for p in others) == sorted(json.loads(declared[1]))
 
 
 def test_numbers_provenance_and_reasons_are_on_the_page() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vqscale.data.shards import Manifest, resolve
-from vqscale.evaluation.provenance import metrics_of_run
+from vqscale.evaluation.figures import metrics_of_run
 from vqscale.evaluation.report import format_value, with_unit
 from vqscale.evaluation.scores import is_of_curve
 from vqscale.files import read_json

@@ -1,6 +1,8 @@
 """Pictures: tensors and numbers -> PNG and SVG bytes, and the labelled grid as a file.
 
-In: images uint8 [n, 3, h, w], histograms, lines of metrics.jsonl.  Out: bytes that a page can hold inside itself.
+In: images, histograms, a run's metrics.  Out: bytes that a page can hold inside itself.
+
+Shapes: h, w pixels; k codes.
 """
 
 import io
@@ -10,10 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Int, UInt8
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from vqscale.files import replacing
+from vqscale.files import read_jsonl, replacing
 
 INK, MUTED, PAPER = "#1f2a37", "#6b7280", "#ffffff"
 SERIES = ("#2b5c8a", "#c2703d", "#4d8060", "#8a5a8f", "#9a8430")
@@ -21,21 +24,25 @@ ERROR_FULL = 64  # mean absolute difference, of 255, at which an error map is br
 _GAP, _MARGIN = 6, 20
 
 
-def to_pil(image: Tensor, scale: int = 1) -> Image.Image:
-    """uint8 [3, h, w] -> PIL, each pixel a square of `scale`: crisp, never smoothed."""
+Picture = UInt8[Tensor, "3 h w"]
+Pictures = Sequence[Picture] | UInt8[Tensor, "n 3 h w"]
+
+
+def to_pil(image: Picture, scale: int = 1) -> Image.Image:
+    """As a PIL image, each pixel a square of `scale`: crisp, never smoothed."""
     picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
 
 
-def png_bytes(image: Tensor) -> bytes:
-    """PNG of uint8 [3, h, w]."""
+def png_bytes(image: Picture) -> bytes:
+    """As a PNG."""
     out = io.BytesIO()
     to_pil(image).save(out, "PNG", optimize=True)
     return out.getvalue()
 
 
-def error_map(original: Tensor, reconstruction: Tensor) -> Tensor:
-    """Where they differ: uint8 [3, h, w] twice -> uint8 [3, h, w], dark = equal, bright = off by ERROR_FULL or more."""
+def error_map(original: Picture, reconstruction: Picture) -> Picture:
+    """Where they differ: dark = equal, bright = off by ERROR_FULL or more."""
     from matplotlib import colormaps
 
     difference = (original.float() - reconstruction.float()).abs().mean(0) / ERROR_FULL
@@ -55,21 +62,21 @@ def font(size: int) -> Any:
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)
 
 
-Rows = Sequence[tuple[str, Sequence[Tensor]]]  # (label, images uint8 [3, h, w])
+Rows = Sequence[tuple[str, Pictures]]  # (label, images)
 
 
 def grid_png(
     path: str | Path,
     *,
-    originals: Sequence[Tensor] = (),
-    reconstructions: Sequence[Tensor] = (),
-    samples: Mapping[str, Sequence[Tensor]] | None = None,
+    originals: Pictures = (),
+    reconstructions: Pictures = (),
+    samples: Mapping[str, Pictures] | None = None,
     title: str = "",
 ) -> None:
     """Write the labelled grid atomically: reconstructions beside originals, then samples, one class per row.
 
-    Images are uint8 [3, R, R]; `samples` maps class names to images. Small images are enlarged without smoothing.
-    Raises ValueError without any image.
+    `samples` maps class names to images, which are square and of one size. Small images are enlarged without
+    smoothing. Raises ValueError without any image.
     """
     blocks: list[tuple[str, Rows]] = []
     if len(originals):
@@ -121,8 +128,8 @@ def _short(label: str, most: int = 22) -> str:
     return label if len(label) <= most else label[: most - 1] + "…"
 
 
-def usage_svg(name: str, counts: np.ndarray) -> bytes:
-    """How often each code is used, codes sorted by use: counts [K] -> SVG."""
+def usage_svg(name: str, counts: Int[np.ndarray, " k"]) -> bytes:
+    """How often each code is used, codes sorted by use."""
     figure, axes = _axes(5.2, 2.6)
     share = np.sort(counts)[::-1] / max(1, counts.sum()) * len(counts)
     # One filled outline: a bar per code would make thousands of shapes at K = 65,536.
@@ -138,24 +145,30 @@ def usage_svg(name: str, counts: np.ndarray) -> bytes:
     return _svg(figure)
 
 
+def metrics_of_run(path: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl; an exported model has none."""
+    return [line for line in read_jsonl(path / "metrics.jsonl") if "images_seen" in line]
+
+
+Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # name -> (x, y)
+
+
 def curves_svg(
     title: str,
-    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    series: Series,
     *,
     log: bool = False,
     level: float | None = None,
     x_label: str = "images seen",
     twin: str = "held_out/",
 ) -> bytes:
-    """Curves: name -> (x, y). level: a horizontal line, the order-0 entropy. twin: names that begin so are dashed."""
+    """Curves. level: a horizontal line, the order-0 entropy. twin: names that begin so are dashed."""
     figure, axes = _axes(5.2, 3.0)
     _plot_curves(axes, title, series, log=log, level=level, x_label=x_label, twin=twin)
     return _svg(figure)
 
 
-def curves_png(
-    panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]], *, logarithmic: Sequence[str]
-) -> bytes:
+def curves_png(panels: Mapping[str, Series], *, logarithmic: Sequence[str]) -> bytes:
     """Panels side by side, by title, each as `curves_svg`; those whose title is in `logarithmic` on a log scale."""
     from matplotlib.figure import Figure
 
@@ -176,7 +189,7 @@ def curves_png(
 def _plot_curves(
     axes: Any,
     title: str,
-    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    series: Series,
     *,
     log: bool,
     level: float | None = None,

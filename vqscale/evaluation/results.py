@@ -13,15 +13,15 @@ from torch import Tensor
 
 from vqscale import runtime
 from vqscale.data.cache import Cache
+from vqscale.data.shards import Manifest
 from vqscale.evaluation import report
-from vqscale.evaluation.figures import grid_png
+from vqscale.evaluation.figures import grid_png, metrics_of_run
 from vqscale.evaluation.gallery import first_of_each_class
 from vqscale.evaluation.inputs import DataSet, Inputs
 from vqscale.evaluation.neighbours import Neighbours
-from vqscale.evaluation.provenance import about_data, about_run, metrics_of_run
 from vqscale.evaluation.reconstructions import Examples
 from vqscale.evaluation.scores import Score, Scores, is_of_curve
-from vqscale.files import write_atomically, write_json
+from vqscale.files import read_json, write_atomically, write_json
 from vqscale.sources import Source
 
 
@@ -108,14 +108,45 @@ def _shown_samples(config: Wanted, found: Inputs, cache: Cache) -> dict[str, lis
 
 
 def _provenance(run: runtime.Run, found: Inputs) -> list[dict[str, Any]]:
-    parts = [about_run(run.run_dir, "this evaluation")]
+    """Where everything came from: one mapping per run or data set."""
+    facts = [_about_run(run.run_dir, "this evaluation")]
     for source in found.sources():
-        facts = {"fingerprint": source.fingerprint, "weights": source.weights, "images seen": source.images_seen}
-        parts.append(about_run(source.path, f"{source.description['kind']}: {source.path}", **facts))
+        about = {"fingerprint": source.fingerprint, "weights": source.weights, "images seen": source.images_seen}
+        facts.append(_about_run(source.path, f"{source.description['kind']}: {source.path}", **about))
     for name, data in (("samples", found.samples), ("reference", found.reference), ("codes", found.codes)):
         if isinstance(data, DataSet):
-            parts.append(about_data(data.folder, data.manifest, f"{name}: {data.folder}"))
-    return parts
+            facts.append(_about_data(data.manifest, f"{name}: {data.folder}"))
+    return facts
+
+
+_OF_COMMAND = ("argv", "strategy", "world_size", "device", "precision", "git_commit", "versions")
+
+
+def _about_run(path: Path, name: str, **facts: Any) -> dict[str, Any]:
+    """What the files of a run, or of an exported folder, say; missing files are skipped."""
+    command, status = read_json(path / "command.json"), runtime.read_status(path)
+    about = {"name": name, "path": str(path), **facts}
+    about |= {key.replace("_", " "): command[key] for key in _OF_COMMAND if command.get(key)}
+    if status:
+        about["state"] = status.get("state")
+    config = path / "config.yaml"
+    if config.is_file():
+        about["config"] = config.read_text(errors="replace")
+    return about
+
+
+def _about_data(manifest: Manifest, name: str) -> dict[str, Any]:
+    """What a data set says of itself; long parts of its description are left to dataset.json."""
+    about: dict[str, Any] = {
+        "name": name,
+        "fingerprint": manifest.fingerprint,
+        "kind": manifest.kind,
+        "samples": manifest.num_samples,
+        "shards": len(manifest.shards),
+        "classes": len(manifest.classes),
+        "transform": manifest.transform,
+    }
+    return about | {key: value for key, value in manifest.extra.items() if len(str(value)) < 400}
 
 
 def print_table(scores: Scores) -> None:

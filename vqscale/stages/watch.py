@@ -17,8 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vqscale import config as configs
-from vqscale.evaluation.figures import curves_png
-from vqscale.evaluation.provenance import metrics_of_run
+from vqscale.evaluation.figures import curves_png, metrics_of_run
 from vqscale.files import read_json
 from vqscale.runtime import read_status
 
