@@ -55,3 +55,16 @@ def test_json_lines_skip_torn_lines(tmp_path: Path) -> None:
 def test_the_checksum_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc")
     assert files.sha256_of(tmp_path / "a").startswith("ba7816bf8f01cfea")
+
+
+def test_a_seal_tells_an_edited_file(tmp_path: Path) -> None:
+    path, value = tmp_path / "a.json", {"b": [1, 2.5], "a": "é"}
+    files.write_json(path, files.sealed(value))
+    assert files.check_seal(path, files.read_json(path)) == value
+    path.write_text(path.read_text().replace("2.5", "2.6"))
+    with pytest.raises(ValueError, match="a.json: was damaged, or was edited"):
+        files.check_seal(path, files.read_json(path))
+    renamed = {name.replace("check", "cheek"): entry for name, entry in files.sealed(value).items()}
+    with pytest.raises(ValueError, match="stands under 'cheeksum'"):
+        files.check_seal(path, renamed)
+    assert files.check_seal(path, value) == value  # as older files are

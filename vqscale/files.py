@@ -8,9 +8,11 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+SEAL = "checksum"
 
 
 @contextlib.contextmanager
@@ -45,6 +47,33 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
+    """The object with a checksum of all its other entries, for files that no other checksum covers."""
+    return {**value, SEAL: _checksum(value)}
+
+
+def check_seal(path: Path, value: Mapping[str, Any]) -> dict[str, Any]:
+    """The object of a file without its seal. Raises ValueError where the seal is broken; older files have none."""
+    rest = {key: entry for key, entry in value.items() if key != SEAL}
+    if SEAL in value and value[SEAL] != _checksum(rest):
+        raise ValueError(f"{path}: was damaged, or was edited: its {SEAL} is {_checksum(rest)}, not {value[SEAL]}")
+    if SEAL not in value and (name := _misnamed_seal(value)):
+        raise ValueError(f"{path}: was damaged: its {SEAL} stands under {name!r}")
+    return rest
+
+
+def _misnamed_seal(value: Mapping[str, Any]) -> str:
+    for name, entry in value.items():
+        if isinstance(entry, str) and entry.startswith("sha256:"):
+            if entry == _checksum({key: other for key, other in value.items() if key != name}):
+                return name
+    return ""
+
+
+def _checksum(value: Mapping[str, Any]) -> str:
+    return "sha256:" + hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def read_jsonl(path: Path, last_bytes: int = 0) -> Iterator[dict[str, Any]]:

@@ -25,7 +25,7 @@ from safetensors.numpy import save as safetensors_bytes
 from webdataset.writer import TarWriter
 
 from vqscale.data.remote import is_url
-from vqscale.files import fsync_folder, write_atomically
+from vqscale.files import check_seal, fsync_folder, sealed, write_atomically, write_json
 
 MANIFEST = "dataset.json"
 _KINDS = ("images", "codes", "samples")
@@ -268,12 +268,12 @@ class Manifest:
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist: {folder} is not a data set")
         try:
-            raw = json.loads(path.read_text())
+            raw = check_seal(path, json.loads(path.read_text()))
             if raw["version"] != 1:
                 raise ValueError(f"{path}: version {raw['version']} is not one this program reads (1)")
             shards = tuple(ShardInfo(**shard) for shard in raw["shards"])
             made = cls.of(raw["kind"], shards, raw["classes"], raw["transform"], raw["extra"])
-        except (KeyError, TypeError, AssertionError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, AttributeError, AssertionError, json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path}: not a data set's description ({type(error).__name__}: {error})") from None
         if (made.num_samples, made.fingerprint) != (raw["num_samples"], raw["fingerprint"]):
             raise ValueError(f"{path}: was edited: its shards give {made.fingerprint}, not {raw['fingerprint']}")
@@ -283,7 +283,7 @@ class Manifest:
         """Write `<folder>/dataset.json` atomically: the last step of making a data set."""
         shards = [{k: v for k, v in dataclasses.asdict(shard).items() if k != "index" or v} for shard in self.shards]
         raw = {"version": 1, **dataclasses.asdict(self), "shards": shards}
-        write_atomically(Path(folder) / MANIFEST, (json.dumps(raw, indent=1) + "\n").encode())
+        write_json(Path(folder) / MANIFEST, sealed(raw))
 
     def tar(self, folder: str | Path, shard: int) -> Path | str:
         """Where a shard's tar is: a path, or the URL of a remote one, which is read through `data.cache`."""

@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from vqscale.files import replacing
+from vqscale.files import check_seal, replacing, sealed
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
@@ -51,7 +51,7 @@ def write_folder(folder: str | Path, tensors: Mapping[str, Tensor], config_json:
     """Write both files, each whole or not at all, the JSON last. Raises OSError if the folder can't be written."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(config_json, indent=2, ensure_ascii=False) + "\n"
+    text = json.dumps(sealed(config_json), indent=2, ensure_ascii=False) + "\n"
     plain = _unshared({name: _plain(tensors[name]) for name in sorted(tensors)})
     with replacing(folder / WEIGHTS) as temporary:
         safetensors.torch.save_file(plain, temporary)
@@ -81,7 +81,7 @@ def read_folder(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name} does not exist; `vqscale export` writes such a folder")
-    config_json = _read_json(folder / CONFIG)
+    config_json = check_seal(folder / CONFIG, _read_json(folder / CONFIG))
     try:
         tensors = safetensors.torch.load_file(folder / WEIGHTS)
     except safetensors.SafetensorError as error:
