@@ -268,9 +268,10 @@ class Manifest:
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist: {folder} is not a data set")
         try:
-            raw = check_seal(path, json.loads(path.read_text()))
+            raw = json.loads(path.read_text())
             if raw["version"] != 1:
                 raise ValueError(f"{path}: version {raw['version']} is not one this program reads (1)")
+            raw = check_seal(path, raw)
             shards = tuple(ShardInfo(**shard) for shard in raw["shards"])
             made = cls.of(raw["kind"], shards, raw["classes"], raw["transform"], raw["extra"])
         except (KeyError, TypeError, AttributeError, AssertionError, json.JSONDecodeError, UnicodeDecodeError) as error:
