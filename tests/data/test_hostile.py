@@ -89,7 +89,7 @@ def test_payloads_in_every_part_never_run(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_codes_of_python_objects_do_not_decode(tmp_path: Path) -> None:
-    with pytest.raises(DecodeError, match=r"top.npy holds \|O"):
+    with pytest.raises(DecodeError, match=r"top.npy contains \|O"):
         CodeReader({"top": (1, 1)})({"top.npy": pickled_npy(_Evil(tmp_path / "ran"))}, 0, 0)
     assert not (tmp_path / "ran").exists()
 

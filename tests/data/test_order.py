@@ -14,8 +14,8 @@ def test_permute_is_a_bijection(size: int) -> None:
         assert np.array_equal(np.sort(permute(np.arange(size), size, key)), np.arange(size))
 
 
-def test_permute_reaches_every_place_evenly() -> None:
-    """Over keys, each of 5 items stands in each of 5 places about equally often (chi-squared, 16 degrees)."""
+def test_permute_reaches_every_index_evenly() -> None:
+    """Over keys, each of 5 items comes at each of 5 indexes about equally often (chi-squared, 16 degrees)."""
     counts = np.zeros((5, 5))
     for key in range(1000):
         counts[np.arange(5), permute(np.arange(5), 5, key)] += 1
@@ -33,9 +33,9 @@ def test_every_epoch_visits_every_sample_once(sizes: tuple[int, ...], window: in
     order = ShuffleOrder(sizes, 5, window)
     everything = {(shard, row) for shard, size in enumerate(sizes) for row in range(size)}
     for epoch in range(3):
-        here = located(order, range(epoch * sum(sizes), (epoch + 1) * sum(sizes)))
-        assert {place[0] for place in here} == {epoch}
-        assert len(here) == len(everything) and {place[1:] for place in here} == everything
+        samples = located(order, range(epoch * sum(sizes), (epoch + 1) * sum(sizes)))
+        assert {sample[0] for sample in samples} == {epoch}
+        assert len(samples) == len(everything) and {sample[1:] for sample in samples} == everything
 
 
 def test_epochs_and_seeds_differ() -> None:
@@ -75,13 +75,13 @@ def test_golden_vectors() -> None:
     """The order is a format: runs in progress depend on it. These numbers never change under the name feistel-v1."""
     assert permute(np.arange(10), 10, 42).tolist() == GOLDEN_PERMUTATION
     order = ShuffleOrder([7, 1, 13, 5, 11], 5, 2)
-    assert located(order, range(34, 40)) == GOLDEN_PLACES
+    assert located(order, range(34, 40)) == GOLDEN_SAMPLES
     far = ShuffleOrder([1251] * 1024, 1, 64)
     assert located(far, range(24_000_000_000, 24_000_000_003)) == GOLDEN_FAR
 
 
 GOLDEN_PERMUTATION = [4, 9, 1, 2, 8, 0, 3, 7, 6, 5]
-GOLDEN_PLACES = [(0, 2, 2), (0, 2, 12), (0, 2, 7), (1, 4, 0), (1, 4, 10), (1, 4, 8)]
+GOLDEN_SAMPLES = [(0, 2, 2), (0, 2, 12), (0, 2, 7), (1, 4, 0), (1, 4, 10), (1, 4, 8)]
 GOLDEN_FAR = [(18735, 156, 651), (18735, 494, 714), (18735, 141, 233)]
 
 

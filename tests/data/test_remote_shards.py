@@ -120,7 +120,7 @@ def test_the_same_global_batches_as_from_local_shards(
 def test_ranks_share_a_cache_that_is_too_small_for_all(
     web: Web, indexed: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parts, "_ROOM_SECONDS", 0.01)
+    monkeypatch.setattr(parts, "_RETRY_SECONDS", 0.01)
     expected = rank_stream(build(web.folder, shuffle_window=1), STEPS)
     sizes = sorted(shard.bytes for shard in Manifest.load(indexed).shards)
     small = replace(cache, limit=sum(sizes[-2:]))
@@ -168,7 +168,7 @@ def wait_for(condition: Any, seconds: float = 10) -> None:
 
 
 def remote_tars(loader: Loader) -> list[RemoteTar]:
-    return [place for place in loader.dataset.files.places if isinstance(place, RemoteTar)]
+    return [tar for tar in loader.dataset.files.tars if isinstance(tar, RemoteTar)]
 
 
 def test_the_next_window_is_fetched_while_this_one_is_read(web: Web, indexed: Path, cache: Cache) -> None:
@@ -184,7 +184,7 @@ def test_windows_in_use_are_not_evicted_and_old_ones_are(
     web: Web, indexed: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Room for two windows exactly: two epochs are read, and at no time is there more on the disk."""
-    monkeypatch.setattr(parts, "_ROOM_SECONDS", 0.01)
+    monkeypatch.setattr(parts, "_RETRY_SECONDS", 0.01)
     sizes = sorted(shard.bytes for shard in Manifest.load(indexed).shards)
     small = replace(cache, limit=sum(sizes[-2:]))
     loader = build(indexed, cache=small, shuffle_window=1, global_batch=1)

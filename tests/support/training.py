@@ -88,7 +88,7 @@ class MemoryLoader:
                 yield {"x": x, "position": torch.tensor(list(positions)), "bad": flags}
             start += self.global_batch
 
-    def describe(self, position: int) -> dict[str, Any]:
+    def sample_at(self, position: int) -> dict[str, Any]:
         return {"shard": "memory", "key": f"{position:04d}"}
 
     def advance(self) -> None:

@@ -1,6 +1,8 @@
 """The on-disk form of codes: one little-endian uint16 .npy per level, `[views, h, w]`.
 
-In: a sample's parts.  Out: {"top": int32 [h, w], …}, the view (plain or flipped image's codes) chosen by position.
+In: a sample's parts.  Out: {"top": int32 [h, w], …}, the view (codes of the plain or of the flipped image) drawn by
+position.
+Letters: V views, b samples, h and w a level's code grid.
 """
 
 import ast
@@ -11,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Int32, Int64, UInt16, UInt64
 from torch import Tensor
 
 from vqscale.data.parts import DecodeError
@@ -21,10 +24,8 @@ _VIEW = key_of("view")
 _MAGIC = b"\x93NUMPY\x01\x00"
 
 
-def pack_codes(codes: Mapping[str, np.ndarray]) -> dict[str, bytes]:
-    """{"top": uint16 [V, h, w], …} -> the parts {"top.npy": bytes, …} of a sample."""
-    for name, array in codes.items():
-        assert array.dtype == np.uint16 and array.ndim == 3, (name, array.dtype, array.shape)
+def pack_codes(codes: Mapping[str, UInt16[np.ndarray, "V h w"]]) -> dict[str, bytes]:
+    """Codes by level -> the parts {"top.npy": bytes, …} of a sample."""
     return {f"{name}.npy": encode_npy(array.astype("<u2", copy=False)) for name, array in codes.items()}
 
 
@@ -40,20 +41,20 @@ def _header(header: bytes) -> tuple[str, tuple[int, ...], bool]:
         raise DecodeError("not an .npy header") from None
 
 
-def _arrays(parts: Sequence[Any], name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The arrays in .npy parts of known shape: uint16 [b, *shape]. Equal headers are read once for all samples."""
-    start = 10 + parts[0][8] + 256 * parts[0][9] if len(parts[0]) > 10 else 0
-    header = bytes(parts[0][:start])
-    found = _header(header)
-    if found != ("<u2", shape, False):
-        raise DecodeError(f"{name}.npy holds {found[0]} {list(found[1])}, the data set's codes are <u2 {list(shape)}")
+def _arrays(files: Sequence[Any], name: str, shape: tuple[int, ...]) -> UInt16[np.ndarray, "b V h w"]:
+    """The arrays in .npy files of known shape [V, h, w]. The header, which is the same in all, is parsed once."""
+    start = 10 + files[0][8] + 256 * files[0][9] if len(files[0]) > 10 else 0
+    header = bytes(files[0][:start])
+    dtype, stored_shape, fortran_order = _header(header)
+    if (dtype, stored_shape, fortran_order) != ("<u2", shape, False):
+        raise DecodeError(f"{name} contains {dtype} {list(stored_shape)}, the data set's codes are <u2 {list(shape)}")
     size = start + 2 * math.prod(shape)
-    if any(len(part) != size for part in parts):
-        raise DecodeError(f"{name}.npy is not {size} bytes long, as its header says")
-    table = np.frombuffer(b"".join(parts), np.uint8).reshape(len(parts), size)
+    if any(len(file) != size for file in files):
+        raise DecodeError(f"{name} is not {size} bytes long, as its header says")
+    table = np.frombuffer(b"".join(files), np.uint8).reshape(len(files), size)
     if (table[:, :start] != np.frombuffer(header, np.uint8)).any():
-        raise DecodeError(f"{name}.npy has a header of its own")
-    return table[:, start:].view("<u2").reshape(len(parts), *shape)
+        raise DecodeError(f"{name} has another header than the batch's first sample")
+    return table[:, start:].view("<u2").reshape(len(files), *shape)
 
 
 class CodeReader:
@@ -67,7 +68,7 @@ class CodeReader:
         self, levels: Mapping[str, Sequence[int]], views: int = 1, flip: bool = False, seed: int = 0, num_codes: int = 0
     ):
         self.shapes = {name: (views, *(int(n) for n in grid)) for name, grid in levels.items()}
-        self.parts = tuple(f"{name}.npy" for name in levels)
+        self.part_names = tuple(f"{name}.npy" for name in levels)
         self.num_codes = num_codes
         self._key = mix(seed, _VIEW) if flip and views == 2 else None
 
@@ -82,18 +83,18 @@ class CodeReader:
         views = self.views(np.asarray(positions, np.uint64))
         return {name: self._level(name, parts, views) for name in self.shapes}
 
-    def views(self, positions: np.ndarray) -> np.ndarray:
-        """0 or 1 per position; uint64 [n] -> int64 [n]."""
+    def views(self, positions: UInt64[np.ndarray, "b"]) -> Int64[np.ndarray, "b"]:
+        """The view of each position: 0 or 1."""
         if self._key is None:
             return np.zeros(len(positions), np.int64)
         return (uniform_array(self._key, positions) < 0.5).astype(np.int64)
 
-    def _level(self, name: str, parts: Sequence[Mapping[str, Any]], views: np.ndarray) -> Tensor:
+    def _level(self, name: str, parts: Sequence[Mapping[str, Any]], views: np.ndarray) -> Int32[Tensor, "b h w"]:
         part = f"{name}.npy"
         if any(part not in sample for sample in parts):
             raise DecodeError(f"the sample has no {part}")
-        codes = _arrays([sample[part] for sample in parts], name, self.shapes[name])
-        chosen = codes[np.arange(len(parts)), views].astype(np.int32)
-        if self.num_codes and chosen.size and (largest := int(chosen.max())) >= self.num_codes:
-            raise DecodeError(f"{part} holds code {largest}, the codebook has {self.num_codes}")
-        return torch.from_numpy(chosen)
+        every_view = _arrays([sample[part] for sample in parts], part, self.shapes[name])
+        codes = every_view[np.arange(len(parts)), views].astype(np.int32)
+        if self.num_codes and codes.size and (largest := int(codes.max())) >= self.num_codes:
+            raise DecodeError(f"{part} contains code {largest}, the codebook has {self.num_codes}")
+        return torch.from_numpy(codes)

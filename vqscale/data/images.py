@@ -237,7 +237,7 @@ def to_uint8(image: Tensor) -> Tensor:
 class ImageReader:
     """The `read` for images: {"image": uint8 [3, R, R]}, crop and flip addressed by (seed, position)."""
 
-    parts = SUFFIXES
+    part_names = SUFFIXES
 
     def __init__(self, resolution: int, flip: bool = False, crop: str = "center", seed: int = 0):
         if crop not in ("center", "random"):

@@ -1,11 +1,12 @@
 """Shards -> training batches that depend on (data set, seed, position) and on nothing else.
 
-In: a data set, a `read` that decodes one sample, how many samples per step, which rank of how many.  Out: micro-batches
-for ever. Global batch g holds positions [g·G, (g+1)·G); rank r has the r-th contiguous part of it. Neither ranks,
-workers, accumulation nor restarts change what a global batch holds.
+In: a data set, a `read` that decodes one sample, samples per step, this rank and the number of ranks.  Out: an endless
+stream of micro-batches. Global batch g has the positions [g·G, (g+1)·G); rank r gets the r-th contiguous slice of it.
+Ranks, workers, accumulation and restarts do not change what is in a global batch.
 """
 
 import json
+import logging
 import os
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -27,17 +28,19 @@ from vqscale.data.shards import Manifest
 from vqscale.data.workers import run_workers
 from vqscale.seeding import key_of, mix
 
+log = logging.getLogger("vqscale")
+
 # read(parts, label, position) -> the decoded sample; raises ValueError for bytes that do not decode. It may have
-# `parts`, the names it wants, and `batch(parts, labels, positions)`, the same for many samples at once.
+# `part_names`, the parts it needs, and `batch(parts, labels, positions)`, the same for many samples at once.
 Read = Callable[[Mapping[str, Any], int, int], Mapping[str, "Tensor | int"]]
 
 _SUBSTITUTE = key_of("substitute")
-_TRIES = 64
+_MAX_SUBSTITUTES = 64  # draws before giving up on a bad sample
 
 
 @dataclass
 class DataState:
-    """Where training stands in the data: the same on every rank, and all that a checkpoint needs."""
+    """The data position: the same on every rank, and all that a checkpoint needs."""
 
     seed: int
     shuffle_window: int
@@ -53,7 +56,7 @@ class DataState:
         return asdict(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state` was saved. Raises ValueError when it belongs to other data, seed or order."""
+        """Continue from `state`. Raises ValueError when it belongs to other data, another seed or order."""
         for name in ("version", "order", "dataset", "num_samples", "seed", "shuffle_window"):
             if state.get(name) != getattr(self, name):
                 raise ValueError(
@@ -65,11 +68,11 @@ class DataState:
 
 
 class TarDataset(Dataset):
-    """Positions -> a decoded batch: {read's tensors [b, …], label, position int64 [b], bad uint8 [b]}.
+    """Positions -> a `Batch`: the tensors that `read` returns, stacked, with label, position and bad.
 
-    `bad`: 0, or why the sample that stands here was replaced: 1 does not decode, 2 cannot be read, 3 crc32 differs.
+    `bad`: 0, or why the sample at this position was replaced: 1 does not decode, 2 cannot be read, 3 crc32 differs.
     The substitute is drawn by position, so it too is the same everywhere. With `weighted`, batches also have
-    `weight` float32 [b]: 0 for padding (position -1) and for substitutes, so that nothing counts twice.
+    `weight`: 0 for padding (position -1) and for substitutes, so that no sample counts twice.
     """
 
     def __init__(
@@ -93,11 +96,11 @@ class TarDataset(Dataset):
             raise ValueError(f"{self.folder}: {error}") from None
         self._in_sequence = ShuffleOrder(sizes, 0, 0)
         cache, two_windows = cache or Cache(), 2 * max(window, 1)
-        parts = getattr(read, "parts", None)
-        self.files = PartReader(self.folder, self.manifest, parts, two_windows + 16, cache)
-        remote = [place.size for place in self.files.places if isinstance(place, RemoteTar)]
+        part_names = getattr(read, "part_names", None)
+        self.files = PartReader(self.folder, self.manifest, part_names, two_windows + 16, cache)
+        remote = [tar.size for tar in self.files.tars if isinstance(tar, RemoteTar)]
         cache.check_size(sorted(remote)[-two_windows:])
-        self._hinted = -1
+        self._prefetched_from = -1  # the window whose successor was prefetched last
 
     def __len__(self) -> int:
         return self.order.num_samples
@@ -108,25 +111,27 @@ class TarDataset(Dataset):
 
     def __getitems__(self, positions: Sequence[int]) -> Batch:
         """The batch at these positions."""
-        asked = np.asarray(positions, np.int64)
-        used = np.maximum(asked, 0)
-        self._look_ahead(int(used[0]))
-        _, shards, rows = self.order.locate(used)
+        with_padding = np.asarray(positions, np.int64)
+        clamped = np.maximum(with_padding, 0)
+        self._prefetch(int(clamped[0]))
+        _, shards, rows = self.order.locate(clamped)
         samples = self.files.read(shards, rows)
-        batch = cast(Batch, self._decode(samples, used))
+        batch = cast(Batch, self._decode(samples, clamped))
         batch["label"] = torch.tensor([sample.label for sample in samples])
-        batch["position"] = torch.from_numpy(used)
+        batch["position"] = torch.from_numpy(clamped)
         batch["bad"] = torch.tensor([sample.bad for sample in samples], dtype=torch.uint8)
         if self.weighted:
-            batch["weight"] = (torch.from_numpy(asked >= 0) & (batch["bad"] == 0)).float()
-        batch["errors"] = [(int(used[i]), s.bad, s.error) for i, s in enumerate(samples) if s.bad and asked[i] >= 0]
+            batch["weight"] = (torch.from_numpy(with_padding >= 0) & (batch["bad"] == 0)).float()
+        batch["errors"] = [
+            (int(p), s.bad, s.error) for p, s in zip(with_padding, samples, strict=True) if s.bad and p >= 0
+        ]
         return batch
 
     def _decode(self, samples: list[RawSample], positions: np.ndarray) -> dict[str, Tensor]:
-        many = getattr(self.read, "batch", None)
-        if many is not None and not any(sample.bad for sample in samples):
+        read_many = getattr(self.read, "batch", None)
+        if read_many is not None and not any(sample.bad for sample in samples):
             try:
-                return dict(many([s.parts for s in samples], [s.label for s in samples], positions.tolist()))
+                return dict(read_many([s.parts for s in samples], [s.label for s in samples], positions.tolist()))
             except ValueError:
                 pass  # one of them does not decode: find out which
         return collate([self._decode_one(s, p) for s, p in zip(samples, positions.tolist(), strict=True)])
@@ -137,9 +142,9 @@ class TarDataset(Dataset):
                 return self.read(sample.parts, sample.label, position)
             except ValueError as error:
                 sample.bad, sample.error = DECODE, str(error)
-        for attempt in range(_TRIES):
-            other = mix(self.order.seed, _SUBSTITUTE, position, attempt) % len(self)
-            _, shard, row = self._in_sequence.locate(np.array([other]))
+        for attempt in range(_MAX_SUBSTITUTES):
+            drawn = mix(self.order.seed, _SUBSTITUTE, position, attempt) % len(self)
+            _, shard, row = self._in_sequence.locate(np.array([drawn]))
             candidate = self.files.read(shard, row)[0]
             try:
                 if not candidate.bad:
@@ -148,28 +153,30 @@ class TarDataset(Dataset):
                     return decoded
             except ValueError:
                 continue
-        raise OSError(f"{self.folder}: none of {_TRIES} samples drawn to replace a bad one can be read: {sample.error}")
+        raise OSError(
+            f"{self.folder}: none of {_MAX_SUBSTITUTES} samples drawn to replace a bad one can be read: {sample.error}"
+        )
 
-    def describe(self, position: int) -> dict[str, Any]:
-        """Which sample stands at a position: {epoch, shard, key}."""
+    def sample_at(self, position: int) -> dict[str, Any]:
+        """Names the sample at a position: {epoch, shard, key}."""
         epoch, shard, row = (int(a[0]) for a in self.order.locate(np.array([position])))
         try:
             key: Any = self.files.index(shard).key(row)
         except (OSError, ValueError):
             key = row  # an index that cannot be read has no keys
-        return {"epoch": epoch, "shard": str(self.files.places[shard]), "key": key}
+        return {"epoch": epoch, "shard": str(self.files.tars[shard]), "key": key}
 
-    def _look_ahead(self, position: int) -> None:
+    def _prefetch(self, position: int) -> None:
         if not (self.order.window or self.files.has_remote):
             return
-        here, shards = self.order.window_shards(position)
-        if here == self._hinted:
+        window, shards = self.order.window_shards(position)
+        if window == self._prefetched_from:
             return
         _, following = self.order.window_shards(position, ahead=1)
         worker = get_worker_info()
         share = (worker.id, worker.num_workers) if worker else (0, 1)
-        self.files.look_ahead(shards.tolist(), following.tolist(), share, first=self._hinted < 0)
-        self._hinted = here
+        self.files.prefetch(shards.tolist(), following.tolist(), share, first=self._prefetched_from < 0)
+        self._prefetched_from = window
 
 
 def collate(samples: Sequence[Mapping[str, Tensor | int]]) -> dict[str, Tensor]:
@@ -184,7 +191,7 @@ def collate(samples: Sequence[Mapping[str, Tensor | int]]) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class GlobalBatchSampler:
-    """Ranges of positions, one per micro-batch of this rank, for ever from global batch `first` on."""
+    """Endless ranges of positions, one per micro-batch of this rank, from position `first` on."""
 
     first: int
     global_batch: int
@@ -201,10 +208,10 @@ class GlobalBatchSampler:
 
 
 class Loader:
-    """Micro-batches for ever, from `state.consumed_samples` on. Made by `build_loader`.
+    """An endless stream of micro-batches, from `state.consumed_samples` on. Made by `build_loader`.
 
-    `micro_batches_per_step` of them, of `micro_batch` samples each, are this rank's `local_batch` of one global batch.
-    Read-ahead does not move the state: only `advance`, called after the optimizer step, does.
+    `micro_batches_per_step` of them, of `micro_batch` samples each, make this rank's `local_batch` of one global batch.
+    Prefetching does not move the state: only `advance`, called after the optimizer step, does.
     """
 
     bad_kinds = BAD_KINDS
@@ -236,23 +243,23 @@ class Loader:
         batches = GlobalBatchSampler(
             self.state.consumed_samples, self.global_batch, self.rank, self.local_batch, self.micro_batch
         )
-        with closing(run_workers(self.dataset, batches, **self._options)) as read:
-            for batch in read:
-                name_bad_samples(batch, self.dataset, self._bad_path)
+        with closing(run_workers(self.dataset, batches, **self._options)) as stream:
+            for batch in stream:
+                record_bad_samples(batch, self.dataset, self._bad_path)
                 yield batch
 
-    def describe(self, position: int) -> dict[str, Any]:
-        """Which sample stands at a position: {epoch, shard, key}."""
-        return self.dataset.describe(position)
+    def sample_at(self, position: int) -> dict[str, Any]:
+        """Names the sample at a position: {epoch, shard, key}."""
+        return self.dataset.sample_at(position)
 
     def advance(self) -> None:
         """Count one global batch as consumed."""
         self.state.consumed_samples += self.global_batch
 
     def count_bad(self, counts: Mapping[str, int]) -> None:
-        """Add bad samples by kind, of all ranks together.
+        """Add bad samples by kind, summed over all ranks.
 
-        Raises ValueError, on every rank alike, when more were bad than `max_bad_fraction` allows.
+        Raises ValueError, on every rank alike, when there are more than `max_bad_fraction` allows.
         """
         for kind, count in counts.items():
             self.state.bad_samples[kind] += int(count)
@@ -288,21 +295,21 @@ def build_loader(
     """The training batches of one rank.
 
     read: decodes one sample (see `Read`). shuffle_window: shards shuffled together, 0 = stored order. prefetch:
-    micro-batches that each worker reads ahead. max_bad_fraction: of an epoch's samples that may be bad; 0 = none, else
-    at least one per epoch. bad_path: a JSONL file that names the bad ones. cache: where remote shards are kept.
+    micro-batches that each worker reads ahead. max_bad_fraction: share of an epoch's samples that may be bad; 0 = none,
+    else at least one per epoch. bad_path: a JSONL file that lists the bad ones. cache: where remote shards are kept.
 
     Raises ValueError before the first batch when global_batch does not fit the ranks, when the shards have already
     lost more than allowed, or when `state` belongs to other data.
     """
     local, micro, _ = local_batching(global_batch, world_size, micro_batch)
     dataset = TarDataset(folder, read, seed=seed, window=shuffle_window, cache=cache)
-    here = DataState(seed, shuffle_window, dataset.manifest.fingerprint, len(dataset))
+    data_state = DataState(seed, shuffle_window, dataset.manifest.fingerprint, len(dataset))
     if state is not None:
-        here.load_state_dict(state)
+        data_state.load_state_dict(state)
     check_shards(dataset, max_bad_fraction)
     return Loader(
         dataset,
-        here,
+        data_state,
         batching=(global_batch, local, micro, rank),
         max_bad_fraction=max_bad_fraction,
         bad_path=bad_path,
@@ -310,44 +317,44 @@ def build_loader(
     )
 
 
-def name_bad_samples(batch: Batch, dataset: TarDataset, path: Path | None) -> None:
-    """Take the batch's errors out of it and append each to the JSONL file."""
+def record_bad_samples(batch: Batch, dataset: TarDataset, path: Path | None) -> None:
+    """Remove `errors` from the batch and append each to the JSONL file."""
     errors = batch.pop("errors")
     if path is None or not errors:
         return
     lines = [
-        json.dumps({**dataset.describe(position), "position": position, "kind": BAD_KINDS[kind - 1], "error": error})
+        json.dumps({**dataset.sample_at(position), "position": position, "kind": BAD_KINDS[kind - 1], "error": error})
         for position, kind, error in errors
     ]
-    with open(path, "a") as file:  # ranks append to the same file: one write each
+    with open(path, "a") as file:  # all ranks append to this file, with one write each
         file.write("".join(line + "\n" for line in lines))
 
 
 def allowed_bad(num_samples: int, max_bad_fraction: float) -> float:
-    """Bad samples that an epoch may have: the fraction, but at least one unless the fraction is 0."""
+    """How many samples of an epoch may be bad: the fraction, but at least one unless the fraction is 0."""
     return max(max_bad_fraction * num_samples, 1.0) if max_bad_fraction else 0.0
 
 
 def check_budget(state: DataState, max_bad_fraction: float, bad_path: Path | None) -> None:
-    """Raises ValueError when the bad samples so far are more than the epochs begun allow."""
-    epochs = state.consumed_samples // state.num_samples + 1  # the same sample comes again early in the next one
+    """Raises ValueError when there are more bad samples so far than the epochs begun allow."""
+    epochs = state.consumed_samples // state.num_samples + 1  # the same sample may come early in the next one
     total, allowed = sum(state.bad_samples.values()), allowed_bad(state.num_samples, max_bad_fraction) * epochs
     if total > allowed:
         counts = ", ".join(f"{kind} {count}" for kind, count in state.bad_samples.items())
-        named = f"; {bad_path} names them" if bad_path else ""
+        where = f"; {bad_path} lists them" if bad_path else ""
         raise ValueError(
             f"{total} of {state.consumed_samples} samples could not be used ({counts}), more than the {int(allowed)} "
-            f"that max_bad_fraction={max_bad_fraction} allows{named}"
+            f"that max_bad_fraction={max_bad_fraction} allows{where}"
         )
 
 
 def check_shards(dataset: TarDataset, max_bad_fraction: float) -> None:
     """Raises FileNotFoundError or ValueError when shards are missing, foreign, or cut short beyond the budget.
 
-    Remote ones are looked at when they are fetched: whole, each with its sha256.
+    Remote ones are checked when they are fetched, against their sha256.
     """
     lost = 0
-    for number, (path, shard) in enumerate(zip(dataset.files.places, dataset.manifest.shards, strict=True)):
+    for number, (path, shard) in enumerate(zip(dataset.files.tars, dataset.manifest.shards, strict=True)):
         if isinstance(path, RemoteTar):
             continue
         if not path.is_file():
@@ -366,4 +373,4 @@ def check_shards(dataset: TarDataset, max_bad_fraction: float) -> None:
                 f"shard {path} is cut short: {size} of {shard.bytes} bytes; {lost} samples are lost so far, more than "
                 f"max_bad_fraction={max_bad_fraction} of {len(dataset)} allows"
             )
-        print(f"warning: shard {path} is cut short ({size} of {shard.bytes} bytes); lost samples will be replaced")
+        log.warning("shard %s is cut short (%d of %d bytes); lost samples will be replaced", path, size, shard.bytes)

@@ -1,7 +1,7 @@
 """Samples' bytes out of tars: one positioned read per sample, each part checked against its crc32.
 
-In: (shard, row) pairs.  Out: per sample its parts, or why they could not be had. Handles are opened by the process that
-reads, never inherited; storage with a latency gets many reads in flight.
+In: (shard, row) pairs, or positions in stored order.  Out: each sample's parts, or why it could not be read. Files are
+opened by the process that reads, never inherited; slow storage gets many reads in flight.
 """
 
 import contextlib
@@ -19,18 +19,19 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+from jaxtyping import Int64
 
 from vqscale.data.cache import Cache, NoRoom, RemoteTar, open_place, tar_places
 from vqscale.data.shards import Manifest, ShardIndex
 
-DECODE, IO, CRC = 1, 2, 3  # what is wrong with a sample; 0 = nothing
+DECODE, IO, CRC = 1, 2, 3  # why a sample is bad; 0 = it is not
 BAD_KINDS = ("decode", "io", "crc")
 _SLOW_SECONDS = 0.5e-3  # a page-cache hit takes microseconds, a seek or a network round trip milliseconds
 _IN_FLIGHT = 32
-_FETCHES = 4  # shards that a process fetches ahead at a time
-_ROOM_SECONDS = 1.0
+_FETCHES = 4  # shards that a process fetches in the background at a time
+_RETRY_SECONDS = 1.0  # between looks for room in the cache
 _AT_ONCE = 64  # samples that `read_samples` reads together
-_NOWHERE = np.iinfo(np.int64).max
+_MAX_OFFSET = np.iinfo(np.int64).max
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -42,7 +43,7 @@ class DecodeError(ValueError):
 
 @dataclass(slots=True)
 class RawSample:
-    """A sample as read. `bad`: 0, IO or CRC, and then `error` says what."""
+    """A sample as read. `bad`: 0, IO or CRC; `error` gives the reason."""
 
     parts: dict[str, Any] = field(default_factory=dict)  # name -> bytes-like
     label: int = -1
@@ -50,8 +51,8 @@ class RawSample:
     error: str = ""
 
 
-class Recent(OrderedDict[K, V]):
-    """The most recently used values of a function."""
+class RecentlyUsed(OrderedDict[K, V]):
+    """A function's results, the most recently used ones only."""
 
     def __init__(self, make: Callable[[K], V], limit: int):
         super().__init__()
@@ -63,45 +64,46 @@ class Recent(OrderedDict[K, V]):
             self.popitem(last=False)
         return value
 
-    def used(self, key: K) -> V:
-        """The value, made if need be."""
+    def use(self, key: K) -> V:
+        """The value, computed if need be."""
         value = self[key]
         self.move_to_end(key)
         return value
 
 
 class OpenFiles:
-    """Positioned reads from a fixed list of tars."""
+    """Positioned reads from a fixed list of tars, which are addressed by number."""
 
-    def __init__(self, places: Sequence[Path | RemoteTar], limit: int = 256):
-        self._places = list(places)
+    def __init__(self, tars: Sequence[Path | RemoteTar], limit: int = 256):
+        self._tars = list(tars)
         self._limit = limit
         self._reset()
 
     def _reset(self) -> None:
         self._pid = os.getpid()
         self._lock = threading.Lock()
-        self._open: dict[int, int] = {}  # in the order of opening
+        self._open: dict[int, int] = {}  # tar -> descriptor, in the order of opening
         self._close_all = weakref.finalize(self, _close_all, self._open)
         self._threads: ThreadPoolExecutor | None = None
-        self._seconds = 0.0  # a running mean of the first read of each batch
-        self._wanted: frozenset[int] = frozenset()
+        self._seconds = 0.0  # running mean over the first read of each batch
+        self._needed: frozenset[int] = frozenset()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"places": self._places, "limit": self._limit}
+        return {"tars": self._tars, "limit": self._limit}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["places"], state["limit"])  # type: ignore[misc]
+        self.__init__(state["tars"], state["limit"])  # type: ignore[misc]
 
     def close(self) -> None:
-        """Close every handle."""
+        """Close every file."""
         self._close_all()
         self._reset()
 
     def read(self, requests: Sequence[tuple[int, int, int]]) -> list[bytes | OSError]:
-        """The bytes of each (file, offset, size), or the OSError that stood in the way (a short file is one)."""
-        self._be_at_home()
-        self._make_room()
+        """The bytes of each (tar, offset, size), or the OSError that prevented the read (a short file is one)."""
+        self._reset_after_fork()
+        while len(self._open) > self._limit:
+            self._close(next(iter(self._open)))
         began = time.perf_counter()
         results = [self._read(request) for request in requests[:1]]
         self._seconds += 0.5 * (time.perf_counter() - began - self._seconds)
@@ -110,33 +112,29 @@ class OpenFiles:
         self._threads = self._threads or ThreadPoolExecutor(_IN_FLIGHT)
         return results + list(self._threads.map(self._read, requests[1:]))
 
-    def hold(self, wanted: Sequence[int], mine: Sequence[int]) -> None:
-        """Of the remote tars let all go but these, and fetch `mine` of them in the background."""
-        self._be_at_home()
-        self._wanted = frozenset(wanted)
-        for number in [n for n in list(self._open) if n not in self._wanted and isinstance(self._places[n], RemoteTar)]:
-            self._forget(number)
-        left = deque(number for number in mine if number not in self._open)
-        for _ in range(min(_FETCHES, len(left))):
-            threading.Thread(target=self._fetch, args=(left,), daemon=True).start()
+    def keep_remote(self, needed: Sequence[int], to_fetch: Sequence[int]) -> None:
+        """Release all remote tars except those `needed`; fetch some of them in the background."""
+        self._reset_after_fork()
+        self._needed = frozenset(needed)
+        for number in [n for n in list(self._open) if n not in self._needed and isinstance(self._tars[n], RemoteTar)]:
+            self._close(number)
+        queue = deque(number for number in to_fetch if number not in self._open)
+        for _ in range(min(_FETCHES, len(queue))):
+            threading.Thread(target=self._fetch, args=(queue,), daemon=True).start()
 
-    def _fetch(self, left: deque[int]) -> None:
-        with contextlib.suppress(IndexError, OSError, ValueError):  # only ahead of time: the read itself reports
+    def _fetch(self, queue: deque[int]) -> None:
+        with contextlib.suppress(IndexError, OSError, ValueError):  # only a prefetch: the read itself reports
             while True:
-                number = left.popleft()
-                while number in self._wanted and number not in self._open:
+                number = queue.popleft()
+                while number in self._needed and number not in self._open:
                     try:
                         self._descriptor(number, ahead=True)
                     except NoRoom:
-                        time.sleep(_ROOM_SECONDS)  # until others let go of the window before
+                        time.sleep(_RETRY_SECONDS)  # until other processes release the previous window
 
-    def _be_at_home(self) -> None:
+    def _reset_after_fork(self) -> None:
         if self._pid != os.getpid():
             self._reset()
-
-    def _make_room(self) -> None:
-        while len(self._open) > self._limit:
-            self._forget(next(iter(self._open)))
 
     def _read(self, request: tuple[int, int, int]) -> bytes | OSError:
         number, offset, size = request
@@ -144,25 +142,25 @@ class OpenFiles:
             try:
                 data = _pread(self._descriptor(number), size, offset)
             except OSError:  # a stale network handle: open it again, once
-                self._forget(number)
+                self._close(number)
                 data = _pread(self._descriptor(number), size, offset)
         except OSError as error:
             return error
         if len(data) < size:
-            return OSError(f"{self._places[number]} ends at byte {offset + len(data)}, before {offset + size}")
+            return OSError(f"{self._tars[number]} ends at byte {offset + len(data)}, before {offset + size}")
         return data
 
     def _descriptor(self, number: int, ahead: bool = False) -> int:
         descriptor = self._open.get(number)
         if descriptor is None:
-            opened = open_place(self._places[number], ahead)  # not under the lock: it may take a download
+            opened = open_place(self._tars[number], ahead)  # not under the lock: it may take a download
             with self._lock:
                 descriptor = self._open.setdefault(number, opened)
             if descriptor != opened:
                 os.close(opened)
         return descriptor
 
-    def _forget(self, number: int) -> None:
+    def _close(self, number: int) -> None:
         with self._lock:
             if number in self._open:
                 os.close(self._open.pop(number))
@@ -181,40 +179,40 @@ def _pread(descriptor: int, size: int, offset: int) -> bytes:
 
 
 class PartReader:
-    """Reads the parts that `wanted` names (None: all but the label's) of samples of one data set."""
+    """Reads samples of one data set: the parts in `part_names`, or all but the label's if that is None."""
 
     def __init__(
         self,
         folder: Path,
         manifest: Manifest,
-        wanted: Sequence[str] | None,
+        part_names: Sequence[str] | None,
         recent_indexes: int,
         cache: Cache,
     ):
         self.folder = folder
         self.manifest = manifest
-        self.wanted = None if wanted is None else tuple(wanted)
+        self.part_names = None if part_names is None else tuple(part_names)
         self._rest = (recent_indexes, cache)
-        self.places = tar_places(folder, manifest, cache)
-        self.has_remote = any(isinstance(place, RemoteTar) for place in self.places)
-        self._files = OpenFiles(self.places, max(256, recent_indexes))
-        # Not a method of ours: without a cycle, handles are closed as soon as the reader is forgotten.
-        self._indexes: Recent[int, ShardIndex] = Recent(partial(manifest.index, folder), recent_indexes)
+        self.tars = tar_places(folder, manifest, cache)
+        self.has_remote = any(isinstance(tar, RemoteTar) for tar in self.tars)
+        self._files = OpenFiles(self.tars, max(256, recent_indexes))
+        # Not a method of this class: without a reference cycle, files are closed with the last use of the reader.
+        self._indexes: RecentlyUsed[int, ShardIndex] = RecentlyUsed(partial(manifest.index, folder), recent_indexes)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"args": (self.folder, self.manifest, self.wanted, *self._rest)}
+        return {"args": (self.folder, self.manifest, self.part_names, *self._rest)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(*state["args"])  # type: ignore[misc]
 
     def index(self, shard: int) -> ShardIndex:
         """The shard's index. Raises FileNotFoundError or ValueError."""
-        return self._indexes.used(shard)
+        return self._indexes.use(shard)
 
-    def read(self, shards: np.ndarray, rows: np.ndarray) -> list[RawSample]:
-        """One RawSample per (shard, row), in the order given; int64 [n] each."""
+    def read(self, shards: Int64[np.ndarray, "n"], rows: Int64[np.ndarray, "n"]) -> list[RawSample]:
+        """One RawSample per (shard, row), in the order given."""
         samples = [RawSample() for _ in range(len(rows))]
-        plans: list[_Plan] = []
+        reads: list[_TarReads] = []
         for shard in np.unique(shards).tolist():
             chosen = np.flatnonzero(shards == shard)
             try:
@@ -222,25 +220,25 @@ class PartReader:
             except (OSError, ValueError) as error:
                 _fail([samples[i] for i in chosen], IO, str(error))
                 continue
-            plans.append(_Plan.of(index, shard, rows[chosen], self.wanted, [samples[i] for i in chosen]))
-        data = iter(self._files.read([span for plan in plans for span in plan.spans]))
-        for plan in plans:
-            plan.cut(data)
+            reads.append(_TarReads.of(index, shard, rows[chosen], self.part_names, [samples[i] for i in chosen]))
+        data = iter(self._files.read([span for of_tar in reads for span in of_tar.spans]))
+        for of_tar in reads:
+            of_tar.fill_samples(data)
         return samples
 
-    def look_ahead(self, now: Sequence[int], following: Sequence[int], share: tuple[int, int], first: bool) -> None:
-        """The reads turn to the shards `now`; have those that follow near when their turn comes, in the background.
+    def prefetch(self, now: Sequence[int], following: Sequence[int], share: tuple[int, int], first: bool) -> None:
+        """Reads go on in the shards `now`: fetch the `following` ones in the background.
 
-        Local tars are read into the kernel's cache, up to a quarter of free memory, remote ones into the node's.
-        share: (n, of): this process cares for every `of`-th shard, from the n-th on. first: nobody cared for `now`.
+        Local tars go into the page cache, up to a quarter of free memory, remote ones into the node's cache.
+        share: (n, of): this process fetches every `of`-th shard from the n-th on. first: `now` was not prefetched.
         """
         mine = [*now[share[0] :: share[1]], *following[share[0] :: share[1]]]
         if self.has_remote:
-            self._files.hold([*now, *following], mine)
-        near = mine if first else following[share[0] :: share[1]]
-        paths = [(place, self.manifest.shards[n].bytes) for n in near if isinstance(place := self.places[n], Path)]
-        if paths:
-            threading.Thread(target=_will_need, args=(paths, share[1]), daemon=True).start()
+            self._files.keep_remote([*now, *following], mine)
+        soon = mine if first else following[share[0] :: share[1]]
+        paths = [(tar, self.manifest.shards[n].bytes) for n in soon if isinstance(tar := self.tars[n], Path)]
+        if paths and hasattr(os, "posix_fadvise"):
+            threading.Thread(target=_fill_page_cache, args=(paths, share[1]), daemon=True).start()
 
 
 class StoredSample(NamedTuple):
@@ -278,43 +276,42 @@ def read_samples(
                 raise ValueError(sample.error)
             key = reader.index(shard).key(row)
             if sample.bad:
-                raise ValueError(f"{reader.places[shard]}: key {key!r}: {sample.error}")
+                raise ValueError(f"{reader.tars[shard]}: key {key!r}: {sample.error}")
             yield StoredSample(key, sample.label, {name: bytes(data) for name, data in sample.parts.items()})
 
 
 @dataclass
-class _Plan:
-    """Reads from one tar: per sample one, from the first of its wanted parts to the end of the last, in disk order.
+class _TarReads:
+    """Reads from one tar: one per sample, from its first part to the end of its last, in disk order.
 
-    The columns stay plain lists over all samples: objects per sample would wake the garbage collector in every batch.
+    The columns stay plain lists over all samples: an object per sample would trigger the garbage collector every batch.
     """
 
     samples: list[RawSample]
-    spans: list[tuple[int, int, int]]  # file, offset, size
+    spans: list[tuple[int, int, int]]  # tar, offset, size
     columns: list[tuple[str, list[int], list[int], list[int]]]  # part's name; offset, size, crc32 per sample
 
     @classmethod
     def of(
-        cls, index: ShardIndex, shard: int, rows: np.ndarray, wanted: Sequence[str] | None, samples: list[RawSample]
-    ) -> "_Plan":
-        names = (
-            [n for n in index.part_names if n != "cls"] if wanted is None else [n for n in wanted if n in index.offset]
-        )
+        cls, index: ShardIndex, shard: int, rows: np.ndarray, part_names: Sequence[str] | None, samples: list[RawSample]
+    ) -> "_TarReads":
+        every = [name for name in index.part_names if name != "cls"]
+        names = every if part_names is None else [name for name in part_names if name in index.offset]
         for sample, label in zip(samples, index.labels[rows].tolist(), strict=True):
             sample.label = label
         if not names:
             return cls([], [], [])
         offset, size, crc32 = (np.stack([t[n][rows] for n in names]) for t in (index.offset, index.size, index.crc32))
-        start = np.where(offset < 0, _NOWHERE, offset).min(0)
+        start = np.where(offset < 0, _MAX_OFFSET, offset).min(0)
         width = np.where(offset < 0, 0, offset + size).max(0) - start
         order = np.argsort(start)
-        order = order[width[order] >= 0]  # without those that have none of the parts
+        order = order[width[order] >= 0]  # without samples that have none of the parts
         columns = zip(names, offset[:, order].tolist(), size[:, order].tolist(), crc32[:, order].tolist(), strict=True)
         spans = [(shard, at, length) for at, length in zip(start[order].tolist(), width[order].tolist(), strict=True)]
         return cls([samples[i] for i in order.tolist()], spans, list(columns))
 
-    def cut(self, data: Iterator[bytes | OSError]) -> None:
-        """Give each sample its parts out of the next of `data`, checked against their crc32."""
+    def fill_samples(self, data: Iterator[bytes | OSError]) -> None:
+        """Take one item of `data` per sample and slice it into parts, each checked against its crc32."""
         for i, (sample, (_, start, _), read) in enumerate(zip(self.samples, self.spans, data, strict=False)):
             if isinstance(read, OSError):
                 sample.bad, sample.error = IO, str(read)
@@ -334,8 +331,8 @@ def _fail(samples: Iterable[RawSample], kind: int, error: str) -> None:
         sample.bad, sample.error = kind, error
 
 
-def _will_need(paths: Sequence[tuple[Path, int]], sharers: int) -> None:
-    budget = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // (4 * sharers)
+def _fill_page_cache(paths: Sequence[tuple[Path, int]], processes: int) -> None:
+    budget = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // (4 * processes)
     for path, size in paths:
         budget -= size
         if budget < 0:

@@ -1,7 +1,7 @@
 """Shards -> batches that visit every sample once, in stored order: evaluation and extraction.
 
-In: a data set and a `read`.  Out: batches as in training plus `weight` float32 [b]: 1 for a sample that counts, 0 for
-padding or a sample that could not be read, so that weighted sums are exact at any number of ranks.
+In: a data set and a `read`.  Out: batches as in training plus `weight`: 1 for a sample that counts, 0 for padding or a
+sample that could not be read, so that weighted sums are exact at any number of ranks.
 """
 
 from collections.abc import Generator, Sequence
@@ -13,14 +13,14 @@ import numpy as np
 
 from vqscale.batch import Batch
 from vqscale.data.cache import Cache
-from vqscale.data.loader import Read, TarDataset, name_bad_samples
+from vqscale.data.loader import Read, TarDataset, record_bad_samples
 from vqscale.data.shards import Manifest
 from vqscale.data.workers import run_workers
 
 
 @dataclass(frozen=True)
 class SequentialBatches:
-    """Batches at fixed lists of positions (-1 = padding); may be iterated again."""
+    """Batches at fixed lists of positions (-1 = padding); can be iterated more than once."""
 
     dataset: TarDataset
     positions: Sequence[list[int]]
@@ -33,7 +33,7 @@ class SequentialBatches:
     def __iter__(self) -> Generator[Batch, None, None]:
         with closing(run_workers(self.dataset, self.positions, workers=self.workers)) as batches:
             for batch in batches:
-                name_bad_samples(batch, self.dataset, self.bad_path)
+                record_bad_samples(batch, self.dataset, self.bad_path)
                 yield batch
 
 
@@ -56,9 +56,9 @@ def sequential_batches(
     dataset = TarDataset(folder, read, weighted=True, cache=cache)
     total = min(len(dataset), limit) if limit else len(dataset)
     count = -(-total // (batch * world_size))
-    places = np.arange(count * world_size * batch)
-    places[total:] = -1
-    mine = places.reshape(count, world_size, batch)[:, rank]
+    positions = np.arange(count * world_size * batch)
+    positions[total:] = -1
+    mine = positions.reshape(count, world_size, batch)[:, rank]
     return SequentialBatches(dataset, mine.tolist(), workers, bad_path)
 
 
@@ -74,8 +74,8 @@ def read_shard_blocks(
 ) -> SequentialBatches:
     """The rows of whole shards, in order, in fixed blocks; a shard's last block is padded with weight 0.
 
-    So the batch that a row is computed in is the same at any world size. Shard n's blocks are the next
-    ceil(num_samples / block) batches; `position` counts samples over the whole data set in stored order.
+    So a row is in the same batch at any world size. Each shard takes ceil(num_samples / block) batches; `position`
+    counts samples over the whole data set in stored order.
     """
     sizes = [shard.num_samples for shard in Manifest.load(folder).shards]
     starts = np.concatenate([[0], np.cumsum(sizes)]).tolist()

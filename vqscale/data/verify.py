@@ -1,4 +1,4 @@
-"""Is a data set still what its `dataset.json` says?  In: a folder.  Out: what differs, every byte read once."""
+"""Checks a data set against its `dataset.json`.  In: a folder.  Out: the differences; every byte is read once."""
 
 import hashlib
 import zlib
@@ -13,23 +13,22 @@ _CHUNK = 1 << 20
 
 
 def verify_shard(job: tuple[Path, int, bool]) -> list[str]:
-    """Differences found in one (folder, shard, allow_pipe): size, sha256 of the tar, crc32 of each part. [] = whole.
+    """The differences in one (folder, shard, allow_pipe): size and sha256 of the tar, crc32 of each part. [] = none.
 
-    A remote tar is streamed, and not kept.
+    A remote tar is streamed, not stored.
     """
     folder, shard, allow_pipe = job
     manifest = Manifest.load(folder)
     try:
         index = manifest.index(folder, shard)
         with open_tar(manifest.tar(folder, shard), allow_pipe) as file:
-            found = list(_differences(_Pass(file), index))
+            return list(_differences(_Stream(file), index))
     except (OSError, ValueError) as error:
         return [str(error)]
-    return found
 
 
-class _Pass:
-    """A tar read front to back, hashed on the way."""
+class _Stream:
+    """A tar read once from front to back and hashed on the way."""
 
     def __init__(self, file: BinaryIO | RemoteFile):
         self._file = file
@@ -48,23 +47,23 @@ class _Pass:
         return crc32
 
 
-def _differences(tar: _Pass, index: ShardIndex) -> Iterator[str]:
-    lost = []
+def _differences(tar: _Stream, index: ShardIndex) -> Iterator[str]:
+    missing = []
     for offset, size, crc32, name in _parts(index):
         if offset < tar.at:
-            raise ValueError(f"{index.where}: part {name} begins inside the one before it")
+            raise ValueError(f"{index.where}: part {name} overlaps the one before it")
         tar.crc32_of(offset - tar.at)
-        found = tar.crc32_of(size)
+        actual = tar.crc32_of(size)
         if tar.at < offset + size:
-            lost.append(name)
-        elif found != crc32:
+            missing.append(name)
+        elif actual != crc32:
             yield f"{tar.name}: {name} is damaged (crc32 differs)"
     before = -1
     while tar.at > before:
         before = tar.at
         tar.crc32_of(_CHUNK)
-    if lost:
-        yield f"{tar.name}: ends at byte {tar.at}, before {len(lost)} parts, {lost[0]} the first"
+    if missing:
+        yield f"{tar.name}: ends at byte {tar.at}, before {len(missing)} parts, the first of them {missing[0]}"
     if (tar.at, tar.sha256.hexdigest()) != (index.bytes, index.sha256):
         yield (
             f"{tar.name}: {tar.at} bytes, sha256 {tar.sha256.hexdigest()[:12]}…; indexed with {index.bytes}, "

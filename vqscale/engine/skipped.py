@@ -14,10 +14,10 @@ Part = tuple[Tensor, Tensor]  # loss and positions int64 [b] of one micro-batch
 class SkippedSteps:
     """`total` over the whole run, `in_a_row` until now; the same on every rank."""
 
-    def __init__(self, limit: int, describe: Callable[[int], Mapping[str, Any]]):
-        """limit: the run ends after so many in a row. describe: position -> {shard, key, …}."""
+    def __init__(self, limit: int, sample_at: Callable[[int], Mapping[str, Any]]):
+        """limit: the run ends after so many in a row. sample_at: position -> {shard, key, …}."""
         self.total = self.in_a_row = 0
-        self._limit, self._describe = limit, describe
+        self._limit, self._sample_at = limit, sample_at
 
     def count(self, applied: bool, parts: Sequence[Part], images_seen: int) -> None:
         """After every step, with this rank's micro-batches of it. Names the samples in each rank's log where the step
@@ -28,7 +28,7 @@ class SkippedSteps:
         self.total, self.in_a_row = self.total + 1, self.in_a_row + 1
         at_fault = [part for part in parts if not torch.isfinite(part[0])]
         what = "a loss that is not finite" if at_fault else "finite losses here"
-        samples = [self._describe(p) for _, positions in at_fault or parts for p in positions.tolist()]
+        samples = [self._sample_at(p) for _, positions in at_fault or parts for p in positions.tolist()]
         named = ", ".join(f"{sample['shard']}:{sample['key']}" for sample in samples)
         log.warning("the step to %d images is left out (no finite gradient); %s: %s", images_seen, what, named)
 
