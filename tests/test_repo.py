@@ -108,6 +108,10 @@ def test_the_tree_of_the_readme_names_the_real_folders() -> None:
     assert sorted(path for path, words in written.items() if not words) == []
 
 
+def test_the_readme_is_short_enough_to_be_read() -> None:
+    assert len(README.split()) <= 1_800
+
+
 def test_links_and_commands_of_the_documents_exist() -> None:
     for document in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
         text = document.read_text()

@@ -42,6 +42,13 @@ def test_vectorised_is_the_same_arithmetic() -> None:
     assert seeding.uniform_array(prefix, positions).tolist() == uniforms
 
 
+def test_tensors_are_the_same_arithmetic_in_signed_numbers() -> None:
+    words = np.array([0, 1, 2**40, 2**63 + 5, 2**64 - 1], dtype=np.uint64)
+    prefix = seeding.mix(9, seeding.key_of("flip"))
+    mixed = seeding.mix_tensor(prefix, torch.from_numpy(words.view(np.int64)))
+    assert mixed.numpy().view(np.uint64).tolist() == seeding.mix_array(prefix, words).tolist()
+
+
 def test_uniforms_are_spread_over_the_unit_interval() -> None:
     drawn = seeding.uniform_array(seeding.mix(1), np.arange(100_000, dtype=np.uint64))
     assert 0 <= drawn.min() and drawn.max() < 1

@@ -10,6 +10,8 @@ import hashlib
 
 import numpy as np
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -57,3 +59,25 @@ def mix_array(prefix: int, words: np.ndarray) -> np.ndarray:
 def uniform_array(prefix: int, words: np.ndarray) -> np.ndarray:
     """`uniform_array(mix(a, b), x)[i] == uniform(a, b, x[i])`, vectorised; float64 in [0, 1)."""
     return (mix_array(prefix, words) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def finalise_tensor(z: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+    """SplitMix64's output function on int64 tensors: the bits of the unsigned result. Products wrap."""
+    z = (z ^ logical_shift(z, 30)) * signed(0xBF58476D1CE4E5B9)
+    z = (z ^ logical_shift(z, 27)) * signed(0x94D049BB133111EB)
+    return z ^ logical_shift(z, 31)
+
+
+def mix_tensor(prefix: int, words: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+    """`mix_array` on int64 tensors: the bits of the unsigned result."""
+    return finalise_tensor(words + signed((prefix + _GOLDEN) & _MASK))
+
+
+def logical_shift(x: Int[Tensor, "*shape"], bits: int) -> Int[Tensor, "*shape"]:
+    """Right shift of a signed integer tensor that brings in zeros."""
+    return (x >> bits) & ((1 << (8 * x.element_size() - bits)) - 1)
+
+
+def signed(word: int) -> int:
+    """The signed 64-bit integer of the same bits."""
+    return word - (1 << 64) if word >> 63 else word

@@ -10,12 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
+from vqscale.data.headers import read_header
 from vqscale.data.images import (
     ImageReader,
     decode_image,
     random_crop,
     random_flip,
-    read_header,
     resize_center_crop,
     to_float,
     to_uint8,

@@ -22,7 +22,7 @@ def test_first_subfolders_are_the_classes(tmp_path: Path) -> None:
         ("cat/b", 1, "cat/b.JPG"),
         ("cat/deep/er/a", 1, "cat/deep/er/a.png"),
     ]
-    assert (listing.ignored, listing.outside) == (3, 1)
+    assert (listing.ignored, listing.unclassified) == (3, 1)
     assert not is_flat(str(tmp_path))
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from vqscale.models.dropout import Dropout, drop_labels, drop_mask, dropout_key
+from vqscale.models.dropout import Dropout, drop_labels, drop_mask, dropout_key, layer_word
 
 GOLDEN_KEYS = [2659898248569622777, -6090027864693113979, -8658293471161497562]
 GOLDEN_BITS = ["1011001001111000", "1110000101110011", "0001111111001111"]
@@ -15,7 +15,7 @@ def test_golden_values():
     """The numbers themselves are a contract: a change would alter every run that resumes."""
     key = dropout_key(7, torch.tensor([0, 1, 123456789012]))
     assert key.tolist() == GOLDEN_KEYS
-    bits = drop_mask(key, 3, 16, 0.5).int()
+    bits = drop_mask(key, layer_word(3), 16, 0.5).int()
     assert ["".join(map(str, row)) for row in bits.tolist()] == GOLDEN_BITS
 
 
@@ -32,7 +32,8 @@ def test_samples_layers_and_seeds_are_independent():
     """Any two masks agree on about half of the elements at p = 1/2, also when one is shifted against the other."""
     n = 1 << 15
     other = dropout_key(8, torch.arange(6))
-    masks = torch.cat([drop_mask(KEYS, 0, n, 0.5), drop_mask(KEYS, 1, n, 0.5), drop_mask(other, 0, n, 0.5)])
+    cases = [(KEYS, 0), (KEYS, 1), (other, 0)]
+    masks = torch.cat([drop_mask(key, layer_word(layer), n, 0.5) for key, layer in cases])
     for shift in (0, 1, 2, 64):
         signs = masks.double() * 2 - 1
         agreement = signs @ signs.roll(shift, dims=1).t() / n

@@ -126,6 +126,28 @@ def test_recompute_and_compile_give_the_same_gradients_and_touch_no_generator(ki
         assert torch.allclose(a, c, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind, graphs", [("pixelcnn", 3), ("transformer", 1)])
+def test_blocks_of_one_kind_share_one_compiled_graph(kind, graphs):
+    """However deep the prior: each block's dropout has a number of its own, and no graph may hold it."""
+    compiled: list[object] = []
+
+    def count(graph: torch.fx.GraphModule, _inputs: list[Tensor]) -> torch.fx.GraphModule:
+        compiled.append(graph)
+        return graph
+
+    changes = {"attention_every": 2, "output_layers": 10} if kind == "pixelcnn" else {}
+    model = build(kind, (4, 4), layers=10, **changes)
+    key, codes = dropout_key(1, torch.arange(2)), draw((2, 4, 4))
+    with torch.no_grad():
+        expected = model(codes, torch.tensor([0, 1]), dropout_key=key)
+        torch.compiler.reset()
+        for unit in model.wrap_units():
+            unit.compile(backend=count, fullgraph=True)
+        logits = model(codes, torch.tensor([0, 1]), dropout_key=key)
+    assert len(compiled) == graphs
+    assert torch.equal(logits, expected)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_activation_checkpointing_keeps_less(kind):
     """The option does something: fewer bytes are saved for backward."""

@@ -7,14 +7,8 @@ import vector_quantize_pytorch
 from support.quantizers import D, K, inputs, learn, quantizer, state, update, with_dead_codes
 from torch import nn
 
-from vqscale.models.quantizer import (
-    Quantized,
-    QuantizerConfig,
-    VectorQuantizer,
-    nearest_codes,
-    perplexity,
-    search_rows,
-)
+from vqscale.models.codebook import nearest_codes, perplexity, search_rows
+from vqscale.models.quantizer import Quantized, QuantizerConfig, VectorQuantizer
 
 # ---- nearest code, value, gradient
 

@@ -1,12 +1,13 @@
 """The embedded data set: ten classes of shapes and textures, drawn by arithmetic.
 
-In: (seed, indices, resolution).  Out: uint8 images [n, 3, R, R] and their labels. Image i is the same wherever and with
-whichever others it is drawn. Shapes are large and nearly centred, colours come from a small palette and textures
+In: (seed, indices, resolution).  Out: uint8 images [n, 3, r, r] and their labels. Image i does not depend on the batch
+in which it is drawn. Shapes are large and nearly centred, colours come from a small palette and textures
 repeat every quarter of the image, in step with an 8x8 grid of codes, so that a small codebook and a small prior can
 learn them in minutes.
 """
 
 import numpy as np
+from jaxtyping import Int64, UInt8
 
 from vqscale.seeding import key_of, mix, uniform_array
 
@@ -15,13 +16,15 @@ FOREGROUNDS = np.array(
     [(220, 50, 47), (235, 185, 40), (50, 150, 80), (45, 90, 200)], np.float32
 )  # red, yellow, green, blue
 BACKGROUNDS = np.array([(246, 246, 242), (24, 26, 34)], np.float32)  # paper, ink
-_PERIOD = 0.25  # of textures, in image widths
-_PHASES = 2  # a texture begins at one of so many places in its period, so that its bands fall on whole code cells
-_TURN = np.pi / 30  # shapes lean at most 6 degrees to either side
+_PERIOD = 0.25  # of textures, in units of the image width
+_PHASES = 2  # number of offsets within a texture's period, so that its bands fall on whole code cells
+_MAX_ROTATION = np.pi / 30  # 6 degrees to either side
 
 
-def draw(seed: int, indices: np.ndarray, resolution: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images `indices` (int64 [n]) of the endless data set `seed`: uint8 [n, 3, R, R]; labels int64 [n] below 10."""
+def draw(
+    seed: int, indices: Int64[np.ndarray, " n"], resolution: int
+) -> tuple[UInt8[np.ndarray, "n 3 r r"], Int64[np.ndarray, " n"]]:
+    """Images `indices` of the endless data set `seed`, and their labels below 10."""
     labels = indices % len(CLASSES)
     coverage = np.empty((len(indices), resolution, resolution), np.float32)
     for label in np.unique(labels):
@@ -33,42 +36,44 @@ def draw(seed: int, indices: np.ndarray, resolution: int) -> tuple[np.ndarray, n
     return np.rint(images).astype(np.uint8), labels
 
 
-def _uniform(seed: int, what: str, indices: np.ndarray, low: float, high: float) -> np.ndarray:
-    """float32 [n, 1, 1] in [low, high), addressed by (seed, what, index)."""
-    values = uniform_array(mix(seed, key_of(f"drawn {what}")), indices.astype(np.uint64))
+def _uniform(seed: int, name: str, indices: np.ndarray, low: float, high: float) -> np.ndarray:
+    """float32 [n, 1, 1] in [low, high), addressed by (seed, name, index)."""
+    values = uniform_array(mix(seed, key_of(f"drawn {name}")), indices.astype(np.uint64))
     return (low + (high - low) * values).astype(np.float32)[:, None, None]
 
 
-def _choice(seed: int, what: str, indices: np.ndarray, count: int) -> np.ndarray:
-    return _uniform(seed, what, indices, 0, count)[:, 0, 0].astype(np.int64)
+def _choice(seed: int, name: str, indices: np.ndarray, count: int) -> np.ndarray:
+    return _uniform(seed, name, indices, 0, count)[:, 0, 0].astype(np.int64)
 
 
-def _phase(seed: int, what: str, indices: np.ndarray) -> np.ndarray:
-    """A share of the period, float32 [n, 1, 1]."""
-    return _choice(seed, what, indices, _PHASES).astype(np.float32)[:, None, None] / _PHASES
+def _phase(seed: int, name: str, indices: np.ndarray) -> np.ndarray:
+    """A fraction of the period, float32 [n, 1, 1]."""
+    return _choice(seed, name, indices, _PHASES).astype(np.float32)[:, None, None] / _PHASES
 
 
 def _coverage(name: str, seed: int, indices: np.ndarray, resolution: int) -> np.ndarray:
-    """How much of each pixel the figure covers: float32 [n, R, R] in [0, 1], from its signed distance in pixels."""
-    centres = (np.arange(resolution, dtype=np.float32) + 0.5) / resolution  # pixel centres in image widths
-    unit: float | np.ndarray = _PERIOD
+    """How much of each pixel the figure covers: float32 [n, r, r] in [0, 1], from its signed distance in pixels."""
+    centres = (np.arange(resolution, dtype=np.float32) + 0.5) / resolution  # pixel centres in units of the image width
+    unit: float | np.ndarray = _PERIOD  # the length of 1 in image widths
     if name in _TEXTURES:
         x = centres[None, None, :] / _PERIOD + 0.25 + _phase(seed, "x phase", indices)
         y = centres[None, :, None] / _PERIOD + 0.25 + _phase(seed, "y phase", indices)
         distance = _TEXTURES[name](x, y)
     else:
-        x, y, unit = _placed(seed, indices, centres)
+        x, y, unit = _shape_coordinates(seed, indices, centres)
         distance = _SHAPES[name](x, y)
     return np.broadcast_to(np.clip(0.5 - distance * (unit * resolution), 0, 1), (len(indices), resolution, resolution))
 
 
-def _placed(seed: int, indices: np.ndarray, centres: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Coordinates [n, R, R] in which the figure is upright, centred and of radius 1; and the radius [n, 1, 1]."""
+def _shape_coordinates(
+    seed: int, indices: np.ndarray, centres: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """x and y [n, r, r] in which the shape is upright, centred and of radius 1; and the radius [n, 1, 1]."""
     size = _uniform(seed, "size", indices, 0.34, 0.42)
     x = (centres[None, None, :] - 0.5 - _uniform(seed, "x", indices, -0.04, 0.04)) / size
     y = (centres[None, :, None] - 0.5 - _uniform(seed, "y", indices, -0.04, 0.04)) / size
-    turn = _uniform(seed, "turn", indices, -_TURN, _TURN)
-    cos, sin = np.cos(turn), np.sin(turn)
+    angle = _uniform(seed, "turn", indices, -_MAX_ROTATION, _MAX_ROTATION)
+    cos, sin = np.cos(angle), np.sin(angle)
     return cos * x - sin * y, sin * x + cos * y, size
 
 

@@ -1,6 +1,6 @@
-"""A folder of images -> what to pack: files, keys, labels, classes, and which are held out.
+"""A folder of images -> what to pack: files, keys, labels, classes, and the held-out split.
 
-In: folders, a labels file, a rule.  Out: `Listing`, in an order that depends on the files' names alone. Nothing is
+In: folders, a labels file, a rule.  Out: `Listing`, in an order that depends on the file names alone. Nothing is
 decoded here.
 """
 
@@ -29,14 +29,14 @@ class Item:
 
 @dataclass(frozen=True)
 class Listing:
-    """The images of one folder, in sorted order. `ignored`: files without an image suffix; `outside`: images that lie
-    beside the class folders and so have no class."""
+    """The images of one folder, in sorted order. `ignored`: number of files without an image suffix; `unclassified`:
+    number of images beside the class folders, which have no class."""
 
     folder: str
     items: tuple[Item, ...]
     classes: tuple[str, ...]
     ignored: int = 0
-    outside: int = 0
+    unclassified: int = 0
 
     @property
     def fingerprint(self) -> str:
@@ -56,23 +56,24 @@ class _File:
 def list_folder(folder: str, labels: str = "", classes: Sequence[str] = ()) -> Listing:
     """The images under `folder`; their class is the first sub-folder, or what the file `labels` says.
 
-    classes: the class names to use; () = those found. Raises FileNotFoundError for a missing folder, ValueError for one
-    without images, for a class outside `classes`, or for a labels file that does not fit (naming file and line).
+    classes: the class names to use; () = those of the folders or the file. Raises FileNotFoundError for a missing
+    folder, ValueError for one without images, for a class outside `classes`, or for a labels file that does not fit
+    (naming file and line).
     """
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"source folder {folder} does not exist")
-    found = list(_walk(folder, "", set()))
-    images = [file for file in found if _suffix(file.path) in SUFFIXES]
+    files = list(_walk(folder, "", set()))
+    images = [file for file in files if _suffix(file.path) in SUFFIXES]
     if not images:
-        raise ValueError(f"source folder {folder} holds no images ({len(found)} other files)")
+        raise ValueError(f"source folder {folder} holds no images ({len(files)} other files)")
     if labels:
+        classified = images
         names, label_of = read_labels(labels, [file.path for file in images], classes)
     else:
-        images, names, label_of = _classes_from_folders(folder, images, classes)
-    keys = unique_keys([file.path for file in images])
-    items = [Item(key, label_of(file.path), file.path, size=file.size) for key, file in zip(keys, images, strict=True)]
-    all_images = sum(_suffix(file.path) in SUFFIXES for file in found)
-    return Listing(folder, tuple(items), tuple(names), len(found) - all_images, all_images - len(images))
+        classified, names, label_of = _classes_from_folders(folder, images, classes)
+    keys = unique_keys([file.path for file in classified])
+    items = [Item(k, label_of(file.path), file.path, size=file.size) for k, file in zip(keys, classified, strict=True)]
+    return Listing(folder, tuple(items), tuple(names), len(files) - len(images), len(images) - len(classified))
 
 
 def _suffix(path: str) -> str:
@@ -85,17 +86,17 @@ def is_flat(folder: str) -> bool:
 
 
 def _walk(root: str, inside: str, above: set[tuple[int, int]]) -> Iterator[_File]:
-    """Files below root/inside in sorted order, hidden ones left out; links are followed, but never in a circle."""
+    """Files below root/inside in sorted order, without hidden ones; links are followed, but never in a circle."""
     stat = os.stat(os.path.join(root, inside))
-    here = (stat.st_dev, stat.st_ino)
-    if here in above:
+    identity = (stat.st_dev, stat.st_ino)
+    if identity in above:
         return
     for entry in sorted(os.scandir(os.path.join(root, inside)), key=lambda entry: entry.name):
         if entry.name.startswith("."):
             continue
         path = f"{inside}/{entry.name}" if inside else entry.name
         if entry.is_dir():
-            yield from _walk(root, path, above | {here})
+            yield from _walk(root, path, above | {identity})
         elif entry.is_file():
             yield _File(path, entry.stat().st_size)
 
@@ -108,10 +109,10 @@ def _classes_from_folders(
         if len(classes) > 1:
             raise ValueError(f"source folder {folder} has no class folders, but there are {len(classes)} classes")
         return images, list(classes) or ["all"], lambda path: 0
-    found = sorted({file.path.split("/", 1)[0] for file in inside})
-    names = list(classes) or found
+    folders = sorted({file.path.split("/", 1)[0] for file in inside})
+    names = list(classes) or folders
     number = {name: i for i, name in enumerate(names)}
-    if unknown := [name for name in found if name not in number]:
+    if unknown := [name for name in folders if name not in number]:
         raise ValueError(f"source folder {folder}: {unknown[0]!r} is not one of the {len(names)} known classes")
     return inside, names, lambda path: number[path.split("/", 1)[0]]
 
@@ -121,32 +122,32 @@ def read_labels(
 ) -> tuple[list[str], Callable[[str], int]]:
     """Read lines `filename class` (or tab-separated), the class by name or number.
 
-    Returns the class names and the label of each path. Without `classes`, the names are those found, sorted; or the
-    numbers up to the largest if all are numbers. Raises FileNotFoundError or ValueError naming file and line.
+    Returns the class names and the label of each path. Without `classes`, the names are those in the file, sorted;
+    or the numbers up to the largest if all are numbers. Raises FileNotFoundError or ValueError naming file and line.
     """
     if not os.path.isfile(labels):
         raise FileNotFoundError(f"labels file {labels} does not exist")
     by_name = _by_path_and_name(paths)
-    written: dict[str, tuple[str, int]] = {}
+    entries: dict[str, tuple[str, int]] = {}  # path -> (class, line)
     for number, line in enumerate(Path(labels).read_text().splitlines(), 1):
         if not line.strip():
             continue
-        words = line.strip().split("\t") if "\t" in line else line.strip().rsplit(None, 1)
-        if len(words) != 2:
+        fields = line.strip().split("\t") if "\t" in line else line.strip().rsplit(None, 1)
+        if len(fields) != 2:
             raise ValueError(f"{labels}, line {number}: expected `filename class`, found {line.strip()!r}")
-        path = by_name.get(words[0].strip().removeprefix("./"))
+        path = by_name.get(fields[0].strip().removeprefix("./"))
         if path is None:
-            raise ValueError(f"{labels}, line {number}: there is no image {words[0]!r}")
-        if path in written and written[path][0] != words[1].strip():
-            raise ValueError(f"{labels}, line {number}: {words[0]!r} has another class in line {written[path][1]}")
-        written[path] = words[1].strip(), number
-    if missing := [path for path in paths if path not in written]:
+            raise ValueError(f"{labels}, line {number}: there is no image {fields[0]!r}")
+        if path in entries and entries[path][0] != fields[1].strip():
+            raise ValueError(f"{labels}, line {number}: {fields[0]!r} has another class in line {entries[path][1]}")
+        entries[path] = fields[1].strip(), number
+    if missing := [path for path in paths if path not in entries]:
         raise ValueError(
             f"{labels}: no class for {missing[0]!r}" + f" and {len(missing) - 1} more" * (len(missing) > 1)
         )
-    names = list(classes) or _names_in({name for name, _ in written.values()})
+    names = list(classes) or _names_in({name for name, _ in entries.values()})
     number_of = {name: i for i, name in enumerate(names)}
-    table = {path: _number(name, number_of, f"{labels}, line {line}") for path, (name, line) in written.items()}
+    table = {path: _number(name, number_of, f"{labels}, line {line}") for path, (name, line) in entries.items()}
     return names, table.__getitem__
 
 
@@ -158,10 +159,10 @@ def _by_path_and_name(paths: Sequence[str]) -> Mapping[str, str]:
     return {**{name: same[0] for name, same in bare.items() if len(same) == 1}, **{path: path for path in paths}}
 
 
-def _names_in(words: set[str]) -> list[str]:
-    if all(word.isascii() and word.isdigit() for word in words):
-        return [str(i) for i in range(max(int(word) for word in words) + 1)]
-    return sorted(words)
+def _names_in(labels: set[str]) -> list[str]:
+    if all(label.isascii() and label.isdigit() for label in labels):
+        return [str(i) for i in range(max(int(label) for label in labels) + 1)]
+    return sorted(labels)
 
 
 def _number(name: str, number_of: Mapping[str, int], where: str) -> int:
@@ -177,8 +178,8 @@ def _number(name: str, number_of: Mapping[str, int], where: str) -> int:
 def unique_keys(paths: Sequence[str]) -> list[str]:
     """A key per path: without suffix, dots in the last component replaced (a tar member's part begins at the first).
 
-    Leading `__` is shortened: webdataset would take such members for its own notes and pass them over.
-    Where two paths would share a key (a.jpg and a.png) the later one gets its suffix, and more if need be.
+    A leading `__` is removed: webdataset skips such members as its own metadata.
+    Where two paths would share a key (a.jpg and a.png), the later one gets its suffix, repeated until it is unique.
     """
     seen: set[str] = set()
     keys = []

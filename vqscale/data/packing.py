@@ -1,25 +1,28 @@
-"""One shard of images, packed: the unit of work of `pack`, and of its resume.
+"""Packing one shard of images: the unit of work of `pack` and of its resume.
 
-In: a `ShardJob`.  Out: the tar with its index, and a list of the images that did not decode. A job's result depends on
-the job alone, so any number of processes writes the same bytes.
+In: a `ShardJob`.  Out: the tar with its index, and a list of the images that did not decode. The result depends on the
+job alone, so any number of processes writes the same bytes.
 """
 
 import io
 import json
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image
 
 from vqscale.data.drawn import draw
-from vqscale.data.images import decode_image, read_header, resize_center_crop
+from vqscale.data.headers import read_header
+from vqscale.data.images import decode_image, resize_center_crop
 from vqscale.data.listing import Item
 from vqscale.data.shards import ShardInfo, ShardWriter, shard_info
-from vqscale.files import write_atomically
+from vqscale.files import read_jsonl, write_atomically
 
-_DRAWN_AT_ONCE = 50
+_DRAW_BATCH = 50
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Encoding:
 
 @dataclass(frozen=True)
 class ShardJob:
-    """Pack `items` of `folder` ("" = drawn with `seed`) into `tar`; name the bad ones in `bad_path`."""
+    """Pack `items` of `folder` ("" = drawn with `seed`) into `tar`; list the bad ones in `bad_path`."""
 
     tar: Path
     bad_path: Path
@@ -44,7 +47,7 @@ class ShardJob:
 
 
 def finished(job: ShardJob) -> ShardInfo | None:
-    """What an earlier run made of this job, or None."""
+    """The shard that an earlier run wrote for this job, or None."""
     info = shard_info(job.tar)
     if info is None or info.num_samples + len(read_bad(job.bad_path)) != len(job.items):
         return None
@@ -52,37 +55,38 @@ def finished(job: ShardJob) -> ShardInfo | None:
 
 
 def read_bad(path: Path) -> list[dict[str, str]]:
-    """The bad images that a job named: {"file", "error"} each."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    """The bad images of a job: {"file", "error"} each."""
+    return list(read_jsonl(path))
 
 
 def pack_shard(job: ShardJob) -> ShardInfo:
-    """Do the job. Images that do not decode are left out and named; other errors leave nothing behind."""
+    """Do the job. Images that do not decode are skipped and listed; other errors leave nothing behind."""
     bad: list[dict[str, str]] = []
     with ShardWriter(job.tar) as writer:
-        for item, data in _drawn(job) if not job.folder else _from_files(job, bad):
+        for item, data in _drawn_images(job) if not job.folder else _images_of_files(job, bad):
             writer.write(item.key, {job.encoding.format: data, "cls": str(item.label).encode()})
-        _name_bad(job.bad_path, bad)  # before the tar appears: a finished shard has its list
+        write_bad(job.bad_path, bad)  # before the tar appears: a finished shard has its list
     assert writer.info is not None
     return writer.info
 
 
-def _name_bad(path: Path, bad: list[dict[str, str]]) -> None:
+def write_bad(path: Path, bad: Sequence[dict[str, str]]) -> None:
+    """Write the list that `read_bad` reads; an empty one is no file."""
     if bad:
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in bad).encode())
     else:
         path.unlink(missing_ok=True)
 
 
-def _drawn(job: ShardJob):
-    for first in range(0, len(job.items), _DRAWN_AT_ONCE):
-        items = job.items[first : first + _DRAWN_AT_ONCE]
+def _drawn_images(job: ShardJob) -> Iterator[tuple[Item, bytes]]:
+    for first in range(0, len(job.items), _DRAW_BATCH):
+        items = job.items[first : first + _DRAW_BATCH]
         images, _ = draw(job.seed, np.array([item.index for item in items]), job.encoding.resolution)
         for item, image in zip(items, images, strict=True):
             yield item, encode_image(image, job.encoding)
 
 
-def _from_files(job: ShardJob, bad: list[dict[str, str]]):
+def _images_of_files(job: ShardJob, bad: list[dict[str, str]]) -> Iterator[tuple[Item, bytes]]:
     for item in job.items:
         path = os.path.join(job.folder, item.path)
         try:
@@ -104,8 +108,8 @@ def store_image(data: bytes, encoding: Encoding) -> bytes:
     return encode_image(resize_center_crop(image, encoding.resolution).numpy(), encoding)
 
 
-def encode_image(image: np.ndarray, encoding: Encoding) -> bytes:
-    """uint8 [3, h, w] -> the bytes of a PNG, or of a JPEG with full-resolution colour."""
+def encode_image(image: UInt8[np.ndarray, "3 h w"], encoding: Encoding) -> bytes:
+    """The bytes of a PNG, or of a JPEG with full-resolution colour."""
     out = io.BytesIO()
     picture = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
     if encoding.format == "png":

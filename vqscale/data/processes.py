@@ -1,7 +1,7 @@
-"""Independent jobs over processes, ended early on request.
+"""Independent jobs over processes, stopped early on request.
 
-In: a function of a module, and jobs that pickle.  Out: results as they come. A worker ends with the process that
-started it, and leaves the signals of a job's end to it.
+In: a module's function, and picklable jobs.  Out: results in the order of completion. A worker ends with the process
+that started it, and ignores stop signals, which its parent handles.
 """
 
 import multiprocessing
@@ -23,8 +23,8 @@ def run_jobs(
 ) -> Iterator[tuple[Job, Result]]:
     """(job, result) in the order of completion. workers: processes; 0 = one per core, 1 = this process itself.
 
-    When `stop()` becomes true no further job is begun, and the results of those under way are the last. A job's error
-    is raised after the others under way have ended.
+    When `stop()` becomes true no further job is started, and the results of running jobs are the last. A job's error
+    is raised after the other running jobs have ended.
     """
     workers = min(workers or len(os.sched_getaffinity(0)), len(jobs))
     if workers <= 1:
@@ -62,12 +62,12 @@ def _start_worker() -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    if torch := sys.modules.get("torch"):  # not imported for jobs that do without
-        torch.set_num_threads(1)  # there are as many processes as cores
+    if torch := sys.modules.get("torch"):  # not imported by jobs that do not need it
+        torch.set_num_threads(1)  # as many processes as cores
 
 
 def _end_with_parent() -> None:
-    """The kernel's own signal on a parent's death would not do: the fork server is the parent, and it lives on."""
+    """The kernel's signal on a parent's death does not help: the fork server is the parent, and it lives on."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

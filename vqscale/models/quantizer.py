@@ -6,7 +6,7 @@ In: z [b, d, h, w], any float type.  Out: `Quantized` (vectors [b, d, h, w] in z
 called after the optimizer step, sums the statistics of all levels over all ranks in one call and learns from them.  The
 reason: an update inside a compiled or checkpointed forward gives wrong gradients, or counts twice.
 
-b batch, d code dimension, h w grid, N vectors of the global batch, K codes, S candidates for restarts.
+Legend: b batch, d code dimension, h w grid, k codes, c = h w cells of an image; N vectors of the global batch.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,12 +16,14 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from vqscale.models.restarts import Candidates, restart_dead_codes
+from vqscale.models.codebook import choose_restarts, draw_pool, nearest_codes, perplexity, pick_candidates
 
 AllReduce = Callable[[Tensor], object]  # sums a tensor in place over all ranks
 
+_RESTART_SIZE = 2.0  # a restarted code's EMA count, in units of the threshold: soon dead again if nothing chooses it
 _TINY = 1e-6  # below this EMA count (in vectors) a code keeps its place: the ratio of two vanishing numbers is noise
 _ADAM_BETAS, _ADAM_EPS = (0.9, 0.999), 1e-8  # Kingma & Ba 2015, the defaults of section 2
 
@@ -54,17 +56,48 @@ class QuantizerConfig:
 
 
 class Quantized(NamedTuple):
-    vectors: Tensor  # [b, d, h, w] the codes' vectors; the gradient passes straight through to z
-    codes: Tensor  # int64 [b, h, w]
-    commitment: Tensor  # beta * mean (z - sg[e])^2
-    codebook_loss: Tensor  # mean (sg[z] - e)^2, a report: the codebook learns in `update_quantizers`
+    vectors: Float[Tensor, "b d h w"]  # the codes' vectors; the gradient passes straight through to z
+    codes: Int[Tensor, "b h w"]
+    commitment: Float[Tensor, ""]  # beta * mean (z - sg[e])^2
+    codebook_loss: Float[Tensor, ""]  # mean (sg[z] - e)^2, a report: the codebook learns in `update_quantizers`
+
+
+class Candidates:
+    """Encoder vectors of this rank's images since the last update: what dead codes may restart from."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        self._rows: list[Tensor] = []  # [b, p, d + 1] each: vector, squared error
+        self._positions: list[Tensor] = []  # int64 [b] each
+        self._positioned = True
+
+    def add(
+        self, vectors: Float[Tensor, "b c d"], errors: Float[Tensor, "b c"], position: Int[Tensor, " b"] | None
+    ) -> None:
+        """Keep a few vectors of each image. Without positions the draw depends on the topology."""
+        self._positioned = position is not None
+        if position is None:
+            first = sum(len(rows) for rows in self._rows)
+            position = torch.arange(first, first + len(vectors), device=vectors.device)
+        self._rows.append(pick_candidates(vectors, errors, position))
+        self._positions.append(position)
+
+    def pack(self, key: int, num_codes: int, rank: int, world_size: int) -> Float[Tensor, "s r"]:
+        """This rank's rows of the pool that all ranks restart from; see `draw_pool`."""
+        rows, position = torch.cat(self._rows), torch.cat(self._positions)
+        images = len(rows) * world_size
+        # A global batch is a run of `images` consecutive positions, so the remainder tells its images apart
+        index = position % images if self._positioned else position + rank * len(rows)
+        return draw_pool(rows, index, images, num_codes, key)
 
 
 class VectorQuantizer(nn.Module):
     """A codebook of K vectors and its moving averages, all buffers, float32 whatever the model is cast to (float64 if
     the model is).
 
-    `embedding` [K, D] is `embedding_sum` [K, D] / `cluster_size` [K] at all times.  Both start at one vector per code
+    `embedding` [k, d] is `embedding_sum` [k, d] / `cluster_size` [k] at all times.  Both start at one vector per code
     (cluster_size 1, embedding_sum = embedding): the first batches then move the codes fast, and no code starts dead.
     """
 
@@ -99,8 +132,8 @@ class VectorQuantizer(nn.Module):
         self.set_codebook(torch.randn(self.embedding.shape, generator=generator))
 
     @torch.no_grad()
-    def set_codebook(self, embedding: Tensor) -> None:
-        """Start from these vectors [K, D]: averages of one vector per code, fresh Adam state, no statistics."""
+    def set_codebook(self, embedding: Float[Tensor, "k d"]) -> None:
+        """Start from these vectors: averages of one vector per code, fresh Adam state, no statistics."""
         self.embedding.copy_(embedding)
         self.cluster_size.fill_(1)
         self.embedding_sum.copy_(self.embedding)
@@ -119,12 +152,14 @@ class VectorQuantizer(nn.Module):
 
         return super()._apply(keep_precision, recurse)
 
-    def forward(self, z: Tensor, position: Tensor | None = None, track: bool = True) -> Quantized:
-        """Quantize z [b, d, h, w]; in training also add to the statistics, unless `track` is False.
+    def forward(
+        self, z: Float[Tensor, "b d h w"], position: Int[Tensor, " b"] | None = None, track: bool = True
+    ) -> Quantized:
+        """Quantize z; in training also add to the statistics, unless `track` is False.
 
-        `position` int64 [b]: the samples' positions in the training order, which address the candidates for restarts.
+        `position`: the samples' positions in the training order, which address the candidates for restarts.
         """
-        with torch.autocast(_autocast_device(z), enabled=False):
+        with torch.autocast("cpu" if z.is_meta else z.device.type, enabled=False):
             inputs = rearrange(z, "b d h w -> b h w d").to(self.embedding.dtype)
             codes = self.nearest(inputs)
             vectors = F.embedding(codes, self.embedding)
@@ -136,17 +171,17 @@ class VectorQuantizer(nn.Module):
         vectors = rearrange(straight, "b h w d -> b d h w").to(z.dtype)
         return Quantized(vectors, codes, self.config.commitment * loss, loss.detach())
 
-    def nearest(self, inputs: Tensor) -> Tensor:
-        """Codes int64 [...] of vectors [..., D]: the nearest by Euclidean distance, the lowest index among equals."""
+    def nearest(self, inputs: Float[Tensor, "*shape d"]) -> Int[Tensor, "*shape"]:
+        """Codes of vectors: the nearest by Euclidean distance, the lowest index among equals."""
         flat = inputs.detach().to(self.embedding.dtype).reshape(-1, self.embedding.shape[1])
         return nearest_codes(flat, self.embedding).view(inputs.shape[:-1])
 
-    def lookup(self, codes: Tensor) -> Tensor:
-        """Vectors [b, d, h, w] of codes int [b, h, w]."""
+    def lookup(self, codes: Int[Tensor, "b h w"]) -> Float[Tensor, "b d h w"]:
+        """Vectors of codes."""
         return rearrange(F.embedding(codes.long(), self.embedding), "b h w d -> b d h w")
 
-    def mean_vector(self) -> Tensor:
-        """The mean code vector [D], weighted by use."""
+    def mean_vector(self) -> Float[Tensor, " d"]:
+        """The mean code vector, weighted by use."""
         return self.embedding_sum.sum(0) / self.cluster_size.sum()
 
     @torch.compiler.disable
@@ -174,7 +209,7 @@ class VectorQuantizer(nn.Module):
             parts.append(self.candidates.pack(key, self.config.num_codes, rank, world_size).flatten())
         return parts
 
-    def learn(self, total: Tensor, key: int, images: int, learning_rate: float) -> dict[str, Tensor]:
+    def learn(self, total: Float[Tensor, " n"], key: int, images: int, learning_rate: float) -> dict[str, Tensor]:
         """One step of the codebook from the summed statistics of `images` images. Returns its metrics."""
         codes, dim = self.embedding.shape
         counts, sums, candidates = total.tensor_split([codes, codes * (dim + 1)])
@@ -188,8 +223,8 @@ class VectorQuantizer(nn.Module):
         self._average(counts, sums)
         restarts = torch.zeros((), device=total.device)
         if self.config.restart_below > 0:
-            restarts = restart_dead_codes(self, candidates, key)
-        return {"perplexity": perplexity(counts), "used_codes": (counts > 0).sum(), "restarts": restarts}
+            restarts = self._restart(rearrange(candidates, "(s c) -> s c", c=dim + 2), key)
+        return {"perplexity": perplexity(counts).float(), "used_codes": (counts > 0).sum(), "restarts": restarts}
 
     def _average(self, counts: Tensor, sums: Tensor) -> None:
         """N <- gN + (1-g)n;  m <- gm + (1-g) sum z;  e = m / N;  g the decay (2017, appendix A.1, equations 6-8)."""
@@ -204,6 +239,26 @@ class VectorQuantizer(nn.Module):
         self.cluster_size.clamp_min_(_TINY)
         self.embedding_sum.copy_(torch.where(faded, self.embedding * _TINY, self.embedding_sum))
         self.embedding.copy_(self.embedding_sum / self.cluster_size[:, None])
+
+    def _restart(self, pool: Tensor, key: int) -> Tensor:
+        """Replace codes whose EMA count is below `restart_below` of the mean; returns how many.
+
+        Embedding, sum and count are set together, and a fresh Adam state if there is one, so that the next average
+        moves the code on instead of undoing the restart.
+        """
+        threshold = self.config.restart_below * self.cluster_size.mean()
+        codes, restart, vectors = choose_restarts(self.cluster_size, pool, threshold, key)
+        size = _RESTART_SIZE * threshold
+        settings: list[tuple[Tensor, Tensor | float]] = [
+            (self.embedding, vectors),
+            (self.embedding_sum, vectors * size),
+        ]
+        if self.config.codebook == "gradient":
+            settings += [(self.adam_mean, 0.0), (self.adam_square, 0.0)]
+        for buffer, value in settings:
+            buffer[codes] = torch.where(restart[:, None], value, buffer[codes])
+        self.cluster_size[codes] = torch.where(restart, size, self.cluster_size[codes])
+        return restart.sum()
 
     def _decay(self) -> Tensor:
         """gamma of this update, a scalar on the device."""
@@ -256,47 +311,3 @@ def update_quantizers(
     for quantizer in quantizers.values():
         quantizer.discard_statistics()
     return metrics
-
-
-def perplexity(counts: Tensor) -> Tensor:
-    """exp of the entropy (nats) of code counts [K]: K if all codes are used alike, 1 if one is."""
-    share = counts.double() / counts.sum().clamp_min(1)
-    return torch.special.entr(share).sum().exp().float()
-
-
-def search_rows(num_codes: int, device: torch.device) -> int:
-    """Vectors compared with all K codes at once, so that the block of distances stays bounded (in elements: about 2^20
-    on a CPU, to stay in its cache, and 2^25 elsewhere)."""
-    return max(1, 2 ** (20 if device.type == "cpu" else 25) // num_codes)
-
-
-@torch.compiler.disable
-@torch.no_grad()
-def nearest_codes(vectors: Tensor, embedding: Tensor) -> Tensor:
-    """Index int64 [n] of the nearest row of embedding [K, D] for each of vectors [n, D]: argmin of |e|^2 - 2 z e."""
-    squares = embedding.square().sum(1)
-    codes = torch.empty(len(vectors), dtype=torch.int64, device=vectors.device)
-    rows = search_rows(len(embedding), vectors.device)
-    with _full_precision_products():
-        for out, block in zip(codes.split(rows), vectors.split(rows), strict=True):
-            torch.argmin(torch.addmm(squares, block, embedding.t(), alpha=-2), dim=1, out=out)
-    return codes
-
-
-class _full_precision_products:
-    """Matrix products in true float32 (no TF32 nor bf16 passes) within the block, whatever the program has set."""
-
-    _backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-
-    def __enter__(self) -> None:
-        self._before = [backend.fp32_precision for backend in self._backends]
-        for backend in self._backends:
-            backend.fp32_precision = "ieee"
-
-    def __exit__(self, *_: object) -> None:
-        for backend, before in zip(self._backends, self._before, strict=True):
-            backend.fp32_precision = before
-
-
-def _autocast_device(z: Tensor) -> str:
-    return z.device.type if torch.amp.is_autocast_available(z.device.type) else "cpu"

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vqscale.config import level_names
-from vqscale.models.kmeans import addressed_cells, fit_codebook, sample_size
+from vqscale.models.codebook import addressed_cells, fit_codebook, sample_size
 from vqscale.models.quantizer import AllReduce, Quantized, QuantizerConfig, VectorQuantizer, update_quantizers
 from vqscale.seeding import key_of, mix
 

@@ -20,6 +20,7 @@ from vqscale.data.images import ImageReader, to_float
 from vqscale.data.sequential import read_shard_blocks
 from vqscale.data.shards import Manifest, ShardIndex, ShardInfo, ShardWriter, resolve, shard_info
 from vqscale.files import read_json, write_json
+from vqscale.models.codebook import perplexity
 from vqscale.sources import Source, load_vqvae
 
 
@@ -165,18 +166,13 @@ def _write_manifest(
     for histogram in usage.values():
         topology.all_reduce_(histogram)
     extra["usage"] = {name: histogram.tolist() for name, histogram in usage.items()}
-    extra["perplexity"] = {name: _perplexity(histogram) for name, histogram in usage.items()}
+    extra["perplexity"] = {name: float(perplexity(histogram)) for name, histogram in usage.items()}
     for name, value in extra["perplexity"].items():
         if value < 2:
             runtime.log.warning("the %s codes have collapsed: perplexity %.2f of %d", name, value, model.num_codes)
     if topology.is_main:
         Manifest.of("codes", shards, images.classes, images.transform, extra).save(out)
     topology.barrier()
-
-
-def _perplexity(histogram: Tensor) -> float:
-    share = histogram.double() / histogram.sum().clamp_min(1)
-    return float(torch.exp(-torch.xlogy(share, share).sum()))
 
 
 def plan(config: ExtractCodesConfig) -> str:

@@ -1,11 +1,10 @@
 """A folder of images (or the embedded drawings) -> image shards, in `<run_dir>/{train,holdout}/`.
 
 In: files whose first sub-folder is their class, or a labels file.  Out: tars, indexes, `dataset.json`; `bad.jsonl`
-names the images that did not decode. One shard is one job: a finished shard is never redone, and the bytes are the
+lists the images that did not decode. One shard is one job: a finished shard is never redone, and the bytes are the
 same at any number of processes.
 """
 
-import json
 import logging
 import os
 from collections.abc import Sequence
@@ -29,16 +28,15 @@ from vqscale.data.listing import (
     shuffled,
     split_items,
 )
-from vqscale.data.packing import Encoding, ShardJob, finished, pack_shard, read_bad
+from vqscale.data.packing import Encoding, ShardJob, finished, pack_shard, read_bad, write_bad
 from vqscale.data.processes import run_jobs
 from vqscale.data.shards import Manifest, ShardInfo, resolve
-from vqscale.files import write_json
+from vqscale.files import read_json, write_json
 
 log = logging.getLogger("vqscale")
 _PNG_UP_TO = 128  # pixels: below, PNG is small enough and exact
-# Fewer images are packed sooner than processes start.
-_WORTH_PROCESSES, _WORTH_PROCESSES_DRAWN = 2_000, 25_000
-_SPLITS = ("train", "holdout")
+# Fewer images are packed faster than processes start.
+_MIN_FOR_PROCESSES, _MIN_FOR_PROCESSES_DRAWN = 2_000, 25_000
 
 
 @dataclass(frozen=True)
@@ -62,43 +60,49 @@ Config = PackConfig
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """All that is decided before the first byte is written."""
+class _Contents:
+    """What the data sets will hold, decided before the first byte is written."""
 
     train: Listing
     holdout: Listing
     encoding: Encoding
 
     @property
-    def facts(self) -> dict[str, Any]:
-        """What a resumed run must find unchanged."""
-        parts = {"train": self.train, "holdout": self.holdout}
-        return {name: {"images": len(part.items), "files": part.fingerprint} for name, part in parts.items()}
+    def listings(self) -> dict[str, Listing]:
+        """By split."""
+        return {"train": self.train, "holdout": self.holdout}
+
+    @property
+    def fingerprints(self) -> dict[str, Any]:
+        """What a resumed run compares with source.json."""
+        return {name: {"images": len(x.items), "files": x.fingerprint} for name, x in self.listings.items()}
 
 
 def main(config: PackConfig) -> None:
-    """Pack. Raises ValueError or FileNotFoundError before anything is written if source or config do not hold."""
+    """Pack. Raises ValueError or FileNotFoundError for a wrong source or config before anything is written."""
     _check(config)
-    if _is_done(config) and not _source_is_there(config):
-        plan = None  # packed long ago and the source put away since: nothing left to compare
+    if _is_done(config) and not _source_exists(config):
+        contents = None  # packed, and the source removed since: nothing to compare
     else:
-        plan = _plan(config)
+        contents = _contents(config)
     with runtime.run(config, stage="pack") as run:
-        if plan is not None:
-            _agree_with_earlier(run, plan)
-        if run.was_done or plan is None:
+        if contents is not None:
+            _check_source_unchanged(run, contents)
+        if run.was_done or contents is None:
             log.info("%s: already packed", run.run_dir)
             return
-        _pack(config, plan, run)
+        _pack(config, contents, run)
 
 
 def plan(config: PackConfig) -> str:
     """What `--dry-run` says."""
     _check(config)
-    made = _plan(config)
+    contents = _contents(config)
+    images, held_out, classes = len(contents.train.items), len(contents.holdout.items), len(contents.train.classes)
+    size = contents.encoding.resolution
     return (
-        f"{len(made.train.items)} training and {len(made.holdout.items)} held-out images of {len(made.train.classes)} "
-        f"classes, stored as {made.encoding.resolution}×{made.encoding.resolution} {made.encoding.format}"
+        f"{images} training and {held_out} held-out images of {classes} classes, "
+        f"stored as {size}×{size} {contents.encoding.format}"
     )
 
 
@@ -122,11 +126,11 @@ def _is_done(config: PackConfig) -> bool:
     return runtime.read_status(Path(config.run_dir)).get("state") == "done"
 
 
-def _source_is_there(config: PackConfig) -> bool:
+def _source_exists(config: PackConfig) -> bool:
     return config.source == "drawn" or os.path.isdir(config.source)
 
 
-def _plan(config: PackConfig) -> _Plan:
+def _contents(config: PackConfig) -> _Contents:
     default = "png" if config.resolution <= _PNG_UP_TO else "jpg"
     encoding = Encoding(config.resolution, config.format or default, config.quality)
     if config.source == "drawn":
@@ -135,16 +139,16 @@ def _plan(config: PackConfig) -> _Plan:
             Item(f"{CLASSES[i % len(CLASSES)]}/{i:0{digits}d}", i % len(CLASSES), index=i)
             for i in range(config.num_drawn)
         ]
-        return _Plan(*_split(Listing("", tuple(items), CLASSES), config.holdout), encoding)
+        return _Contents(*_split(Listing("", tuple(items), CLASSES), config.holdout), encoding)
     known = Manifest.load(resolve(config.classes_from)).classes if config.classes_from else ()
     if not os.path.isdir(config.holdout):
-        return _Plan(*_split(list_folder(config.source, config.labels, known), config.holdout), encoding)
-    for_source, for_holdout = _whose_labels(config)
-    train = list_folder(config.source, for_source, known)
-    return _Plan(train, list_folder(config.holdout, for_holdout, train.classes), encoding)
+        return _Contents(*_split(list_folder(config.source, config.labels, known), config.holdout), encoding)
+    source_labels, holdout_labels = _assign_labels(config)
+    train = list_folder(config.source, source_labels, known)
+    return _Contents(train, list_folder(config.holdout, holdout_labels, train.classes), encoding)
 
 
-def _whose_labels(config: PackConfig) -> tuple[str, str]:
+def _assign_labels(config: PackConfig) -> tuple[str, str]:
     """The labels file belongs to the flat one of the two folders."""
     if not config.labels:
         return "", ""
@@ -158,41 +162,40 @@ def _whose_labels(config: PackConfig) -> tuple[str, str]:
 
 def _split(listing: Listing, rule: str) -> tuple[Listing, Listing]:
     train, holdout = split_items(listing.items, rule)
-    return replace(listing, items=tuple(train)), replace(listing, items=tuple(holdout), ignored=0, outside=0)
+    return replace(listing, items=tuple(train)), replace(listing, items=tuple(holdout), ignored=0, unclassified=0)
 
 
-def _agree_with_earlier(run: Any, plan: _Plan) -> None:
-    """Raises ValueError, naming what differs, when the source is no longer the one this run began with."""
+def _check_source_unchanged(run: Any, contents: _Contents) -> None:
+    """Raises ValueError, naming the difference, when the source has changed since the run started."""
     path = run.run_dir / "source.json"
-    if path.is_file():
-        earlier = json.loads(path.read_text())
-        for name, now in plan.facts.items():
-            if (was := earlier[name]) != now:
-                counts = f"{was['images']} {name} images then, {now['images']} now"
-                same = " (same number, but other names, sizes or classes)" if was["images"] == now["images"] else ""
-                raise ValueError(
-                    f"the source has changed since {run.run_dir} was begun: {counts}{same}; use another run_dir"
-                )
-    elif run.topology.is_main:
-        write_json(path, plan.facts)
+    earlier = read_json(path)
+    for name, now in contents.fingerprints.items():
+        if (was := earlier.get(name, now)) != now:
+            counts = f"{was['images']} {name} images then, {now['images']} now"
+            same = " (same number, but other names, sizes or classes)" if was["images"] == now["images"] else ""
+            raise ValueError(
+                f"the source has changed since {run.run_dir} was started: {counts}{same}; use another run_dir"
+            )
+    if run.topology.is_main and not earlier:
+        write_json(path, contents.fingerprints)
 
 
-def _pack(config: PackConfig, plan: _Plan, run: Any) -> None:
-    jobs = {split: _jobs(config, plan, run.run_dir, split) for split in _SPLITS}
+def _pack(config: PackConfig, contents: _Contents, run: Any) -> None:
+    jobs = {split: _jobs(config, contents, run.run_dir, split) for split in contents.listings}
     if run.topology.is_main:
-        _announce(plan)
+        _log_listings(contents)
         _clean(run.run_dir)
     run.topology.barrier()
-    every = [job for split in _SPLITS for job in jobs[split]]
-    mine = every[run.topology.rank :: run.topology.world_size]
+    all_jobs = [job for split in jobs.values() for job in split]
+    own_jobs = all_jobs[run.topology.rank :: run.topology.world_size]
     with run.stoppable():
-        _work(config, mine, sum(len(job.items) for job in every), run)
+        _work(config, own_jobs, sum(len(job.items) for job in all_jobs), run)
     if run.topology.is_main:
-        _finish(plan, jobs, run.run_dir)
+        _finish(contents, jobs, run.run_dir)
 
 
-def _jobs(config: PackConfig, plan: _Plan, run_dir: Path, split: str) -> list[ShardJob]:
-    listing = plan.train if split == "train" else plan.holdout
+def _jobs(config: PackConfig, contents: _Contents, run_dir: Path, split: str) -> list[ShardJob]:
+    listing = contents.listings[split]
     items = shuffled(listing.items, config.seed)
     count = -(-len(items) // config.samples_per_shard)
     cuts = np.linspace(0, len(items), count + 1).astype(int)
@@ -202,40 +205,40 @@ def _jobs(config: PackConfig, plan: _Plan, run_dir: Path, split: str) -> list[Sh
             run_dir / "bad" / f"{split}-{n:06d}.jsonl",
             listing.folder,
             tuple(items[cuts[n] : cuts[n + 1]]),
-            plan.encoding,
+            contents.encoding,
             config.seed,
         )
         for n in range(count)
     ]
 
 
-def _announce(plan: _Plan) -> None:
-    for name, part in (("train", plan.train), ("holdout", plan.holdout)):
-        left_out = [f"{part.ignored} other files ignored"] * bool(part.ignored)
-        left_out += [f"{part.outside} images beside the class folders left out"] * bool(part.outside)
-        notes = "".join(f"; {note}" for note in left_out)
-        log.info("%s: %d images of %d classes%s", name, len(part.items), len(part.classes), notes)
+def _log_listings(contents: _Contents) -> None:
+    for name, listing in contents.listings.items():
+        notes = [f"; {listing.ignored} other files ignored"] * bool(listing.ignored)
+        notes += [f"; {listing.unclassified} images beside the class folders left out"] * bool(listing.unclassified)
+        log.info("%s: %d images of %d classes%s", name, len(listing.items), len(listing.classes), "".join(notes))
 
 
 def _clean(run_dir: Path) -> None:
-    """Make the folders; remove what a killed run was writing."""
-    for name in (*_SPLITS, "bad"):
+    """Make the folders; remove temporary files of a killed run."""
+    for name in ("train", "holdout", "bad"):
         (run_dir / name).mkdir(exist_ok=True)
         for path in (run_dir / name).glob(".*.tmp"):
             path.unlink()
 
 
 def _work(config: PackConfig, jobs: Sequence[ShardJob], total: int, run: Any) -> None:
-    """Do the jobs that an earlier run has not done; raises ValueError when too many images are bad."""
+    """Do the jobs that no earlier run has finished; raises ValueError when too many images are bad."""
     done = {job.tar: info for job in jobs if (info := finished(job)) is not None}
     bad = [line for job in jobs if job.tar in done for line in read_bad(job.bad_path)]
     _check_budget(bad, total, config.max_bad_fraction)
-    left = [job for job in jobs if job.tar not in done]
-    mine, to_do = (sum(len(job.items) for job in part) for part in (jobs, left))
-    enough = _WORTH_PROCESSES_DRAWN if config.source == "drawn" else _WORTH_PROCESSES
-    workers = config.workers or (0 if to_do >= enough else 1)
-    with tqdm(total=mine, initial=mine - to_do, unit="image", desc="pack", disable=not run.topology.is_main) as bar:
-        for job, _ in run_jobs(pack_shard, left, workers, run.stop_requested):
+    remaining = [job for job in jobs if job.tar not in done]
+    num_images, num_remaining = (sum(len(job.items) for job in part) for part in (jobs, remaining))
+    enough = _MIN_FOR_PROCESSES_DRAWN if config.source == "drawn" else _MIN_FOR_PROCESSES
+    workers = config.workers or (0 if num_remaining >= enough else 1)
+    options: dict[str, Any] = {"unit": "image", "desc": "pack", "disable": not run.topology.is_main}
+    with tqdm(total=num_images, initial=num_images - num_remaining, **options) as bar:
+        for job, _ in run_jobs(pack_shard, remaining, workers, run.stop_requested):
             bad += read_bad(job.bad_path)
             _check_budget(bad, total, config.max_bad_fraction)
             bar.update(len(job.items))
@@ -252,16 +255,16 @@ def _check_budget(bad: Sequence[dict[str, str]], total: int, fraction: float) ->
         )
 
 
-def _finish(plan: _Plan, jobs: dict[str, list[ShardJob]], run_dir: Path) -> None:
+def _finish(contents: _Contents, jobs: dict[str, list[ShardJob]], run_dir: Path) -> None:
     bad = []
-    for split, listing in (("train", plan.train), ("holdout", plan.holdout)):
+    for split, listing in contents.listings.items():
         infos = [info for job in jobs[split] if (info := finished(job)) is not None]
-        assert len(infos) == len(jobs[split]), "a rank left a shard undone"
-        missing = [line for job in jobs[split] for line in read_bad(job.bad_path)]
-        bad += missing
-        _save_manifest(run_dir / split, plan, listing, infos, len(missing))
+        assert len(infos) == len(jobs[split]), "a rank did not finish a shard"
+        skipped = [line for job in jobs[split] for line in read_bad(job.bad_path)]
+        bad += skipped
+        _save_manifest(run_dir / split, contents.encoding, listing, infos, len(skipped))
     if bad:
-        (run_dir / "bad.jsonl").write_text("".join(json.dumps(line) + "\n" for line in bad))
+        write_bad(run_dir / "bad.jsonl", bad)
         log.warning(
             "%d images do not decode and were left out, e.g. %s; see %s",
             len(bad),
@@ -270,22 +273,21 @@ def _finish(plan: _Plan, jobs: dict[str, list[ShardJob]], run_dir: Path) -> None
         )
 
 
-def _save_manifest(folder: Path, plan: _Plan, listing: Listing, infos: list[ShardInfo], bad: int) -> None:
+def _save_manifest(folder: Path, encoding: Encoding, listing: Listing, infos: list[ShardInfo], bad: int) -> None:
     if not sum(info.num_samples for info in infos):
         if folder.name == "train":
             raise ValueError("no image is left to train on: all are held out or do not decode")
         if not any(folder.iterdir()):
             folder.rmdir()
         return
-    how = plan.encoding
     transform = {
-        "resolution": how.resolution,
-        "format": how.format,
+        "resolution": encoding.resolution,
+        "format": encoding.format,
         "resize": "bilinear, antialiased",
         "crop": "center",
     }
-    if how.format == "jpg":
-        transform["quality"] = how.quality
+    if encoding.format == "jpg":
+        transform["quality"] = encoding.quality
     extra = {"split": folder.name, "source": Path(listing.folder).name or "drawn", "bad_images": bad}
     Manifest.of("images", infos, listing.classes, transform, extra).save(folder)
     log.info("%s: %d images in %d shards", folder, sum(info.num_samples for info in infos), len(infos))

@@ -21,6 +21,7 @@ from vqscale.data.shards import Manifest, resolve
 from vqscale.engine.checkpoint import has_checkpoint
 from vqscale.engine.loop import FitConfig, fit, loader_options
 from vqscale.engine.parallel import assert_same_everywhere, compile_units, make_engine
+from vqscale.models.codebook import perplexity
 from vqscale.models.init import initialise
 from vqscale.models.vqvae import VQVAE, VQVAEConfig, VQVAEOutput
 from vqscale.sources import build
@@ -184,9 +185,8 @@ class HeldOutReconstruction:
         yield "held_out/reconstruction_mse", float(sums[0] / sums[2])
         yield "held_out/psnr", float(sums[1] / sums[2])
         for level, name in enumerate(names):
-            share = used[level] / used[level].sum()
             yield f"held_out/used_codes/{name}", float((used[level] > 0).sum())
-            yield f"held_out/perplexity/{name}", float(torch.exp(-torch.xlogy(share, share).sum()))
+            yield f"held_out/perplexity/{name}", float(perplexity(used[level]))
 
     def _batches(self) -> Iterable[Batch]:
         topology, config = self._run.topology, self._config
