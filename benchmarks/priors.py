@@ -26,8 +26,8 @@ from vqscale.data.loader import build_loader
 from vqscale.data.shards import Manifest, resolve
 from vqscale.engine.optim import learning_rate_at
 from vqscale.engine.parallel import TorchEngine
+from vqscale.evaluation.codes import Codes, likelihood, read_codes
 from vqscale.evaluation.metrics import order0_entropy
-from vqscale.evaluation.nll import Codes, likelihood, read_codes
 from vqscale.models.init import initialise
 from vqscale.models.prior import PriorConfig, nll
 from vqscale.sources import PRIORS

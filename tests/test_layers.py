@@ -44,7 +44,7 @@ DOORS = {
     "webdataset": "data/",
     "fsspec": "data/remote.py",
     "torch_fidelity": "evaluation/",
-    "lpips": "evaluation/perceptual.py",
+    "lpips": "evaluation/features.py",
 }
 
 

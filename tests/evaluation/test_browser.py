@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from vqscale.evaluation.neighbours import Neighbours
 from vqscale.evaluation.reconstructions import Examples
 from vqscale.evaluation.report import Report, render
+from vqscale.evaluation.samples import Neighbours
 from vqscale.evaluation.scores import METRICS, Score
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

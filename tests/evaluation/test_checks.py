@@ -4,11 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from vqscale.evaluation import checks
-from vqscale.evaluation.checks import CheckFailed, check_extractor, check_metrics
+from vqscale.evaluation import samples
 from vqscale.evaluation.features import Extractor, Features
-from vqscale.evaluation.moments import moments_of
-from vqscale.evaluation.statistics import FeatureSet
+from vqscale.evaluation.samples import CheckFailed, check_extractor, check_metrics
+from vqscale.evaluation.statistics import FeatureSet, moments_of
 
 
 def features(n: int = 60) -> FeatureSet:
@@ -49,13 +48,13 @@ def test_a_network_that_dices_is_found() -> None:
 
 
 def test_a_distance_that_is_not_0_of_a_set_to_itself_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "frechet_distance", lambda a, b: 1.0)
+    monkeypatch.setattr(samples, "frechet_distance", lambda a, b: 1.0)
     with pytest.raises(CheckFailed, match="the reference is at distance 1 from itself"):
         check_metrics(features())
 
 
 def test_swapped_arguments_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = checks.precision_recall
-    monkeypatch.setattr(checks, "precision_recall", lambda generated, real: right(real, generated))
+    right = samples.precision_recall
+    monkeypatch.setattr(samples, "precision_recall", lambda generated, real: right(real, generated))
     with pytest.raises(CheckFailed, match="copies of one image have precision 0"):
         check_metrics(features())

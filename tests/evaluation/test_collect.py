@@ -12,11 +12,10 @@ from support.extractors import projection
 from vqscale import cli
 from vqscale.data.images import ImageReader
 from vqscale.data.sequential import sequential_batches
-from vqscale.evaluation.collect import Collector, collect_images
+from vqscale.evaluation import passes
 from vqscale.evaluation.features import Extractor
-from vqscale.evaluation.moments import moments_of
-from vqscale.evaluation.statistics import FeatureSet
-from vqscale.stages import evaluate
+from vqscale.evaluation.passes import Collector, collect_images
+from vqscale.evaluation.statistics import FeatureSet, moments_of
 from vqscale.topology import Topology
 
 
@@ -55,7 +54,7 @@ def test_a_missing_image_is_an_error(world: Any, topology: Topology) -> None:
 
 def evaluated(root: str, config: str, words: list[str]) -> dict[str, Any]:
     """`vqscale evaluate` on one of the ranks; the scores as read from disk."""
-    evaluate.load_extractor = lambda *_args, **_more: projection()  # type: ignore[assignment]
+    passes.load_extractor = lambda *_args, **_more: projection()  # type: ignore[assignment]
     assert cli.main(["evaluate", config, *words]) == 0
     return json.loads((Path(root) / "scores.json").read_text())
 

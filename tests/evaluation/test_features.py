@@ -13,7 +13,7 @@ from torch import Tensor
 from vqscale.evaluation import features
 from vqscale.evaluation.features import load_extractor, read_weights
 from vqscale.evaluation.metrics import precision_recall
-from vqscale.evaluation.moments import frechet_distance, moments_of
+from vqscale.evaluation.statistics import frechet_distance, moments_of
 
 
 @pytest.fixture(scope="module")

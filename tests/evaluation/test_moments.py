@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 
-from vqscale.evaluation.moments import Gaussian, Moments, frechet_distance, moments_of
+from vqscale.evaluation.statistics import Gaussian, Moments, frechet_distance, moments_of
 
 
 def features(n: int, width: int, seed: int, shift: float = 0.0) -> Tensor:

@@ -8,10 +8,10 @@ import torch
 
 from vqscale import cli
 from vqscale.data.shards import Manifest
+from vqscale.evaluation import passes
 from vqscale.evaluation.features import Extractor
 from vqscale.evaluation.inputs import DataSet
-from vqscale.evaluation.neighbours import find_neighbours, nearest
-from vqscale.stages import evaluate
+from vqscale.evaluation.samples import find_neighbours, nearest
 
 
 def test_nearest_by_hand_and_exact_where_rounding_would_show() -> None:
@@ -55,7 +55,7 @@ def test_the_report_shows_them(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(evaluate, "load_extractor", lambda *_args, **_more: quick)
+    monkeypatch.setattr(passes, "load_extractor", lambda *_args, **_more: quick)
     assert run(world, tmp_path, f"training={world.root}/pack", "training_images=30") == 0
     report = (tmp_path / "run" / "report.html").read_text()
     assert report.count('class="near"') == 4 and "nearest of 30 training images" in report

@@ -14,8 +14,8 @@ from torch_fidelity.metric_fid import fid_features_to_statistics
 from torchvision.models import vgg16
 
 from vqscale.evaluation import metrics
-from vqscale.evaluation.collect import Collector
 from vqscale.evaluation.features import Extractor, load_extractor
+from vqscale.evaluation.passes import Collector
 from vqscale.evaluation.statistics import FeatureSet
 from vqscale.topology import Topology
 

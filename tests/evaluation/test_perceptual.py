@@ -13,7 +13,7 @@ from torchvision.models import vgg16
 
 from vqscale import cli
 from vqscale.data.images import to_float, to_uint8
-from vqscale.evaluation.perceptual import PerceptualDistance, load_lpips
+from vqscale.evaluation.features import PerceptualDistance, load_lpips
 from vqscale.sources import load_vqvae
 
 BEFORE_POOLING = (3, 8, 15, 22, 29)  # the ReLUs whose outputs are compared

@@ -13,11 +13,10 @@ from vqscale.config import StageConfig
 from vqscale.data.images import ImageReader, to_float, to_uint8
 from vqscale.data.sequential import read_runs
 from vqscale.data.shards import Manifest
-from vqscale.evaluation import parts
+from vqscale.evaluation import passes
+from vqscale.evaluation.codes import likelihood, read_codes
 from vqscale.evaluation.inputs import DataSet
 from vqscale.evaluation.metrics import psnr, ssim
-from vqscale.evaluation.moments import frechet_distance, moments_of
-from vqscale.evaluation.nll import likelihood, read_codes
 from vqscale.evaluation.reconstructions import (
     Reconstructions,
     examples_of,
@@ -25,23 +24,24 @@ from vqscale.evaluation.reconstructions import (
     reconstruction_rows,
     spread,
 )
+from vqscale.evaluation.statistics import frechet_distance, moments_of
 from vqscale.sources import load_prior, load_vqvae
 from vqscale.topology import Topology, bring_up, take_down
 
 
 def reconstructed(root: Path, folder: Path, topology: Topology, block: int, **networks: Any) -> Reconstructions:
-    """All 26 held-out images, in parts of `parts.PART`."""
+    """All 26 held-out images, in chunks of `passes.CHUNK`."""
     model, extractor = load_vqvae(root / "vqvae").model, networks.get("extractor")
-    mine = parts.parts_of(26)[topology.rank :: topology.world_size]
+    mine = passes.chunks_of(26)[topology.rank :: topology.world_size]
     batches = read_runs(root / "pack" / "holdout", mine, read=ImageReader(16), block=block)
     rows = reconstruction_rows(model, topology, extractor, networks.get("perceptual"))
-    assert parts.compute_parts(folder, mine, batches, rows, block) == 0
+    assert passes.compute_chunks(folder, mine, batches, rows, block) == 0
     return gather_reconstructions(folder, model, 26, topology, extractor, "perceptual" in networks)
 
 
 def everything(root: str, folder: str, block: int) -> dict[str, Any]:
     """All that an evaluation sums over ranks, on one of them."""
-    parts.PART = 8
+    passes.CHUNK = 8
     topology = bring_up(StageConfig(device="cpu", threads=1))
     try:
         found = reconstructed(Path(root), Path(folder), topology, block, extractor=projection())

@@ -12,12 +12,12 @@ import torch
 
 from vqscale import cli
 from vqscale.data.shards import Manifest, ShardWriter
+from vqscale.evaluation import passes
 from vqscale.evaluation.classify import CLASS_PROBABILITY
 from vqscale.evaluation.features import Extractor
 from vqscale.evaluation.figures import png_bytes
-from vqscale.evaluation.moments import frechet_distance, moments_of
-from vqscale.evaluation.rejection import Judged, kept_rows
-from vqscale.stages import evaluate
+from vqscale.evaluation.samples import Judged, kept_rows
+from vqscale.evaluation.statistics import frechet_distance, moments_of
 
 CLASSES = ["disc", "stripes", "plain"]
 
@@ -62,7 +62,7 @@ def run(world: Any, tmp_path: Path, *words: str) -> int:
 
 @pytest.fixture
 def scorer(monkeypatch: pytest.MonkeyPatch, quick: Extractor) -> Extractor:
-    monkeypatch.setattr(evaluate, "load_extractor", lambda *_args, **_more: quick)
+    monkeypatch.setattr(passes, "load_extractor", lambda *_args, **_more: quick)
     return quick
 
 

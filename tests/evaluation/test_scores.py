@@ -4,10 +4,9 @@ import dataclasses
 
 import pytest
 
-from vqscale.evaluation.families import score_or_null
 from vqscale.evaluation.features import Extractor, Features
 from vqscale.evaluation.metrics import TooFew
-from vqscale.evaluation.scores import METRICS, Score, Scores, metric_of, why_not_comparable
+from vqscale.evaluation.scores import METRICS, Score, Scores, metric_of, score_or_null, why_not_comparable
 
 FIELDS = ["value", "n", "reference", "extractor", "weights_sha256", "resize", "comparable_with_papers", "reason"]
 

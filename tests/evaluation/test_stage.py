@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from vqscale import cli
+from vqscale.evaluation import passes, samples
 from vqscale.evaluation.features import Extractor
-from vqscale.stages import evaluate
 
 
 @pytest.fixture(autouse=True)
 def cheap_network(monkeypatch: pytest.MonkeyPatch, quick: Extractor) -> None:
     """These tests are about the stage; the networks have tests of their own."""
-    monkeypatch.setattr(evaluate, "load_extractor", lambda *_args, **_more: quick)
+    monkeypatch.setattr(passes, "load_extractor", lambda *_args, **_more: quick)
 
 
 def run(world: Any, tmp_path: Path, *words: str, **changes: object) -> int:
@@ -104,8 +104,8 @@ def test_statistics_are_kept_and_used_again(
         raise AssertionError("computed again")
 
     broken = Extractor(quick.name, quick.weights_sha256, True, quick.resize, quick.preprocessing, fails)
-    monkeypatch.setattr(evaluate, "load_extractor", lambda *_args, **_more: broken)
-    monkeypatch.setattr(evaluate, "check_extractor", lambda *_args: [])
+    monkeypatch.setattr(passes, "load_extractor", lambda *_args, **_more: broken)
+    monkeypatch.setattr(samples, "check_extractor", lambda *_args: [])
     assert run(world, tmp_path, metrics="[fid]", vqvae="none", codes="none", prior_top="none", prior_bottom="none") == 0
     assert scores_of(tmp_path) == first
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from vqscale.evaluation.moments import moments_of
 from vqscale.evaluation.statistics import (
     FeatureSet,
     load_statistics,
+    moments_of,
     read_published,
     save_statistics,
     statistics_path,

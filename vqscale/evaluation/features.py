@@ -1,8 +1,10 @@
 """Feature extractors: uint8 images -> features and logits of a fixed, named and verified network.
 
-In: images uint8 [b, 3, h, w].  Out: `Features`: pooled [b, F], logits [b, C] and, for Inception, spatial [b, G].
+In: images.  Out: `Features`: pooled, logits and, for Inception, spatial.
 The networks of the papers are read from a path: "inception", and "vgg16" for precision and recall as first published;
-"lite0" is an ImageNet network that needs no download.
+"lite0" is an ImageNet network that needs no download. LPIPS (Zhang et al. 2018) gives pairs of images a distance by the
+features of a verified VGG16; its heads (v0.1) come with the package `lpips`.
+Shapes: b images, h w pixels, f features, s spatial features, c logits.
 """
 
 import hashlib
@@ -16,7 +18,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
+
+from vqscale.data.images import to_float
 
 WIDTHS = {"lite0": 1280, "inception": 2048, "vgg16": 4096}  # of the pooled features
 EXTRACTORS = tuple(WIDTHS)
@@ -31,6 +36,7 @@ NEED_A_PATH = {  # and the file that it is the path of
 }
 # sFID (Nash et al. 2021): the first 7 channels of the 17 x 17 map that ADM's evaluator calls mixed_6/conv.
 SPATIAL_CHANNELS = 7
+_LPIPS_SMALLEST = 16  # px: VGG16 halves the image four times
 
 
 class MissingPackage(ValueError):
@@ -41,9 +47,9 @@ class MissingPackage(ValueError):
 class Features:
     """What one network says of a batch. `spatial` is None where the network has no such layer."""
 
-    pooled: Tensor  # float32 [b, F]
-    logits: Tensor  # float32 [b, C]
-    spatial: Tensor | None = None  # float32 [b, G]
+    pooled: Float[Tensor, "b f"]
+    logits: Float[Tensor, "b c"]
+    spatial: Float[Tensor, "b s"] | None = None
 
 
 @dataclass(frozen=True)
@@ -146,8 +152,8 @@ def _lite0(weights: str, allow_unverified: bool, device: torch.device) -> Extrac
     return Extractor("lite0", sha256, verified, resize, f"uint8 RGB; {resize}; (x - 127) / 128; float32", features)
 
 
-def lite0_input(images: Tensor) -> Tensor:
-    """uint8 [b, 3, h, w] -> the network's float32 [b, 3, 224, 224]."""
+def lite0_input(images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 224 224"]:
+    """What the network takes."""
     x = images.float()
     if x.shape[-2:] != (224, 224):
         x = F.interpolate(x, size=(224, 224), mode="bilinear", align_corners=False, antialias=True)
@@ -207,3 +213,45 @@ def _vgg16(weights: str, allow_unverified: bool, device: torch.device) -> Extrac
 
     resize = "bilinear as in TensorFlow 1.x, not antialiased, to 224 x 224"
     return Extractor("vgg16", sha256, verified, resize, f"uint8 RGB; {resize}; ImageNet's mean and deviation", features)
+
+
+# --- LPIPS ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PerceptualDistance:
+    """`weights_sha256`: of VGG16's file, hexadecimal. `verified`: whether these are torchvision's weights."""
+
+    weights_sha256: str
+    verified: bool
+    network: Any
+
+    @torch.inference_mode()
+    def __call__(self, images: UInt8[Tensor, "b 3 h w"], others: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, " b"]:
+        """Of images at their own size; 0 for equal ones. Raises ValueError below 16 px."""
+        if min(images.shape[-2:]) < _LPIPS_SMALLEST:
+            raise ValueError(f"LPIPS needs images of {_LPIPS_SMALLEST} px or more, got {list(images.shape[-2:])}")
+        distance: Tensor = self.network(to_float(images), to_float(others))
+        return distance.flatten()
+
+
+def load_lpips(weights: str, allow_unverified_weights: bool, device: torch.device | str) -> PerceptualDistance:
+    """LPIPS with VGG16, version 0.1. weights: the path of torchvision's VGG16.
+
+    Raises ValueError for a missing package, other weights, or an unknown sha256 unless `allow_unverified_weights`;
+    FileNotFoundError for a missing file.
+    """
+    try:
+        from lpips import LPIPS
+    except ImportError:
+        raise MissingPackage("lpips needs a package that is not here: pip install 'vqscale[lpips]'") from None
+    tensors, sha256, verified = read_weights(weights, VGG16_SHA256, allow_unverified_weights, "vgg16_weights")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of arguments that torchvision has renamed
+        network = LPIPS(net="vgg", pnet_rand=True, verbose=False)  # the heads are read, VGG16 follows
+    try:  # net.slice2.5.weight is features.5.weight
+        own = {name: tensors[f"features.{name.split('.', 1)[1]}"] for name in network.net.state_dict()}
+        network.net.load_state_dict(own)
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(f"vgg16_weights={weights}: not the weights of VGG16 ({str(error).strip()[:160]})") from None
+    return PerceptualDistance(sha256, verified, network.eval().requires_grad_(False).to(device))

@@ -1,15 +1,17 @@
-"""What an evaluation stands on: paths -> data sets and models that belong together, and why others are missing.
+"""What an evaluation works on: its config, and the data sets and models that the config names.
 
-In: the paths of a config.  Out: `Inputs`, or one line saying which two of them do not fit.
+In: `EvaluateConfig`.  Out: `Inputs` that belong together, with the reason for every one that is missing; or one line
+that names the two inputs that do not fit.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
+from vqscale.config import ReadsShards, run_of
 from vqscale.data.shards import Manifest, resolve
 from vqscale.evaluation.classify import ImageClassifier
 from vqscale.evaluation.scores import describe_set
@@ -19,20 +21,52 @@ from vqscale.sources import Source, load_prior, load_vqvae
 LEVELS = ("top", "middle", "bottom")
 LEARNED_FROM = {"samples": "samples", "reconstructions": "reconstructions", "real": "images"}  # by classifier_<key>
 CLASSIFIERS = tuple(f"classifier_{name}" for name in LEARNED_FROM)
-INPUT_KEYS = (
-    "samples",
-    "reference",
-    "training",
-    "vqvae",
-    "codes",
-    *(f"prior_{level}" for level in LEVELS),
-    *CLASSIFIERS,
-)
+ACCEPTANCE_RATES = (1.0, 0.7, 0.5, 0.3, 0.1, 0.05)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(ReadsShards):
+    """What to evaluate; an input that is absent, or `none`, leaves out the metrics that need it."""
+
+    recomputes: ClassVar[bool] = True
+    samples: str = run_of("sample")  # sample shards, or any data set of images
+    reference: str = run_of("pack")  # real images (the holdout part), or ADM's reference .npz
+    training: str = run_of("pack")  # training images (the train part), for `neighbours`
+    vqvae: str = run_of("train_vqvae")
+    codes: str = run_of("extract_codes")
+    prior_top: str = run_of("train_prior_top")
+    prior_middle: str = run_of("train_prior_middle")
+    prior_bottom: str = run_of("train_prior_bottom")
+    classifier_samples: str = run_of("train_classifier_samples")
+    classifier_reconstructions: str = run_of("train_classifier_reconstructions")
+    classifier_real: str = run_of("train_classifier_real")
+    metrics: list[str] = field(default_factory=list)  # keys of scores.json without the level; [] = all that can be had
+    extractor: str = "lite0"  # lite0 | inception | vgg16 (precision and recall as first published)
+    weights: str = ""  # path of the extractor's weights; needed for inception and vgg16
+    vgg16_weights: str = ""  # path of torchvision's VGG16, for LPIPS
+    allow_unverified_weights: bool = False  # use weights of unknown sha256, and mark every number
+    weights_kind: str = ""  # ema | raw; "" = ema if there is one
+    checkpoint: int = 0  # of the VQ-VAE, in images seen; 0 = the last checkpoint of a finished run
+    batch: int = 64  # images at a time and rank
+    workers: int = 1  # loader processes per rank
+    reference_images: int = 0  # at most so many reference images; 0 = all
+    neighbours: int = 0  # show so many samples beside their nearest training images, those that are closest
+    training_images: int = 0  # look among the first so many training images; 0 = all, at most 50,000
+    nll_images: int = 0  # at most so many held-out code samples; 0 = all
+    nll_train_images: int = 0  # also the NLL of so many training samples
+    shuffled_conditioning: bool = True  # also the NLL with shuffled classes and shuffled upper codes
+    acceptance: list[float] = field(default_factory=lambda: list(ACCEPTANCE_RATES))  # of rejection; [] = no curve
+    kid_subset_size: int = 1_000  # as in torch-fidelity; another size is not comparable with papers
+    num_reconstructions: int = 12  # shown in the report and the picture
+    samples_shown: int = 10  # per class, in the report and the picture
+    classes_shown: int = 20  # at most so many classes there
+    picture: str = ""  # also write the labelled grid here; "" = samples.png in the run directory
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set as an input: `name` as the user gave it, the folder of the part that is used, how many of it."""
+    """A data set as an input: `name` as the user gave it, the folder of the split that is used, how many of it."""
 
     name: str
     folder: Path
@@ -52,9 +86,9 @@ class DataSet:
         return describe_set(self.manifest, str(self.folder), self.n)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Inputs:
-    """What was found. `absent`: by config key, why an input is missing."""
+    """The inputs of one evaluation. `absent`: by config key, why an input is missing."""
 
     samples: DataSet | None = None
     reference: DataSet | PublishedReference | None = None
@@ -62,7 +96,7 @@ class Inputs:
     vqvae: Source | None = None
     codes: DataSet | None = None
     train_codes: DataSet | None = None
-    priors: dict[str, Source] = field(default_factory=dict)
+    priors: dict[str, Source] = field(default_factory=dict)  # by level
     classifiers: dict[str, ImageClassifier] = field(default_factory=dict)  # by what they learned from
     absent: dict[str, str] = field(default_factory=dict)
 
@@ -71,8 +105,8 @@ class Inputs:
         data = {"samples": self.samples, "reference": self.reference, "training": self.training, "codes": self.codes}
         models = {"vqvae": self.vqvae, **{f"prior_{level}": prior for level, prior in self.priors.items()}}
         models |= {f"classifier_{name}": classifier.source for name, classifier in self.classifiers.items()}
-        found = {name: one.manifest.fingerprint for name, one in data.items() if isinstance(one, DataSet)}
-        return found | {name: one.fingerprint for name, one in models.items() if one is not None}
+        fingerprints = {name: one.manifest.fingerprint for name, one in data.items() if isinstance(one, DataSet)}
+        return fingerprints | {name: one.fingerprint for name, one in models.items() if one is not None}
 
     def sources(self) -> list[Source]:
         """The models, the VQ-VAE first."""
@@ -87,134 +121,137 @@ class Inputs:
             raise ValueError(f"{data.name}: it does not say the size of its images, and there is no vqvae= to tell it")
         return self.vqvae.description["resolution"]
 
+    def why_no_images(self) -> str:
+        """Why the reference cannot be read as images."""
+        return self.absent.get("reference", "reference= is a file of statistics, real images are needed")
 
-def find_inputs(
-    paths: Mapping[str, str],
-    *,
-    device: torch.device,
-    weights_kind: str = "",
-    checkpoint: int = 0,
-    reference_images: int = 0,
-    training_images: int = 0,
-    nll_images: int = 0,
-    weights: Mapping[str, str] | None = None,
-) -> Inputs:
-    """Everything that is there, by INPUT_KEYS; the path `none` leaves an input out. `weights`: extractor -> path.
+
+def find_inputs(config: EvaluateConfig, device: torch.device) -> Inputs:
+    """Everything that exists; the path `none` leaves an input out.
 
     Raises ValueError for an input that is broken or unfinished, and if inputs do not belong together.
     """
-    found = Inputs()
-    found.samples = _data_set(paths, "samples", "sample", found)
-    if paths["reference"].endswith(".npz"):
-        found.reference = read_published(Path(paths["reference"]))
-    else:
-        found.reference = _data_set(paths, "reference", "pack", found, limit=reference_images)
-    found.training = _data_set(paths, "training", "pack", found, split="train", limit=training_images)
-    found.codes = _data_set(paths, "codes", "extract_codes", found, limit=nll_images)
-    if found.codes is not None:
-        found.train_codes = _data_set(paths, "codes", "extract_codes", found, split="train")
-    for key in (key for key in INPUT_KEYS if key == "vqvae" or key.startswith(("prior_", "classifier_"))):
+    absent: dict[str, str] = {}
+    extractor_weights = {config.extractor: config.weights}
+
+    def find(key: str, load: Callable[[str], T]) -> T | None:
+        path = getattr(config, key)
+        if path == "none":
+            absent[key] = f"{key}=none"
+            return None
         try:
-            if key in CLASSIFIERS and paths[key] != "none":
-                found.classifiers[key.removeprefix("classifier_")] = ImageClassifier.load(paths[key], device, weights)
-            else:
-                _load_model(paths, key, device, weights_kind, checkpoint, found)
+            return load(path)
         except FileNotFoundError as error:
-            found.absent[key] = f"{key}={paths[key]}: {error}" if paths[key] not in str(error) else f"{key}: {error}"
-    _check(paths, found)
-    return found
+            absent[key] = f"{key}: {error}" if path in str(error) else f"{key}={path}: {error}"
+            return None
+
+    def data(key: str, made_by: str, split: str = "holdout", limit: int = 0) -> DataSet | None:
+        folder = find(key, lambda path: resolve(path, split, made_by=made_by))
+        return DataSet(getattr(config, key), folder, Manifest.load(folder), limit) if folder else None
+
+    def vqvae(path: str) -> Source:
+        return load_vqvae(path, device=device, weights_kind=config.weights_kind, checkpoint=config.checkpoint)
+
+    def prior(path: str) -> Source:
+        return load_prior(path, device=device, weights_kind=config.weights_kind)
+
+    def classifier(path: str) -> ImageClassifier:
+        return ImageClassifier.load(path, device, extractor_weights)
+
+    def reference() -> DataSet | PublishedReference | None:
+        if config.reference.endswith(".npz"):
+            return read_published(Path(config.reference))
+        return data("reference", "pack", limit=config.reference_images)
+
+    inputs = Inputs(
+        samples=data("samples", "sample"),
+        reference=reference(),
+        training=data("training", "pack", "train", config.training_images),
+        codes=(codes := data("codes", "extract_codes", limit=config.nll_images)),
+        train_codes=data("codes", "extract_codes", "train") if codes else None,
+        vqvae=find("vqvae", vqvae),
+        priors=_present({level: find(f"prior_{level}", prior) for level in LEVELS}),
+        classifiers=_present({name: find(f"classifier_{name}", classifier) for name in LEARNED_FROM}),
+        absent=absent,
+    )
+    _check(config, inputs)
+    return inputs
 
 
-def _data_set(
-    paths: Mapping[str, str], key: str, made_by: str, found: Inputs, *, split: str = "holdout", limit: int = 0
-) -> DataSet | None:
-    path = paths[key]
-    if path == "none":
-        found.absent[key] = f"{key}=none"
-        return None
-    try:
-        folder = resolve(path, split, made_by=made_by)
-    except FileNotFoundError as error:
-        found.absent[key] = f"{key}: {error}"
-        return None
-    return DataSet(path, folder, Manifest.load(folder), limit)
+def _present(values: Mapping[str, T | None]) -> dict[str, T]:
+    return {name: value for name, value in values.items() if value is not None}
 
 
-def _load_model(
-    paths: Mapping[str, str], key: str, device: torch.device, weights_kind: str, checkpoint: int, found: Inputs
-) -> None:
-    if paths[key] == "none":
-        found.absent[key] = f"{key}=none"
-    elif key == "vqvae":
-        found.vqvae = load_vqvae(paths[key], device=device, weights_kind=weights_kind, checkpoint=checkpoint)
-    else:
-        found.priors[key.removeprefix("prior_")] = load_prior(paths[key], device=device, weights_kind=weights_kind)
+# --- do they belong together? -----------------------------------------------------------------------------------------
 
 
-def _check(paths: Mapping[str, str], found: Inputs) -> None:
+def _check(config: EvaluateConfig, inputs: Inputs) -> None:
     for key in ("samples", "reference", "training"):
-        data = getattr(found, key)
+        data = getattr(inputs, key)
         if isinstance(data, DataSet) and data.manifest.kind == "codes":
             raise ValueError(f"{key}={data.name}: images are needed, this is a data set of codes")
-    if found.codes is not None and found.codes.manifest.kind != "codes":
-        raise ValueError(f"codes={paths['codes']}: code shards are needed, these are {found.codes.manifest.kind}")
-    _check_tokenizers(paths, found)
-    if isinstance(found.reference, DataSet) and found.samples is not None:
-        mine, theirs = found.samples.resolution, found.reference.resolution
-        if None not in (mine, theirs) and mine != theirs:
-            raise ValueError(
-                f"samples={paths['samples']}: images of {mine} px, but reference={paths['reference']} has {theirs} px"
-            )
-    if isinstance(found.reference, DataSet):
-        if found.reference.manifest.kind == "samples":
-            raise ValueError(
-                f"reference={paths['reference']}: these are samples; are samples= and reference= the wrong way round?"
-            )
-        for name, classifier in found.classifiers.items():
-            _check_classifier(paths, name, classifier.source.description, found, found.reference)
+    if inputs.codes is not None and inputs.codes.manifest.kind != "codes":
+        raise ValueError(f"codes={config.codes}: code shards are needed, these are {inputs.codes.manifest.kind}")
+    _check_tokenizers(config, inputs)
+    if isinstance(inputs.reference, DataSet):
+        _check_reference(config, inputs.samples, inputs.reference)
+        for name, classifier in inputs.classifiers.items():
+            _check_classifier(config, name, classifier.source.description, inputs, inputs.reference)
 
 
-def _check_classifier(
-    paths: Mapping[str, str], name: str, about: Mapping[str, Any], found: Inputs, reference: DataSet
-) -> None:
-    """A classifier must have learned from what its key says, from this evaluation's inputs, and not from the test."""
-    key = f"classifier_{name}"
-    where = f"{key}={paths[key]}"
-    if about["learned_from"] != LEARNED_FROM[name]:
-        raise ValueError(f"{where}: learned from {about['learned_from']}, expected {LEARNED_FROM[name]}")
-    if about["classes"] != list(reference.manifest.classes):
-        theirs = f"{len(about['classes'])} classes, reference={paths['reference']} {len(reference.manifest.classes)}"
-        raise ValueError(f"{where}: has other classes than the reference ({theirs})")
-    if reference.resolution not in (None, about["resolution"]):
-        raise ValueError(f"{where}: takes images of {about['resolution']} px, the reference has {reference.resolution}")
-    if about["data"] == reference.manifest.fingerprint:
-        raise ValueError(f"{where}: learned from the very images it would be tested on, reference={paths['reference']}")
-    belongs = {
-        "samples": ("data", "samples", found.samples.manifest.fingerprint if found.samples else None),
-        "reconstructions": ("vqvae", "vqvae", found.vqvae.fingerprint if found.vqvae else None),
-    }
-    field_name, other, expected = belongs.get(name, ("", "", None))
-    if expected is not None and about[field_name] != expected:
+def _check_reference(config: EvaluateConfig, samples: DataSet | None, reference: DataSet) -> None:
+    ours, theirs = samples and samples.resolution, reference.resolution
+    if None not in (ours, theirs) and ours != theirs:
         raise ValueError(
-            f"{where}: learned from {other} {about[field_name]}, but {other}={paths[other]} is {expected}; "
-            f"train it again or leave it out with {key}=none"
+            f"samples={config.samples}: images of {ours} px, but reference={config.reference} has {theirs} px"
+        )
+    if reference.manifest.kind == "samples":
+        raise ValueError(
+            f"reference={config.reference}: these are samples; are samples= and reference= the wrong way round?"
         )
 
 
-def _check_tokenizers(paths: Mapping[str, str], found: Inputs) -> None:
+def _check_tokenizers(config: EvaluateConfig, inputs: Inputs) -> None:
     """Codes and priors must be of the VQ-VAE, or without one of each other."""
-    tokenizers = {"vqvae": found.vqvae.fingerprint} if found.vqvae else {}
-    if found.codes is not None:
-        tokenizers["codes"] = found.codes.manifest.extra["tokenizer"]
-    for level, prior in found.priors.items():
+    tokenizers = {"vqvae": inputs.vqvae.fingerprint} if inputs.vqvae else {}
+    if inputs.codes is not None:
+        tokenizers["codes"] = inputs.codes.manifest.extra["tokenizer"]
+    for level, prior in inputs.priors.items():
+        key = f"prior_{level}"
         if prior.description["level"] != level:
-            raise ValueError(
-                f"prior_{level}={paths[f'prior_{level}']}: this is a prior of the {prior.description['level']} level"
-            )
-        tokenizers[f"prior_{level}"] = prior.description["tokenizer"]
+            raise ValueError(f"{key}={getattr(config, key)}: this is a prior of the {prior.description['level']} level")
+        tokenizers[key] = prior.description["tokenizer"]
     for key, tokenizer in tokenizers.items():
         first, expected = next(iter(tokenizers.items()))
         if tokenizer != expected:
             raise ValueError(
-                f"{key}={paths[key]} belongs to the tokenizer {tokenizer}, but {first}={paths[first]} to {expected}"
+                f"{key}={getattr(config, key)} belongs to the tokenizer {tokenizer}, "
+                f"but {first}={getattr(config, first)} to {expected}"
             )
+
+
+def _check_classifier(
+    config: EvaluateConfig, name: str, about: Mapping[str, Any], inputs: Inputs, reference: DataSet
+) -> None:
+    """A classifier must have learned from what its key says, from this evaluation's inputs, and not from the test."""
+    key = f"classifier_{name}"
+    where = f"{key}={getattr(config, key)}"
+    if about["learned_from"] != LEARNED_FROM[name]:
+        raise ValueError(f"{where}: learned from {about['learned_from']}, expected {LEARNED_FROM[name]}")
+    if about["classes"] != list(reference.manifest.classes):
+        theirs = f"{len(about['classes'])} classes, reference={config.reference} {len(reference.manifest.classes)}"
+        raise ValueError(f"{where}: has other classes than the reference ({theirs})")
+    if reference.resolution not in (None, about["resolution"]):
+        raise ValueError(f"{where}: takes images of {about['resolution']} px, the reference has {reference.resolution}")
+    if about["data"] == reference.manifest.fingerprint:
+        raise ValueError(f"{where}: learned from the very images it would be tested on, reference={config.reference}")
+    belongs = {
+        "samples": ("data", "samples", inputs.samples.manifest.fingerprint if inputs.samples else None),
+        "reconstructions": ("vqvae", "vqvae", inputs.vqvae.fingerprint if inputs.vqvae else None),
+    }
+    field_name, other, expected = belongs.get(name, ("", "", None))
+    if expected is not None and about[field_name] != expected:
+        raise ValueError(
+            f"{where}: learned from {other} {about[field_name]}, but {other}={getattr(config, other)} is {expected}; "
+            f"train it again or leave it out with {key}=none"
+        )

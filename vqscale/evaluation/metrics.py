@@ -1,7 +1,8 @@
 """Numbers from features, images and code counts held in memory.
 
-In: features or logits [n, F], uint8 images, histograms of codes.  Out: plain floats.
+In: features or logits, uint8 images, histograms of codes.  Out: plain floats.
 Arguments come in the order (generated, real) everywhere.
+Shapes: m generated and n real images, f features, c logits, k codes.
 """
 
 import math
@@ -9,7 +10,10 @@ import math
 import numpy as np
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Float64, Shaped, UInt8
 from torch import Tensor
+
+from vqscale.evaluation.statistics import FeatureSet, frechet_distance
 
 KID_SUBSET_SIZE = 1000
 PRC_NEIGHBOURS = 3  # k of Kynkäänniemi et al. 2019
@@ -28,7 +32,15 @@ def _need(metric: str, needed: int, **sizes: int) -> None:
             raise TooFew(f"{metric} needs at least {needed} images, there are {n} {name}")
 
 
-def kid(generated: Tensor, real: Tensor, subset_size: int = KID_SUBSET_SIZE) -> float:
+def frechet(generated: FeatureSet, real: FeatureSet, layer: str = "pooled") -> float:
+    """Fréchet distance between the pooled or the spatial features. Raises TooFew where a set has no covariance."""
+    a, b = ((one.spatial if layer == "spatial" else one.gaussian) for one in (generated, real))
+    if a is None or b is None:
+        raise TooFew(f"a covariance needs at least 2 images, there are {generated.n} and {real.n}")
+    return frechet_distance(a, b)
+
+
+def kid(generated: Float[Tensor, "m f"], real: Float[Tensor, "n f"], subset_size: int = KID_SUBSET_SIZE) -> float:
     """Kernel distance: the mean of the unbiased polynomial MMD^2 over 100 subsets (Bińkowski et al. 2018).
 
     Raises TooFew where a subset can't be drawn.
@@ -40,7 +52,7 @@ def kid(generated: Tensor, real: Tensor, subset_size: int = KID_SUBSET_SIZE) -> 
     return scores[KEY_METRIC_KID_MEAN]
 
 
-def inception_score(logits: Tensor) -> float:
+def inception_score(logits: Float[Tensor, "n c"]) -> float:
     """exp(E KL(p(y|x) | p(y))), the mean over 10 parts (Salimans et al. 2016). Raises TooFew below 10 images."""
     from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
 
@@ -48,7 +60,7 @@ def inception_score(logits: Tensor) -> float:
     return isc_features_to_metric(logits, ISC_SPLITS)[KEY_METRIC_ISC_MEAN]
 
 
-def precision_recall(generated: Tensor, real: Tensor) -> tuple[float, float]:
+def precision_recall(generated: Float[Tensor, "m f"], real: Float[Tensor, "n f"]) -> tuple[float, float]:
     """Improved precision and recall, k = 3 (Kynkäänniemi et al. 2019): the share of generated images inside the
     real ones' neighbourhoods, and the reverse. Raises TooFew below k + 1 images."""
     from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
@@ -64,7 +76,9 @@ def precision_recall(generated: Tensor, real: Tensor) -> tuple[float, float]:
     return scores[KEY_METRIC_PRECISION], scores[KEY_METRIC_RECALL]
 
 
-def density_coverage(generated: Tensor, real: Tensor, neighbours: int = DENSITY_NEIGHBOURS) -> tuple[float, float]:
+def density_coverage(
+    generated: Float[Tensor, "m f"], real: Float[Tensor, "n f"], neighbours: int = DENSITY_NEIGHBOURS
+) -> tuple[float, float]:
     """Density and coverage, k = 5 (Naeem et al. 2020, eq. 6 and 7). Raises TooFew below k + 1 real images.
 
     Density: how many real neighbourhoods a generated image lies in, over k (may exceed 1). Coverage: the share of
@@ -83,20 +97,24 @@ def density_coverage(generated: Tensor, real: Tensor, neighbours: int = DENSITY_
     return inside / (neighbours * len(generated)), covered / len(real)
 
 
-def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB per image, peak 255: uint8 [b, 3, h, w] twice -> float64 [b].
+def psnr(a: UInt8[Tensor, "b 3 h w"], b: UInt8[Tensor, "b 3 h w"]) -> Float64[Tensor, " b"]:
+    """Peak signal-to-noise ratio in dB per image, peak 255.
 
     Identical images count as differing by a thousandth of a step in each value (108 dB), not infinity.
     """
-    error = (a.double() - b.double()).square().flatten(1).mean(1).clamp_min(1e-6)
-    return 10 * torch.log10(255**2 / error)
+    return psnr_of((a.double() - b.double()).square().flatten(1).mean(1), peak=255, floor=1e-6)
 
 
-def ssim(a: Tensor, b: Tensor) -> Tensor:
-    """Structural similarity per image: uint8 [b, 3, h, w] twice -> float64 [b].
+def psnr_of(error: Float[Tensor, " b"], *, peak: float, floor: float) -> Float[Tensor, " b"]:
+    """PSNR in dB of mean squared errors, of values in a range of `peak`; errors below `floor` count as that."""
+    return 10 * torch.log10(peak**2 / error.clamp_min(floor))
 
-    Wang et al. 2004, section III.B: Gaussian window of 11 with deviation 1.5, K1 = 0.01, K2 = 0.03, places where the
-    window fits, mean over the three channels. Images below 11 pixels take the largest odd window that fits.
+
+def ssim(a: UInt8[Tensor, "b 3 h w"], b: UInt8[Tensor, "b 3 h w"]) -> Float64[Tensor, " b"]:
+    """Structural similarity per image.
+
+    Wang et al. 2004, section III.B: Gaussian window of 11 with deviation 1.5, K1 = 0.01, K2 = 0.03, positions where
+    the window fits, mean over the three channels. Images below 11 pixels take the largest odd window that fits.
     """
     size = min(11, *(side - 1 + side % 2 for side in a.shape[-2:]))
     window = _gaussian_window(size, 1.5, a.device)
@@ -122,21 +140,21 @@ def _blur(x: Tensor, window: Tensor) -> Tensor:
     return F.conv2d(x, rows.expand(channels, 1, 1, -1), groups=channels)
 
 
-def entropy(histogram: np.ndarray) -> float:
-    """Entropy of the codes' frequencies in nats: counts [K] -> float."""
+def entropy(histogram: Shaped[np.ndarray, " k"]) -> float:
+    """Entropy of the codes' frequencies in nats, from their counts."""
     p = histogram[histogram > 0] / histogram.sum()
     return float(-(p * np.log(p)).sum())
 
 
-def perplexity(histogram: np.ndarray) -> float:
+def perplexity(histogram: Shaped[np.ndarray, " k"]) -> float:
     """exp(entropy): the number of equally used codes that would be as varied."""
     return math.exp(entropy(histogram))
 
 
-def order0_entropy(held_out: np.ndarray, train: np.ndarray) -> float:
+def order0_entropy(held_out: Shaped[np.ndarray, " k"], train: Shaped[np.ndarray, " k"]) -> float:
     """Nats per code that a model of the training frequencies alone pays on held-out codes (add-one smoothing).
 
-    What a prior must beat. held_out, train: counts [K].
+    What a prior must beat.
     """
     p = (train + 1.0) / (train.sum() + len(train))
     return float(-(held_out * np.log(p)).sum() / held_out.sum())

@@ -1,7 +1,8 @@
-"""How well a VQ-VAE reproduces images: what to compute of a batch, what all batches come to, and examples.
+"""How well a VQ-VAE reproduces images: errors, the distance between the two sets, the usage of codes, and examples.
 
-In: a model in evaluation mode, batches of images, the parts of a pass.  Out: Reconstructions, equal at any number of
-ranks, and pictures to look at.
+In: a `Bench`, a VQ-VAE and reference images.  Out: scores, equal at any number of ranks, and `ReconstructionResults`:
+the figures, and pictures for the report.
+Shapes: b images, m examples, h w pixels, k codes.
 """
 
 from dataclasses import dataclass
@@ -10,20 +11,33 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from vqscale.batch import Batch
 from vqscale.data.cache import Cache
 from vqscale.data.images import to_float, to_uint8
-from vqscale.evaluation.collect import feature_rows, part_collector
-from vqscale.evaluation.features import Extractor
+from vqscale.evaluation.features import Extractor, PerceptualDistance
 from vqscale.evaluation.gallery import images_at
-from vqscale.evaluation.inputs import DataSet
-from vqscale.evaluation.metrics import psnr, ssim
-from vqscale.evaluation.parts import Rows, finished, parts_of
-from vqscale.evaluation.perceptual import PerceptualDistance
+from vqscale.evaluation.inputs import DataSet, Inputs
+from vqscale.evaluation.metrics import frechet, psnr, ssim
+from vqscale.evaluation.passes import (
+    Bench,
+    Rows,
+    chunk_collector,
+    chunked_pass,
+    chunks_of_rank,
+    feature_rows,
+    features_of,
+    finished,
+)
+from vqscale.evaluation.scores import Score, is_published_set, keys_of, score_or_null, why_not_comparable
 from vqscale.evaluation.statistics import FeatureSet
+from vqscale.sources import Source
 from vqscale.topology import Topology
+
+USAGE = ("perplexity", "used_codes")  # taken from the reconstructions' codes where there are no code shards
+_DISTANCES = ("reconstruction_fid", "reconstruction_fd_lite0")
 
 
 @dataclass(frozen=True)
@@ -31,7 +45,7 @@ class Reconstructions:
     """Figures of n images.
 
     mse: of the plain output in [-1, 1] units, as in training. psnr, ssim, lpips: means over images of the uint8
-    pictures; lpips is None where it was not computed. usage: counts [K] per level.
+    pictures; lpips is None where it was not computed. usage: counts [k] by level.
     """
 
     n: int
@@ -45,11 +59,71 @@ class Reconstructions:
 
 @dataclass(frozen=True)
 class Examples:
-    """originals, pictures: uint8 [m, 3, R, R], spread evenly over a set. names: of their classes."""
+    """Images spread evenly over a set, what the VQ-VAE makes of them, and the names of their classes."""
 
-    originals: Tensor
-    pictures: Tensor
+    originals: UInt8[Tensor, "m 3 h w"]
+    pictures: UInt8[Tensor, "m 3 h w"]
     names: list[str]
+
+
+@dataclass(frozen=True)
+class ReconstructionResults:
+    """The figures, from which codes take their usage, and examples for the report."""
+
+    figures: Reconstructions | None = None
+    examples: Examples | None = None
+
+
+def score_reconstructions(bench: Bench, inputs: Inputs) -> ReconstructionResults:
+    """Errors of the VQ-VAE on the reference images, and the distance between them and what it makes of them."""
+    scores, config = bench.scores, bench.config
+    wanted = scores.pending(keys_of("reconstruction"))
+    if inputs.vqvae is None:
+        scores.leave_out(wanted, inputs.absent["vqvae"])
+        return ReconstructionResults()
+    if not isinstance(inputs.reference, DataSet):
+        scores.leave_out(wanted, inputs.why_no_images())
+        return ReconstructionResults()
+    data, model = inputs.reference, inputs.vqvae.model
+    if data.resolution not in (None, model.resolution):
+        sizes = f"images of {data.resolution} px, but the VQ-VAE takes {model.resolution} px"
+        raise ValueError(f"reference={data.name}: {sizes}")
+    count_codes = inputs.codes is None and scores.wants(*USAGE)
+    return ReconstructionResults(
+        _score(bench, inputs.vqvae, data) if wanted or count_codes else None,
+        examples_of(model, data, config.num_reconstructions, bench.topology, bench.shards)
+        if config.num_reconstructions
+        else None,
+    )
+
+
+def _score(bench: Bench, source: Source, data: DataSet) -> Reconstructions:
+    scores, resolution = bench.scores, source.description["resolution"]
+    distances = scores.pending(_DISTANCES)
+    extractor, perceptual = (bench.extractor if distances else None), bench.perceptual
+    networks = [network.weights_sha256 for network in (extractor, perceptual) if network is not None]
+    facts = {"vqvae": source.fingerprint, "data": data.manifest.fingerprint, "n": data.n, "networks": networks}
+    rows = reconstruction_rows(source.model, bench.topology, extractor, perceptual)
+    with chunked_pass(bench, facts, data, resolution, rows, "reconstructions") as folder:
+        figures = gather_reconstructions(
+            folder, source.model, data.n, bench.topology, extractor, perceptual is not None
+        )
+    about, published = data.describe(), is_published_set(data.manifest, data.n)
+
+    def reason(extractor: Extractor | None = None, verified: bool = True) -> str:
+        return why_not_comparable(extractor, n=data.n, published_reference=published, verified=verified)
+
+    for key, value in (("reconstruction_mse", figures.mse), ("psnr", figures.psnr), ("ssim", figures.ssim)):
+        scores.put(key, Score(value, data.n, about, comparable_with_papers=not reason(), reason=reason()))
+    if perceptual is not None:
+        network, why = ("vgg16, LPIPS 0.1", perceptual.weights_sha256, "none"), reason(verified=perceptual.verified)
+        scores.put("lpips", Score(figures.lpips, data.n, about, *network, comparable_with_papers=not why, reason=why))
+    if (generated := figures.features) is not None:
+        real = features_of(bench, data, resolution)
+        for key in distances:
+            distance = score_or_null(lambda: frechet(generated, real), data.n, about, extractor, reason(extractor))
+            scores.put(key, distance)
+    return figures
 
 
 def reconstruction_rows(
@@ -64,12 +138,12 @@ def reconstruction_rows(
         output = vqvae(target)
         picture = to_uint8(output.reconstruction)
         error = (output.reconstruction.double() - target.double()).square().flatten(1).mean(1)
-        found = {"mse": error, "psnr": psnr(picture, image), "ssim": ssim(picture, image)}
+        values = {"mse": error, "psnr": psnr(picture, image), "ssim": ssim(picture, image)}
         if perceptual is not None:
-            found["lpips"] = perceptual(picture, image)
+            values["lpips"] = perceptual(picture, image)
         for name, codes in zip(vqvae.level_names, output.codes, strict=True):
-            found[f"codes/{name}"] = codes.int()
-        return found | (feature_rows(extractor(picture)) if extractor is not None else {})
+            values[f"codes/{name}"] = codes.int()
+        return values | (feature_rows(extractor(picture)) if extractor is not None else {})
 
     return rows
 
@@ -77,37 +151,36 @@ def reconstruction_rows(
 def gather_reconstructions(
     folder: Path, vqvae: Any, total: int, topology: Topology, extractor: Extractor | None, with_lpips: bool
 ) -> Reconstructions:
-    """All parts of all ranks as one. Every rank must call it."""
+    """All chunks of all ranks as one. Every rank must call it."""
     names = ["mse", "psnr", "ssim"] + ["lpips"] * with_lpips
-    sums = torch.zeros(len(names), dtype=torch.float64, device=topology.device)
-    usage = {
-        name: torch.zeros(vqvae.num_codes, dtype=torch.int64, device=topology.device) for name in vqvae.level_names
-    }
-    collector = part_collector(total, vqvae.resolution, extractor, topology) if extractor is not None else None
-    for part, found in finished(folder, parts_of(total)[topology.rank :: topology.world_size]):
-        sums += torch.stack([found[name].double().sum() for name in names]).to(topology.device)
-        for name, histogram in usage.items():
-            histogram += torch.bincount(found[f"codes/{name}"].flatten(), minlength=len(histogram)).to(topology.device)
+    device = topology.device
+    sums = torch.zeros(len(names), dtype=torch.float64, device=device)
+    usage = {name: torch.zeros(vqvae.num_codes, dtype=torch.int64, device=device) for name in vqvae.level_names}
+    collector = chunk_collector(total, vqvae.resolution, extractor, topology) if extractor is not None else None
+    for chunk, rows in finished(folder, chunks_of_rank(total, topology)):
+        sums += torch.stack([rows[name].double().sum() for name in names]).to(device)
+        for name, counts in usage.items():
+            counts += torch.bincount(rows[f"codes/{name}"].flatten(), minlength=len(counts)).to(device)
         if collector is not None:
-            collector.add_part(part, found)
+            collector.add_chunk(chunk, rows)
     for tensor in (sums, *usage.values()):
         topology.all_reduce_(tensor)
     mse, ratio, similarity, *distance = (sums / total).tolist()
-    counts = {name: histogram.cpu().numpy() for name, histogram in usage.items()}
+    on_cpu = {name: counts.cpu().numpy() for name, counts in usage.items()}
     features = collector.finish() if collector is not None else None
-    return Reconstructions(total, mse, ratio, similarity, distance[0] if distance else None, counts, features)
+    return Reconstructions(total, mse, ratio, similarity, distance[0] if distance else None, on_cpu, features)
 
 
 @torch.inference_mode()
 def examples_of(vqvae: Any, data: DataSet, count: int, topology: Topology, cache: Cache | None) -> Examples:
     """`count` > 0 images and what the VQ-VAE makes of them. Raises ValueError for a damaged one."""
-    found = images_at(data.folder, data.manifest, spread(data.n, count).tolist(), vqvae.resolution, cache)
-    originals = torch.stack([image for image, _ in found])
+    images = images_at(data.folder, data.manifest, spread(data.n, count).tolist(), vqvae.resolution, cache)
+    originals = torch.stack([image for image, _ in images])
     pictures = to_uint8(vqvae(to_float(originals.to(topology.device))).reconstruction).cpu()
-    return Examples(originals, pictures, [name for _, name in found])
+    return Examples(originals, pictures, [name for _, name in images])
 
 
-def spread(total: int, count: int) -> Tensor:
-    """`count` positions (at most `total`) spread evenly over 0 … total - 1, increasing: int64."""
+def spread(total: int, count: int) -> Int64[Tensor, " m"]:
+    """`count` positions (at most `total`) spread evenly over 0 … total - 1, increasing."""
     count = min(total, count)
     return (2 * torch.arange(count) + 1) * total // (2 * max(1, count))

@@ -17,8 +17,8 @@ from markupsafe import Markup
 from torch import Tensor
 
 from vqscale.evaluation.figures import ERROR_FULL, curves_svg, error_map, png_bytes, usage_svg
-from vqscale.evaluation.neighbours import Neighbours
 from vqscale.evaluation.reconstructions import Examples
+from vqscale.evaluation.samples import Neighbours
 from vqscale.evaluation.scores import Score, is_of_curve, metric_of
 
 # What the papers state. Grade P: read in the paper or the authors' code; S: transcribed by a secondary source. Values

@@ -18,8 +18,8 @@ from vqscale.evaluation import report
 from vqscale.evaluation.figures import grid_png, metrics_of_run
 from vqscale.evaluation.gallery import first_of_each_class
 from vqscale.evaluation.inputs import DataSet, Inputs
-from vqscale.evaluation.neighbours import Neighbours
 from vqscale.evaluation.reconstructions import Examples
+from vqscale.evaluation.samples import Neighbours
 from vqscale.evaluation.scores import Score, Scores, is_of_curve
 from vqscale.files import read_json, write_atomically, write_json
 from vqscale.sources import Source

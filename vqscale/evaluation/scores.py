@@ -5,43 +5,45 @@ In: values as they are computed.  Out: one object per metric, in a fixed order; 
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vqscale.data.shards import Manifest
 from vqscale.evaluation.features import Extractor
+from vqscale.evaluation.metrics import TooFew
 
 PAPERS_SAMPLES = 50_000  # generated images behind the FID, IS, precision and recall of the papers
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric's name on the page, what it is measured in, which way is better, and the inputs it stands on."""
+    """A metric's name on the page, what it is measured in, which way is better, and what it needs."""
 
     key: str
     label: str
     unit: str
     better: str  # lower | higher | ""
     family: str  # samples | reconstruction | codes | nll | cas
+    features: str = ""  # the extractor that it is named after, or `any`; "" = it needs no features
 
 
 _TABLE = (
-    ("fid", "FID", "", "lower", "samples"),
-    ("sfid", "sFID (spatial features)", "", "lower", "samples"),
-    ("fd_lite0", "FD-lite0", "", "lower", "samples"),
-    ("kid", "KID", "", "lower", "samples"),
-    ("inception_score", "Inception score", "", "higher", "samples"),
-    ("precision", "Precision", "", "higher", "samples"),
-    ("recall", "Recall", "", "higher", "samples"),
-    ("density", "Density", "", "higher", "samples"),
-    ("coverage", "Coverage", "", "higher", "samples"),
+    ("fid", "FID", "", "lower", "samples", "inception"),
+    ("sfid", "sFID (spatial features)", "", "lower", "samples", "inception"),
+    ("fd_lite0", "FD-lite0", "", "lower", "samples", "lite0"),
+    ("kid", "KID", "", "lower", "samples", "any"),
+    ("inception_score", "Inception score", "", "higher", "samples", "any"),
+    ("precision", "Precision", "", "higher", "samples", "any"),
+    ("recall", "Recall", "", "higher", "samples", "any"),
+    ("density", "Density", "", "higher", "samples", "any"),
+    ("coverage", "Coverage", "", "higher", "samples", "any"),
     ("reconstruction_mse", "Reconstruction MSE", "in [-1, 1] units", "lower", "reconstruction"),
     ("psnr", "Reconstruction PSNR", "dB", "higher", "reconstruction"),
     ("ssim", "Reconstruction SSIM", "", "higher", "reconstruction"),
     ("lpips", "Reconstruction LPIPS", "", "lower", "reconstruction"),
-    ("reconstruction_fid", "Reconstruction FID", "", "lower", "reconstruction"),
-    ("reconstruction_fd_lite0", "Reconstruction FD-lite0", "", "lower", "reconstruction"),
+    ("reconstruction_fid", "Reconstruction FID", "", "lower", "reconstruction", "inception"),
+    ("reconstruction_fd_lite0", "Reconstruction FD-lite0", "", "lower", "reconstruction", "lite0"),
     ("nll", "NLL", "nats per code", "lower", "nll"),
     ("bits_per_code", "NLL", "bits per code", "lower", "nll"),
     ("nll_shuffled_class", "NLL with shuffled classes", "nats per code", "", "nll"),
@@ -55,6 +57,11 @@ _TABLE = (
     ("cas_top5", "CAS top-5", "", "higher", "cas"),
 )
 METRICS = {row[0]: Metric(*row) for row in _TABLE}
+
+
+def keys_of(family: str) -> list[str]:
+    """The keys of a family's metrics, in the table's order."""
+    return [metric.key for metric in METRICS.values() if metric.family == family]
 
 
 @dataclass(frozen=True)
@@ -107,6 +114,10 @@ class Scores:
         """Whether any of these metrics is to be computed."""
         return any(name in self.wanted for name in names)
 
+    def pending(self, names: Iterable[str]) -> list[str]:
+        """Those of the names that are to be computed and have not been left out."""
+        return [name for name in names if name in self.wanted and name not in self.left_out]
+
     def put(self, key: str, score: Score) -> None:
         """Record a score if it is wanted; `key` may end in a level."""
         if self.wants(key.split("/")[0]):
@@ -129,6 +140,17 @@ class Scores:
         order = list(METRICS)
         keys = sorted(self.found, key=lambda key: order.index(key.split("/")[0]))  # stable: levels stay top first
         return {key: dataclasses.asdict(self.found[key]) for key in keys}
+
+
+def score_or_null(
+    compute: Callable[[], float], n: int, reference: str | None, extractor: Extractor | None, reason: str
+) -> Score:
+    """A score; where there are too few images, one without a value."""
+    name, sha256, resize = (extractor.name, extractor.weights_sha256, extractor.resize) if extractor else (None,) * 3
+    try:
+        return Score(float(compute()), n, reference, name, sha256, resize, not reason, reason)
+    except TooFew as few:
+        return Score(None, n, reference, name, sha256, resize, False, str(few))
 
 
 def describe_set(manifest: Manifest, path: str, n: int) -> str:

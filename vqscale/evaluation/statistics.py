@@ -1,12 +1,14 @@
-"""Feature statistics on disk, without pickle: a cache of our own, and ADM's reference files.
+"""Feature statistics: streaming moments, the Fréchet distance, and both on disk without pickle.
 
-In: a FeatureSet and the facts that it is true for.  Out: `<key>.safetensors`, the key being a sha256 of those facts
-(weights, preprocessing, data fingerprint, n, split); read back only under the same facts.
+In: features [n, F] with weights 0 or 1, on any number of ranks.  Out: `Gaussian`s and a `FeatureSet`; on disk
+`<key>.safetensors`, the key being a sha256 of the facts that the set is true for (weights, preprocessing, data
+fingerprint, n, split), read back only under the same facts. ADM's reference files are read too.
+Shapes: n images, f features, s spatial features, c logits, h w pixels.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,25 +18,109 @@ import numpy as np
 import safetensors
 import safetensors.torch
 import torch
+from jaxtyping import Float, Float32, Float64, Int, UInt8
 from torch import Tensor
 
-from vqscale.evaluation.moments import Gaussian
 from vqscale.files import write_atomically
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Mean and unbiased covariance of n samples."""
+
+    n: int
+    mean: Float64[Tensor, "f"]
+    covariance: Float64[Tensor, "f f"]
+
+
+class Moments:
+    """n, sum f and sum f f^T in float64. Ranks may add unequal numbers of samples; `reduce_` makes them one."""
+
+    def __init__(self, width: int, device: torch.device | str = "cpu"):
+        # One buffer, so that ranks are summed in one collective: [n, sum f, sum f f^T].
+        self._buffer = torch.zeros(1 + width + width * width, dtype=torch.float64, device=device)
+        self.width = width
+
+    def add(self, features: Float[Tensor, "b f"], weight: Float[Tensor, " b"] | None = None) -> None:
+        """weight: 0 (padding) and 1; None = all 1."""
+        kept = features if weight is None else features[weight > 0]
+        kept = kept.to(self._buffer.device, torch.float64)
+        self._buffer[0] += len(kept)
+        self._buffer[1 : 1 + self.width] += kept.sum(0)
+        self._outer.addmm_(kept.T, kept)
+
+    @property
+    def _outer(self) -> Tensor:
+        return self._buffer[1 + self.width :].view(self.width, self.width)
+
+    @property
+    def n(self) -> int:
+        """Samples added so far."""
+        return int(self._buffer[0].item())
+
+    def reduce_(self, all_reduce: Callable[[Tensor], Tensor]) -> None:
+        """Sum over ranks, once, after the last `add`."""
+        all_reduce(self._buffer)
+
+    def gaussian(self) -> Gaussian:
+        """Mean and unbiased covariance. Raises ValueError below 2 samples."""
+        n = self.n
+        if n < 2:
+            raise ValueError(f"moments of {n} images: a covariance needs at least 2")
+        mean = self._buffer[1 : 1 + self.width] / n
+        covariance = (self._outer - n * torch.outer(mean, mean)) / (n - 1)
+        return Gaussian(n, mean.cpu(), ((covariance + covariance.T) / 2).cpu())
+
+
+def moments_of(features: Float[Tensor, "n f"]) -> Gaussian:
+    """The Gaussian of features in memory."""
+    moments = Moments(features.shape[1])
+    moments.add(features)
+    return moments.gaussian()
+
+
+def frechet_distance(a: Gaussian, b: Gaussian) -> float:
+    """|mean_a - mean_b|^2 + tr(A) + tr(B) - 2 tr((A B)^(1/2)) (Heusel et al. 2017, eq. 6), in float64.
+
+    With factors A = F F^T and B = G G^T the last trace is the sum of the singular values of F^T G: the eigenvalues of
+    A B are their squares, and no matrix root is taken of a product that isn't symmetric. Below zero only by rounding,
+    then 0.
+    """
+    if a.mean.shape != b.mean.shape:
+        raise ValueError(f"features of different widths: {len(a.mean)} and {len(b.mean)}")
+    shift = (a.mean - b.mean).square().sum()
+    cross = torch.linalg.svdvals(_factor(a.covariance).T @ _factor(b.covariance)).sum()
+    return max(0.0, float(shift + a.covariance.trace() + b.covariance.trace() - 2 * cross))
+
+
+def _factor(covariance: Float[Tensor, "f f"]) -> Float[Tensor, "f r"]:
+    """F with F F^T = covariance; directions without variance are left out."""
+    values, vectors = torch.linalg.eigh(covariance)
+    kept = values > values[-1].clamp_min(0) * len(values) * torch.finfo(torch.float64).eps
+    return vectors[:, kept] * values[kept].sqrt()
 
 
 @dataclass(frozen=True)
 class FeatureSet:
     """What the metrics need to know of n images.
 
-    gaussian, spatial: None below 2 images or where there are no such features. features: float32 [m, F] and logits
-    [m, C] of the first m <= n images in stored order, on the CPU.
+    gaussian, spatial: None below 2 images or where there are no such features. features, logits: of the first m <= n
+    images in stored order, on the CPU.
     """
 
     n: int
     gaussian: Gaussian | None
     spatial: Gaussian | None
-    features: Tensor
-    logits: Tensor
+    features: Float32[Tensor, "m f"]
+    logits: Float32[Tensor, "m c"]
+
+    def subset(self, rows: Int[Tensor, " k"]) -> "FeatureSet":
+        """These rows alone, without spatial features."""
+        features = self.features[rows]
+        return FeatureSet(len(rows), moments_of(features) if len(rows) > 1 else None, None, features, self.logits[rows])
+
+
+# --- on disk ---------------------------------------------------------------------------------------------------------
 
 
 def key_of_facts(facts: Mapping[str, Any]) -> str:
@@ -47,14 +133,14 @@ def statistics_path(folder: Path, facts: Mapping[str, Any]) -> Path:
     return folder / f"{key_of_facts(facts)[:24]}.safetensors"
 
 
-def save_statistics(path: Path, found: FeatureSet, facts: Mapping[str, Any]) -> None:
+def save_statistics(path: Path, statistics: FeatureSet, facts: Mapping[str, Any]) -> None:
     """Write atomically."""
-    tensors = {"features": found.features.contiguous(), "logits": found.logits.contiguous()}
-    for name, gaussian in (("pooled", found.gaussian), ("spatial", found.spatial)):
+    tensors = {"features": statistics.features.contiguous(), "logits": statistics.logits.contiguous()}
+    for name, gaussian in (("pooled", statistics.gaussian), ("spatial", statistics.spatial)):
         if gaussian is not None:
             tensors[f"{name}.mean"] = gaussian.mean.contiguous()
             tensors[f"{name}.covariance"] = gaussian.covariance.contiguous()
-    about = json.dumps({"key": key_of_facts(facts), "n": found.n, "facts": dict(facts)}, sort_keys=True)
+    about = json.dumps({"key": key_of_facts(facts), "n": statistics.n, "facts": dict(facts)}, sort_keys=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, safetensors.torch.save(tensors, {"statistics": about}))
 
@@ -83,11 +169,11 @@ def load_statistics(path: Path, facts: Mapping[str, Any]) -> FeatureSet:
 
 @dataclass(frozen=True)
 class PublishedReference:
-    """ADM's npz: moments of a whole set and a part of its images, uint8 [m, 3, h, w] (None where it has none)."""
+    """ADM's npz: moments of a whole set and, where it has them, some of its images."""
 
     gaussian: Gaussian
     spatial: Gaussian | None
-    images: Tensor | None
+    images: UInt8[Tensor, "m 3 h w"] | None
 
 
 def read_published(path: Path) -> PublishedReference:

@@ -1,4 +1,4 @@
-"""Features part by part: the same at any number of ranks, and after a kill."""
+"""Features chunk by chunk: the same at any number of ranks, and after a kill."""
 
 import json
 import signal
@@ -11,16 +11,15 @@ from support.distributed import run_ranks, started
 from support.extractors import projection
 
 from vqscale import cli
-from vqscale.evaluation import parts
-from vqscale.stages import evaluate
+from vqscale.evaluation import passes
 
 METRICS = "[fd_lite0, kid, inception_score, precision, recall, density, coverage, reconstruction_fd_lite0, psnr, ssim]"
 
 
 def evaluated(run_dir: str, config: str, words: list[str], pause: float = 0.0) -> int:
-    parts.PART = 8
+    passes.CHUNK = 8
     extractor = projection(calls=Path(f"{run_dir}.calls"), pause=pause)
-    evaluate.load_extractor = lambda *_args, **_more: extractor  # type: ignore[assignment]
+    passes.load_extractor = lambda *_args, **_more: extractor  # type: ignore[assignment]
     return cli.main(["evaluate", config, *words])
 
 
@@ -72,10 +71,10 @@ def test_killed_and_run_again_on_other_ranks_gives_the_same(
     assert run_ranks(evaluated, 1, str(killed), config, words) == [0]
     assert values(killed) == pytest.approx(values(whole), rel=1e-10)
     again = len(Path(f"{killed}.calls").read_text().splitlines()) - before
-    assert again <= len(Path(f"{whole}.calls").read_text().splitlines()) - 2 * kept + 2  # two batches of a part spared
+    assert again <= len(Path(f"{whole}.calls").read_text().splitlines()) - 2 * kept + 2  # two batches of a chunk spared
 
 
-def test_a_damaged_part_is_computed_again(tmp_path: Path) -> None:
-    path = parts.path_of(tmp_path, range(0, 8))
+def test_a_damaged_chunk_is_computed_again(tmp_path: Path) -> None:
+    path = passes.chunk_path(tmp_path, range(0, 8))
     path.write_bytes(b"no tensors")
-    assert parts.unfinished(tmp_path, [range(0, 8)]) == [range(0, 8)]
+    assert passes.unfinished(tmp_path, [range(0, 8)]) == [range(0, 8)]

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from vqscale.evaluation.nll import (
+from vqscale.evaluation.codes import (
     bits_per_dim,
     likelihood,
     other_classes,

@@ -1,0 +1,376 @@
+"""A pass over a data set chunk by chunk, each chunk a file: what was computed before a kill is not computed again.
+
+In: a `Bench`, a data set, and a function of batches of images.  Out: rows of named tensors, or a FeatureSet.
+A chunk is a run of consecutive images, the same at any number of ranks. Ranks take turns at the chunks, so that a run
+that goes on with more or fewer ranks uses the chunks of the earlier one. Padding counts for nothing; a chunk with an
+image that can't be read is not kept, and a missing image is an error.
+Shapes: b images, f features, s spatial features, c logits.
+"""
+
+import math
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import safetensors
+import safetensors.torch
+import torch
+from jaxtyping import Float, Int, Shaped, UInt8
+from torch import Tensor
+from tqdm import tqdm
+
+from vqscale.batch import Batch
+from vqscale.data.cache import Cache
+from vqscale.data.images import ImageReader
+from vqscale.data.sequential import SequentialBatches, read_runs, sequential_batches
+from vqscale.evaluation.features import (
+    NEED_A_PATH,
+    Extractor,
+    Features,
+    MissingPackage,
+    PerceptualDistance,
+    load_extractor,
+    load_lpips,
+)
+from vqscale.evaluation.inputs import DataSet, EvaluateConfig
+from vqscale.evaluation.scores import METRICS, Scores
+from vqscale.evaluation.statistics import FeatureSet, Moments, load_statistics, save_statistics, statistics_path
+from vqscale.files import write_atomically
+from vqscale.runtime import Run, log
+from vqscale.topology import Topology
+
+CHUNK = 256  # images; of Inception's features some 5 MB
+KEPT = 50_000  # images whose features are held in memory, for the metrics that compare pairs
+
+Rows = Callable[[Batch], dict[str, Tensor]]  # a batch -> what to keep of it, tensors of [b, ...]
+T = TypeVar("T", covariant=True)
+
+
+class Series(Protocol[T]):
+    """What can be iterated and knows its length."""
+
+    def __iter__(self) -> Iterator[T]: ...
+    def __len__(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every family works with: the run and its config, the scores so far, and the networks."""
+
+    config: EvaluateConfig
+    run: Run
+    scores: Scores
+    extractor: Extractor | None = None
+    perceptual: PerceptualDistance | None = None
+    shards: Cache = field(default_factory=Cache)
+
+    @property
+    def topology(self) -> Topology:
+        return self.run.topology
+
+    @property
+    def statistics(self) -> Path:
+        """The folder of cached statistics and chunks."""
+        return self.run.run_dir / "statistics"
+
+    def batches(self, data: DataSet, resolution: int) -> SequentialBatches:
+        """This rank's batches of a data set's images."""
+        return sequential_batches(
+            data.folder,
+            batch=self.config.batch,
+            rank=self.topology.rank,
+            world_size=self.topology.world_size,
+            limit=data.limit,
+            **self._reading(resolution),
+        )
+
+    def runs(self, data: DataSet, resolution: int, runs: Sequence[range]) -> SequentialBatches:
+        """Batches of a data set's images at runs of positions."""
+        return read_runs(data.folder, runs, block=self.config.batch, **self._reading(resolution))
+
+    def _reading(self, resolution: int) -> dict[str, Any]:
+        bad, workers = self.run.run_dir / "bad.jsonl", self.config.workers
+        return {"read": ImageReader(resolution), "workers": workers, "bad_path": bad, "cache": self.shards}
+
+    def watch(self, batches: Series[T], title: str) -> Iterator[T]:
+        """The batches, equally many on every rank, under a progress bar; between two of them all ranks may stop."""
+        main = self.topology.is_main
+        for batch in tqdm(batches, desc=title, total=len(batches), unit="batch", disable=not main):
+            if reason := self.run.stop_agreed():
+                self.run.stop(reason)
+            yield batch
+
+    def share(self, batches: Series[T], title: str) -> Iterator[T]:
+        """The same for ranks that have different numbers of batches; they leave it together."""
+        main = self.topology.is_main
+        with self.run.stoppable(), tqdm(total=len(batches), desc=title, unit="batch", disable=not main) as bar:
+            for batch in batches:
+                self.run.poll()
+                yield batch
+                bar.update()
+
+
+# --- the networks -----------------------------------------------------------------------------------------------------
+
+
+def open_bench(config: EvaluateConfig, run: Run, scores: Scores) -> Bench:
+    """With the networks that the metrics need; metrics whose network is absent are left out."""
+    extractor = _open_extractor(config, run, scores)
+    return Bench(config, run, scores, extractor, _open_perceptual(config, run, scores), Cache.of(config))
+
+
+def _open_extractor(config: EvaluateConfig, run: Run, scores: Scores) -> Extractor | None:
+    """A missing package or path matters only if a metric of features is asked for by name."""
+    keys = [metric.key for metric in METRICS.values() if metric.features]
+    extractor, why_none = None, "no metric of features was asked for"
+    if scores.wants(*keys):
+        extractor, why_none = _load_extractor(config, run)
+    if extractor is None:
+        scores.leave_out(keys, why_none)
+        return None
+    if not extractor.verified:
+        _warn_of_origin("weights", config.weights)
+    for key in keys:
+        needed = METRICS[key].features
+        if needed not in ("any", extractor.name):
+            scores.leave_out([key], f"it is named after the features of extractor={needed}, this is {extractor.name}")
+    if extractor.name == "vgg16":
+        scores.leave_out(["inception_score"], "vgg16 is used for its features, not its classes")
+    return extractor
+
+
+def _load_extractor(config: EvaluateConfig, run: Run) -> tuple[Extractor | None, str]:
+    """The extractor, or why there is none."""
+    if config.extractor in NEED_A_PATH and not config.weights:
+        return None, f"extractor={config.extractor} needs weights=PATH, {NEED_A_PATH[config.extractor]}"
+    try:
+        return load_extractor(
+            config.extractor,
+            weights=config.weights,
+            allow_unverified_weights=config.allow_unverified_weights,
+            device=run.topology.device,
+        ), ""
+    except MissingPackage as error:
+        return None, str(error)
+
+
+def _open_perceptual(config: EvaluateConfig, run: Run, scores: Scores) -> PerceptualDistance | None:
+    if not scores.wants("lpips"):
+        return None
+    perceptual, why_none = None, f"lpips needs vgg16_weights=PATH, {NEED_A_PATH['vgg16']}"
+    if config.vgg16_weights:
+        try:
+            perceptual = load_lpips(config.vgg16_weights, config.allow_unverified_weights, run.topology.device)
+        except MissingPackage as error:
+            why_none = str(error)
+    if perceptual is None:
+        scores.leave_out(["lpips"], why_none)
+    elif not perceptual.verified:
+        _warn_of_origin("vgg16_weights", config.vgg16_weights)
+    return perceptual
+
+
+def _warn_of_origin(key: str, path: str) -> None:
+    log.warning("%s=%s are of unknown origin: none of its numbers is comparable with papers", key, path)
+
+
+# --- chunks -----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def chunked_pass(
+    bench: Bench, facts: Mapping[str, Any], data: DataSet, resolution: int, rows: Rows, title: str
+) -> Iterator[Path]:
+    """The folder of a pass's chunks, all of them there; removed at the end.
+
+    Raises ValueError on all ranks if an image can't be read.
+    """
+    topology, folder = bench.topology, statistics_path(bench.statistics, facts).with_suffix("")
+    missing = unfinished(folder, chunks_of_rank(data.n, topology))
+    batches = bench.runs(data, resolution, missing)
+    unread = compute_chunks(folder, missing, bench.share(batches, title), rows, bench.config.batch)
+    if unread := sum(topology.gather(unread)):
+        raise ValueError(f"{unread} of {data.n} images could not be read: bad.jsonl names them")
+    yield folder
+    topology.barrier()
+    if topology.is_main:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def chunks_of(total: int) -> list[range]:
+    """0 … total - 1 in runs of CHUNK, the last one shorter."""
+    return [range(first, min(total, first + CHUNK)) for first in range(0, total, CHUNK)]
+
+
+def chunks_of_rank(total: int, topology: Topology) -> list[range]:
+    return chunks_of(total)[topology.rank :: topology.world_size]
+
+
+def chunk_path(folder: Path, chunk: range) -> Path:
+    """Where a chunk is kept."""
+    return folder / f"{chunk.start:09d}-{chunk.stop:09d}.safetensors"
+
+
+def unfinished(folder: Path, chunks: Iterable[range]) -> list[range]:
+    """The chunks that are not there or can't be read."""
+    return [chunk for chunk in chunks if _load(folder, chunk) is None]
+
+
+def compute_chunks(folder: Path, chunks: Iterable[range], batches: Iterable[Batch], rows: Rows, block: int) -> int:
+    """Write the rows of every chunk; `batches` are `read_runs` over just these chunks, in blocks of `block`.
+
+    Returns how many images could not be read.
+    """
+    stream, unread = iter(batches), 0
+    for chunk in chunks:
+        blocks = [_kept(next(stream), rows) for _ in range(math.ceil(len(chunk) / block))]
+        tensors = {name: torch.cat([some[name] for some in blocks]).contiguous() for name in blocks[0]}
+        missing = len(chunk) - len(next(iter(tensors.values())))
+        if not missing:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(chunk_path(folder, chunk), safetensors.torch.save(tensors))
+        unread += missing
+    for _ in stream:  # ends it: ranks leave together
+        raise AssertionError("more batches than chunks")
+    return unread
+
+
+def _kept(batch: Batch, rows: Rows) -> dict[str, Tensor]:
+    """The rows of samples that count, on the CPU."""
+    kept = batch["weight"] > 0
+    return {name: value.cpu()[kept] for name, value in rows(batch).items()}
+
+
+def finished(folder: Path, chunks: Iterable[range]) -> Iterator[tuple[range, dict[str, Tensor]]]:
+    """(chunk, its rows) for each chunk that is there."""
+    for chunk in chunks:
+        rows = _load(folder, chunk)
+        if rows is not None:
+            yield chunk, rows
+
+
+def _load(folder: Path, chunk: range) -> dict[str, Tensor] | None:
+    try:
+        tensors = safetensors.torch.load_file(chunk_path(folder, chunk))
+    except (OSError, safetensors.SafetensorError):
+        return None
+    return tensors if tensors and all(len(rows) == len(chunk) for rows in tensors.values()) else None
+
+
+# --- features ---------------------------------------------------------------------------------------------------------
+
+
+class Collector:
+    """Adds up the features of `total` images, wherever they are computed; `finish` brings the ranks together."""
+
+    def __init__(self, extractor: Extractor, total: int, topology: Topology, keep: int = KEPT):
+        self._extractor, self._total, self._topology = extractor, total, topology
+        self._kept = min(total, keep)
+        self._moments: dict[str, Moments] = {}
+        self._rows: list[tuple[Tensor, Tensor, Tensor]] = []  # positions, features, logits; on the CPU
+
+    def add(self, images: UInt8[Tensor, "b 3 h w"], position: Int[Tensor, " b"], weight: Float[Tensor, " b"]) -> None:
+        """position: in 0 … total - 1; weight: 0 (padding) and 1."""
+        self.add_features(self._extractor(images), position, weight)
+
+    def add_features(self, features: Features, position: Int[Tensor, " b"], weight: Float[Tensor, " b"]) -> None:
+        """What the extractor said of the images at these positions."""
+        for name, values in (("pooled", features.pooled), ("spatial", features.spatial)):
+            if values is not None:
+                if name not in self._moments:
+                    self._moments[name] = Moments(values.shape[1], values.device)
+                self._moments[name].add(values, weight)
+        rows = ((weight > 0) & (position < self._kept)).nonzero().flatten()
+        pooled, logits = (values[rows].float().cpu() for values in (features.pooled, features.logits))
+        self._rows.append((position[rows].cpu(), pooled, logits))
+
+    def add_chunk(self, chunk: range, rows: Mapping[str, Tensor]) -> None:
+        """A chunk of a pass that kept `feature_rows`."""
+        names = [name for name in ("pooled", "logits", "spatial") if name in rows]
+        features = Features(**{name: rows[name].to(self._topology.device) for name in names})
+        self.add_features(features, torch.arange(chunk.start, chunk.stop), torch.ones(len(chunk)))
+
+    def finish(self) -> FeatureSet:
+        """The features of all ranks. Every rank must call it. Raises ValueError if images are missing."""
+        for moments in self._moments.values():
+            moments.reduce_(self._topology.all_reduce_)
+        n = self._moments["pooled"].n
+        if n != self._total:
+            raise ValueError(f"{self._total - n} of {self._total} images could not be read: bad.jsonl names them")
+        position, features, logits = (torch.cat(column) for column in zip(*self._rows, strict=True))
+        gaussians = {name: moments.gaussian() for name, moments in self._moments.items() if n > 1}
+        return FeatureSet(
+            n,
+            gaussians.get("pooled"),
+            gaussians.get("spatial"),
+            gather_rows(features, position, self._kept, self._topology),
+            gather_rows(logits, position, self._kept, self._topology),
+        )
+
+
+def gather_rows(
+    rows: Shaped[Tensor, "b *row"], position: Int[Tensor, " b"], total: int, topology: Topology
+) -> Shaped[Tensor, "n *row"]:
+    """Each rank's rows at their positions among all n = `total`: a sum in which every row has one summand."""
+    whole = torch.zeros(total, *rows.shape[1:], dtype=rows.dtype)
+    whole[position] = rows
+    return topology.all_reduce_(whole.to(topology.device)).cpu()
+
+
+def collect_images(
+    images: UInt8[Tensor, "n 3 h w"], extractor: Extractor, topology: Topology, batch: int
+) -> FeatureSet:
+    """Features of images that every rank holds."""
+    collector = Collector(extractor, len(images), topology)
+    stride = topology.world_size * batch
+    for first in range(topology.rank * batch, max(len(images), stride), stride):
+        position = torch.arange(first, first + batch)
+        rows = images[position.clamp_max(len(images) - 1)].to(topology.device)
+        weight = (position < len(images)).float()
+        collector.add(rows, position.to(topology.device), weight.to(topology.device))
+    return collector.finish()
+
+
+def feature_rows(features: Features) -> dict[str, Tensor]:
+    """What a chunk keeps of features: float32, `spatial` only where there is one."""
+    tensors = {"pooled": features.pooled, "logits": features.logits, "spatial": features.spatial}
+    return {name: value.float() for name, value in tensors.items() if value is not None}
+
+
+def chunk_collector(total: int, resolution: int, extractor: Extractor, topology: Topology) -> Collector:
+    """A collector of chunks, which knows the features' widths on a rank that has no chunk, too."""
+    collector = Collector(extractor, total, topology)
+    blank = torch.zeros(1, 3, resolution, resolution, dtype=torch.uint8, device=topology.device)
+    collector.add(blank, torch.zeros(1, dtype=torch.int64), torch.zeros(1))
+    return collector
+
+
+def features_of(bench: Bench, data: DataSet, resolution: int) -> FeatureSet:
+    """Features of a data set's images, cached under everything that they depend on. Every rank must call it."""
+    assert bench.extractor is not None
+    extractor, topology = bench.extractor, bench.topology
+    facts = {
+        "weights": extractor.weights_sha256,
+        "preprocessing": f"centre crop to {resolution}; {extractor.preprocessing}",
+        "data": data.manifest.fingerprint,
+        "n": data.n,
+        "split": data.folder.name,
+    }
+    path = statistics_path(bench.statistics, facts)
+    if all(topology.gather(path.is_file())):
+        return load_statistics(path, facts)
+
+    def rows(batch: Batch) -> dict[str, Tensor]:
+        return feature_rows(extractor(batch["image"].to(topology.device)))
+
+    with chunked_pass(bench, facts, data, resolution, rows, f"features of {data.folder.name}") as folder:
+        collector = chunk_collector(data.n, resolution, extractor, topology)
+        for chunk, kept in finished(folder, chunks_of_rank(data.n, topology)):
+            collector.add_chunk(chunk, kept)
+        statistics = collector.finish()
+        if topology.is_main:
+            save_statistics(path, statistics, facts)
+    return statistics

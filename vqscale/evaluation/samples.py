@@ -1,0 +1,391 @@
+"""Samples against reference images: distances, diversity, the curve of rejection sampling, and memorisation.
+
+In: a `Bench`, samples, a reference, training images.  Out: scores, and `SampleResults` for the report. Checks come
+before any number: does the network see what it should, do the metrics give the answers that are known beforehand?
+
+Rejection keeps the samples whose class a classifier is surest of (Razavi et al. 2019, section 3.4 and figure 7). Beside
+its curve stands the distance of as many samples kept at random: that of fewer images is larger for that reason alone.
+Shapes: b images, n samples, m training images or rows of neighbours, f features, k neighbours, h w pixels.
+"""
+
+import functools
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Float64, Int64, UInt8
+from torch import Tensor
+
+from vqscale.data.cache import Cache
+from vqscale.data.parts import read_samples
+from vqscale.evaluation import metrics
+from vqscale.evaluation.classify import CLASS_PROBABILITY
+from vqscale.evaluation.features import Extractor
+from vqscale.evaluation.gallery import images_at
+from vqscale.evaluation.inputs import DataSet, Inputs
+from vqscale.evaluation.metrics import PRC_NEIGHBOURS, precision_recall
+from vqscale.evaluation.passes import Bench, collect_images, features_of
+from vqscale.evaluation.scores import is_published_set, keys_of, score_or_null, why_not_comparable
+from vqscale.evaluation.statistics import FeatureSet, PublishedReference, frechet_distance
+from vqscale.seeding import key_of, mix, uniform
+
+NOISE = (8, 32)  # standard deviations, of 255, that the extractor is tried on
+NEAREST = 3  # training images beside each sample
+_CHECKED_IMAGES = 8
+_MOST_COMPARED, _FEWEST_COMPARED = 1_000, 20  # images whose pairs are compared in a check
+_CLOSE = 0.01  # the share of held-out images that lie as close as "close" means
+_ROWS = 512
+_DISTANCES = ("fid", "fd_lite0")
+_CURVES = (*_DISTANCES, "inception_score", "precision", "recall")
+_SELECTED = "a part of the samples, chosen by a classifier that papers did not use"
+
+
+class CheckFailed(RuntimeError):
+    """The machinery is wrong, not the input."""
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """m samples, closest to the training images first, each with its k nearest ones, nearest first.
+
+    names: of the classes, m lists of 1 + k. summary: one sentence for the report.
+    """
+
+    images: UInt8[Tensor, "m row 3 h w"]  # a row: the sample and its k neighbours
+    distances: Float64[Tensor, "m k"]
+    names: list[list[str]]
+    summary: str
+
+
+@dataclass(frozen=True)
+class SampleResults:
+    """For the report. checks: one line for each that was made."""
+
+    checks: list[str] = field(default_factory=list)
+    neighbours: Neighbours | None = None
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """What samples are measured against. published: whether papers measure against it."""
+
+    features: FeatureSet
+    about: str
+    published: bool
+
+
+def check_rates(rates: Sequence[float]) -> None:
+    """Raises ValueError for a rate that is no share."""
+    for rate in rates:
+        if not 0 < rate <= 1:
+            raise ValueError(f"acceptance={list(rates)}: {rate} is not above 0 and at most 1")
+
+
+def score_samples(bench: Bench, inputs: Inputs) -> SampleResults:
+    """All scores of samples, and the nearest training images of those that lie closest to one."""
+    scores, config = bench.scores, bench.config
+    wanted = scores.pending(keys_of("samples"))
+    for key in ("samples", "reference"):
+        if getattr(inputs, key) is None:
+            scores.leave_out(wanted, inputs.absent[key])
+            return SampleResults()
+    if not wanted:
+        return SampleResults()
+    assert inputs.samples is not None and bench.extractor is not None
+    judged = None
+    if config.acceptance:
+        check_networks(inputs.samples, bench.extractor)
+        judged = read_judged(inputs.samples)
+    generated = features_of(bench, inputs.samples, inputs.resolution_of(inputs.samples))
+    reference = _reference(bench, inputs)
+    checks = check_metrics(reference.features) + _check_extractor_on_reference(bench, inputs)
+    _score(bench, generated, reference)
+    if judged is not None:
+        _score_rejection(bench, judged, generated, reference)
+    neighbours = _neighbours(bench, inputs, generated, reference.features) if config.neighbours else None
+    return SampleResults(checks, neighbours)
+
+
+def _reference(bench: Bench, inputs: Inputs) -> _Reference:
+    reference, where = inputs.reference, bench.config.reference
+    if isinstance(reference, PublishedReference):
+        return _Reference(_published_features(bench, reference, where), where, True)
+    assert reference is not None
+    features = features_of(bench, reference, inputs.resolution_of(reference))
+    return _Reference(features, reference.describe(), is_published_set(reference.manifest, reference.n))
+
+
+def _published_features(bench: Bench, reference: PublishedReference, where: str) -> FeatureSet:
+    """ADM's moments, and features of the images in its file, if it has any.
+
+    Raises ValueError for another extractor than Inception.
+    """
+    extractor = bench.extractor
+    if extractor is None or extractor.name != "inception":
+        raise ValueError(f"reference={where}: holds moments of Inception features; use extractor=inception")
+    if reference.images is None or not len(reference.images):
+        nothing = torch.zeros(0, len(reference.gaussian.mean))
+        return FeatureSet(0, reference.gaussian, reference.spatial, nothing, nothing)
+    own = collect_images(reference.images, extractor, bench.topology, bench.config.batch)
+    return FeatureSet(own.n, reference.gaussian, reference.spatial, own.features, own.logits)
+
+
+# --- scores -----------------------------------------------------------------------------------------------------------
+
+
+def _score(bench: Bench, generated: FeatureSet, reference: _Reference) -> None:
+    """Every metric of samples, by rank 0."""
+    scores, subset_size = bench.scores, bench.config.kid_subset_size
+    if reference.features.spatial is None:
+        scores.leave_out(scores.pending(["sfid"]), "the reference has no moments of spatial features")
+    if not bench.topology.is_main:
+        return
+    compute = _computations(generated, reference.features, subset_size)
+    for key in scores.pending(compute):
+        alone = key == "inception_score"  # needs no reference
+        reason = why_not_comparable(
+            bench.extractor,
+            n=generated.n,
+            published_reference=reference.published or alone,
+            standard=key != "kid" or subset_size == metrics.KID_SUBSET_SIZE,
+        )
+        about = None if alone else reference.about
+        scores.put(key, score_or_null(compute[key], generated.n, about, bench.extractor, reason))
+
+
+def _computations(generated: FeatureSet, real: FeatureSet, kid_subset_size: int) -> dict[str, Callable[[], float]]:
+    """Every metric of samples, none of them computed yet."""
+    manifold = functools.cache(lambda: metrics.precision_recall(generated.features, real.features))
+    density = functools.cache(lambda: metrics.density_coverage(generated.features, real.features))
+    return {
+        "fid": lambda: metrics.frechet(generated, real),
+        "fd_lite0": lambda: metrics.frechet(generated, real),
+        "sfid": lambda: metrics.frechet(generated, real, "spatial"),
+        "kid": lambda: metrics.kid(generated.features, real.features, kid_subset_size),
+        "inception_score": lambda: metrics.inception_score(generated.logits),
+        "precision": lambda: manifold()[0],
+        "recall": lambda: manifold()[1],
+        "density": lambda: density()[0],
+        "coverage": lambda: density()[1],
+    }
+
+
+# --- checks -----------------------------------------------------------------------------------------------------------
+
+
+def _check_extractor_on_reference(bench: Bench, inputs: Inputs) -> list[str]:
+    assert bench.extractor is not None
+    reference = inputs.reference
+    if isinstance(reference, DataSet):
+        first, size = range(min(_CHECKED_IMAGES, reference.n)), inputs.resolution_of(reference)
+        images = [image for image, _ in images_at(reference.folder, reference.manifest, first, size, bench.shards)]
+    else:
+        assert reference is not None
+        images = [] if reference.images is None else list(reference.images[:_CHECKED_IMAGES])
+    return check_extractor(bench.extractor, torch.stack(images).to(bench.topology.device)) if images else []
+
+
+def check_extractor(extractor: Extractor, images: UInt8[Tensor, "b 3 h w"]) -> list[str]:
+    """Noise moves the features of a few images, more noise moves them further. Raises CheckFailed if not."""
+    clean = extractor(images).pooled
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)).to(images.device)
+    moved = []
+    for amount in NOISE:
+        noisy = (images.float() + amount * noise).round().clamp(0, 255).byte()
+        moved.append(float((extractor(noisy).pooled - clean).norm(dim=1).mean()))
+    again = float((extractor(images).pooled - clean).norm(dim=1).mean())
+    ladder = [again, *moved]
+    values = ", ".join(f"{value:.3g}" for value in ladder)
+    rises = ladder == sorted(ladder) and again < 0.01 * moved[0]
+    _require(rises, f"{extractor.name}: noise moves its features by {values}")
+    return [f"Noise of 0, {NOISE[0]} and {NOISE[1]} (of 255) moves the features of {len(images)} images by {values}."]
+
+
+def check_metrics(real: FeatureSet) -> list[str]:
+    """The reference against itself, against copies of one of its images, and the other way round.
+
+    Raises CheckFailed where a metric does not give the answer that is known beforehand.
+    """
+    lines = []
+    if real.gaussian is not None:
+        distance, spread = frechet_distance(real.gaussian, real.gaussian), float(real.gaussian.covariance.trace())
+        _require(distance <= 1e-6 * spread, f"the reference is at distance {distance:.3g} from itself")
+        lines.append(f"The reference is at distance {distance:.2g} from itself (its variance is {spread:.3g}).")
+    features = real.features[:_MOST_COMPARED]
+    if len(features) < _FEWEST_COMPARED:
+        return lines
+    itself = precision_recall(features, features)
+    _require(itself == (1.0, 1.0), f"precision and recall of the reference against itself are {itself}")
+    lines.append("Precision and recall of the reference against itself are 1.")
+    row, radius = _typical(features)
+    if radius > 0:  # else most images have copies in the set
+        copies = features[row].expand(len(features), -1)
+        forth, back = precision_recall(copies, features), precision_recall(features, copies)
+        collapsed = forth[0] > 0.9 and forth[1] <= max(0.1, 2 / len(features))
+        _require(collapsed, f"copies of one image have precision {forth[0]:.3g} and recall {forth[1]:.3g}")
+        _require(back == forth[::-1], f"precision and recall are {forth}, with the sets swapped {back}")
+        lines.append(f"Copies of one image: precision {forth[0]:.3g}, recall {forth[1]:.3g}; swapped sets swap them.")
+    return lines
+
+
+def _typical(features: Float[Tensor, "n f"]) -> tuple[int, float]:
+    """(row, distance of its k-th neighbour): the row of median distance."""
+    radii = torch.cdist(features.double(), features.double()).kthvalue(PRC_NEIGHBOURS + 1).values
+    row = int(radii.argsort()[len(radii) // 2])
+    return row, float(radii[row])
+
+
+def _require(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise CheckFailed(f"self-check: {otherwise}; no score is written")
+
+
+# --- rejection --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What is known of every sample besides its pixels: the probability of its class, and the class."""
+
+    probability: Float64[Tensor, " n"]
+    label: Int64[Tensor, " n"]
+
+
+def check_networks(data: DataSet, extractor: Extractor) -> None:
+    """The network that rejects must not be the one that scores: samples would be chosen for the score itself.
+
+    Raises ValueError naming it.
+    """
+    judge = data.manifest.extra.get("rejection") or {}
+    if judge.get("features_sha256") == extractor.weights_sha256:
+        raise ValueError(
+            f"samples={data.name}: judged on features of {judge['features']} {extractor.weights_sha256[:12]}, the very "
+            f"network that extractor={extractor.name} scores with; choose another, or acceptance=[] for no curve"
+        )
+
+
+def read_judged(data: DataSet) -> Judged | None:
+    """What `vqscale sample rejection=…` stored with the samples; None where it stored nothing.
+
+    Raises ValueError for a sample that lacks it.
+    """
+    if not data.manifest.extra.get("rejection"):
+        return None
+    probabilities, labels = [], []
+    for key, label, parts in read_samples(data.folder, ["json"]):
+        try:
+            probabilities.append(float(json.loads(parts["json"])[CLASS_PROBABILITY]))
+        except (KeyError, ValueError, TypeError):
+            raise ValueError(
+                f"samples={data.name}: {key} has no {CLASS_PROBABILITY}, though the data set says so"
+            ) from None
+        labels.append(label)
+    return Judged(torch.tensor(probabilities, dtype=torch.float64), torch.tensor(labels))
+
+
+def kept_rows(judged: Judged, rate: float, *, seed: int | None = None) -> Int64[Tensor, " k"]:
+    """Rows, increasing: of every class the share `rate` (at least one) that is likeliest, or with a `seed` any."""
+    order = judged.probability
+    if seed is not None:
+        shuffle = mix(seed, key_of("random share"))
+        order = torch.tensor([uniform(shuffle, row) for row in range(len(order))], dtype=torch.float64)
+    rows = []
+    for label in judged.label.unique():
+        of_class = (judged.label == label).nonzero().flatten()
+        count = max(1, round(rate * len(of_class)))
+        rows.append(of_class[order[of_class].argsort(descending=True, stable=True)[:count]])
+    return torch.cat(rows).sort().values
+
+
+def _score_rejection(bench: Bench, judged: Judged, generated: FeatureSet, reference: _Reference) -> None:
+    """The samples' metrics at every rate, as `<metric>/accepted_<rate>`, and `<distance>/random_<rate>` beside them."""
+    if not bench.topology.is_main:
+        return
+    judged = Judged(judged.probability[: len(generated.features)], judged.label[: len(generated.features)])
+    for rate in sorted(bench.config.acceptance, reverse=True):
+        accepted = generated.subset(kept_rows(judged, rate))
+        _score_subset(bench, f"accepted_{rate:.2f}", accepted, reference, _CURVES)
+        if rate < 1:
+            at_random = generated.subset(kept_rows(judged, rate, seed=bench.config.seed))
+            _score_subset(bench, f"random_{rate:.2f}", at_random, reference, _DISTANCES)
+
+
+def _score_subset(bench: Bench, name: str, subset: FeatureSet, reference: _Reference, keys: Iterable[str]) -> None:
+    compute = _computations(subset, reference.features, bench.config.kid_subset_size)
+    for key in bench.scores.pending(keys):
+        score = score_or_null(compute[key], subset.n, reference.about, bench.extractor, _SELECTED)
+        bench.scores.put(f"{key}/{name}", score)
+
+
+# --- nearest training images ------------------------------------------------------------------------------------------
+
+
+def _neighbours(bench: Bench, inputs: Inputs, generated: FeatureSet, real: FeatureSet) -> Neighbours | None:
+    """On rank 0. Raises ValueError without training images: they were asked for."""
+    count = bench.config.neighbours
+    if inputs.training is None:
+        raise ValueError(f"neighbours={count} needs training images: {inputs.absent['training']}")
+    assert inputs.samples is not None
+    resolution = inputs.resolution_of(inputs.samples)
+    training = features_of(bench, inputs.training, resolution)
+    if not bench.topology.is_main:
+        return None
+    return find_neighbours(
+        inputs.samples,
+        generated.features,
+        inputs.training,
+        training.features,
+        real.features,
+        count=count,
+        resolution=resolution,
+        cache=bench.shards,
+    )
+
+
+def nearest(
+    queries: Float[Tensor, "n f"], training: Float[Tensor, "m f"], count: int
+) -> tuple[Float64[Tensor, "n k"], Int64[Tensor, "n k"]]:
+    """(distances, rows) of the k = `count` nearest training features, nearest first."""
+    distances, rows = [], []
+    for part in queries.split(_ROWS):
+        row = torch.cdist(part, training).topk(count, largest=False).indices
+        exact = (part[:, None].double() - training[row].double()).norm(dim=2)  # cdist rounds near 0
+        order = exact.argsort(dim=1, stable=True)
+        distances.append(exact.gather(1, order))
+        rows.append(row.gather(1, order))
+    return torch.cat(distances), torch.cat(rows)
+
+
+def find_neighbours(
+    samples: DataSet,
+    of_samples: Float[Tensor, "n f"],
+    training: DataSet,
+    of_training: Float[Tensor, "m f"],
+    of_held_out: Float[Tensor, "r f"],
+    *,
+    count: int,
+    resolution: int,
+    cache: Cache | None = None,
+) -> Neighbours:
+    """The `count` samples that lie closest to a training image; of_…: features, in stored order."""
+    distances, rows = nearest(of_samples, of_training, min(NEAREST, len(of_training)))
+    closest = distances[:, 0].argsort(stable=True)[:count]
+    images, names = [], []
+    for sample in closest.tolist():
+        one = images_at(samples.folder, samples.manifest, [sample], resolution, cache)
+        others = images_at(training.folder, training.manifest, rows[sample].tolist(), resolution, cache)
+        images.append(torch.stack([image for image, _ in [*one, *others]]))
+        names.append([name for _, name in [*one, *others]])
+    summary = _summary(distances[:, 0], nearest(of_held_out, of_training, 1)[0][:, 0], len(of_training))
+    return Neighbours(torch.stack(images), distances[closest], names, summary)
+
+
+def _summary(of_samples: Float64[Tensor, " n"], of_held_out: Float64[Tensor, " r"], training: int) -> str:
+    close = of_held_out.quantile(_CLOSE)
+    share = (of_samples < close).double().mean()
+    return (
+        f"Median distance to the nearest of {training:,} training images: {of_samples.median():.3g} for "
+        f"{len(of_samples):,} samples, {of_held_out.median():.3g} for {len(of_held_out):,} held-out images. "
+        f"{share:.1%} of the samples are closer than the closest {_CLOSE:.0%} of held-out images."
+    )
