@@ -61,8 +61,8 @@ def test_a_run_from_start_to_end(tiny: TinyConfig) -> None:
 def test_command_json_says_what_really_ran(tiny: TinyConfig) -> None:
     for restarts in range(3):
         with runtime.run(tiny, "tiny") as run:
-            run.describe(precision="fp32")
-            run.describe(resumed_from=0)
+            run.record_facts(precision="fp32")
+            run.record_facts(resumed_from=0)
         facts = read(tiny, "command.json")
         assert facts["restarts"] == restarts
         expected = {"stage": "tiny", "strategy": "single", "engine": "torch", "world_size": 1, "nodes": 1}

@@ -7,14 +7,13 @@ config.yaml, command.json, status.json and log/<rank>.log.  The only importer of
 import contextlib
 import logging
 import os
-import signal
 import socket
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -22,6 +21,7 @@ from vqscale import config as configs
 from vqscale.config import StageConfig
 from vqscale.files import read_json, write_json
 from vqscale.lock import FolderLock
+from vqscale.stopping import Leave, Stoppable, Stopped
 from vqscale.topology import Topology, bring_up, is_first_rank, take_down, under_launcher, world_size
 from vqscale.versions import git_commit, versions
 from vqscale.watchdog import Watchdog
@@ -39,18 +39,7 @@ __all__ = [
 ]
 
 log = logging.getLogger("vqscale")
-T = TypeVar("T")
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 _BOOKKEEPING = {"config.yaml", "command.json", "status.json", "log", ".lock", "metrics.jsonl", "tensorboard", "STOP"}
-STOP_FILE_SECONDS = 1.0  # a run looks for its STOP file at most this often
-
-
-class Stopped(Exception):
-    """The run saved its progress and ended early because it was asked to."""
-
-
-class Leave(Exception):
-    """Work is left early because the run was asked to stop."""
 
 
 class _LogFile(logging.FileHandler):
@@ -64,24 +53,20 @@ class _LogFile(logging.FileHandler):
             super().close()
 
 
-class Run:
+class Run(Stoppable):
     """A stage's run directory, and what this process does for it.
 
     `was_done`: an earlier run of the same config finished here. `resumed`: there was an earlier run.
     """
 
     def __init__(self, config: StageConfig, stage: str, topology: Topology):
+        super().__init__(Path(config.run_dir), topology)
         self.config = config
         self.stage = stage
-        self.topology = topology
-        self.run_dir = Path(config.run_dir)
         self.images_seen = 0
-        self._stop_reason = ""
-        self._stop_file_checked = 0.0
         self._lock: FolderLock | None = None
         self._watchdog: Watchdog | None = None
         self._changes: list[tuple[str, str]] = []  # (warned | allowed, what), since the last start
-        self._beats = 0  # rises with every sign of progress
         self._facts: dict[str, Any] = {}
         self.was_done = False
         self.resumed = False
@@ -109,7 +94,7 @@ class Run:
         if seconds := self.config.watchdog_seconds:
             log_file = self.run_dir / "log" / f"{self.topology.rank}.log"
             self._watchdog = Watchdog(seconds, log_file, self.topology, lambda: self._beats, self._report_standstill)
-        self.describe()
+        self.record_facts()
         self.write_status("running")
 
     def _take_folder(self) -> None:
@@ -167,7 +152,7 @@ class Run:
         if self._lock is not None:
             self._lock.release()
 
-    def describe(self, **facts: Any) -> None:
+    def record_facts(self, **facts: Any) -> None:
         """Add facts about what really runs to command.json; called by all ranks."""
         self._facts.update(facts)
         if not self.topology.is_main:
@@ -212,75 +197,8 @@ class Run:
             write_json(self.run_dir / "status.json", status)
 
     def _report_standstill(self, reason: str) -> None:
-        """By whichever rank notices first: the first rank may be the one that hangs."""
+        """Called by the rank that notices first; rank 0 may be the one that hangs."""
         self._write_status("failed", reason)
-
-    # --- stop requests ----------------------------------------------------------------------------------------------
-
-    def _on_signal(self, number: int, _frame: Any) -> None:
-        if number == signal.SIGINT and self._stop_reason:
-            raise KeyboardInterrupt
-        self._stop_reason = self._stop_reason or signal.Signals(number).name
-
-    def stop_requested(self) -> str:
-        """Why this rank was asked to stop (a signal's name, or a STOP file in the run directory), or "".
-
-        Ranks can differ: agree with `stop_agreed` before acting in a job of several ranks. Who asks is getting on: this
-        is the watchdog's sign of progress.
-        """
-        self._beats += 1
-        now = time.monotonic()
-        if not self._stop_reason and now - self._stop_file_checked > STOP_FILE_SECONDS:
-            self._stop_file_checked = now
-            if (self.run_dir / "STOP").exists():
-                self._stop_reason = "STOP file"
-        return self._stop_reason
-
-    def stop_agreed(self) -> str:
-        """The first reason of any rank, the same on all ranks; "" when nobody was asked. Every rank must call it."""
-        reasons = self.topology.gather(self.stop_requested())
-        return next((reason for reason in reasons if reason), "")
-
-    def stop(self, reason: str) -> None:
-        """End the run as stopped: raises Stopped, after the STOP file that was honoured is taken away."""
-        if self.topology.is_main:
-            (self.run_dir / "STOP").unlink(missing_ok=True)
-        raise Stopped(reason)
-
-    @contextlib.contextmanager
-    def stoppable(self) -> Iterator[None]:
-        """Around work that ranks share without talking to each other: `poll` inside leaves it, and then all ranks stop
-        together. Every rank must enter it."""
-        try:
-            yield
-        except Leave:
-            pass
-        if reason := self.stop_agreed():
-            self.stop(reason)
-
-    def poll(self) -> None:
-        """Inside `stoppable`: leave if this rank was asked to stop; the STOP file tells the other ranks."""
-        if self.stop_requested():
-            with contextlib.suppress(OSError):
-                (self.run_dir / "STOP").touch()
-            raise Leave
-
-    def poll_signals(self) -> None:
-        """Before the first step, with nothing to save: leave on a signal; a STOP file can wait for the step."""
-        self._beats += 1
-        if self._stop_reason:
-            raise Leave
-
-    def poll_together(self) -> None:
-        """Between two parts of the same work of all ranks: all of them leave it if any was asked to stop."""
-        if self.stop_agreed():
-            raise Leave
-
-    def watched(self, batches: Iterable[T]) -> Iterator[T]:
-        """The batches of all ranks, with `poll_together` before each."""
-        for batch in batches:
-            self.poll_together()
-            yield batch
 
     # --- trackers ---------------------------------------------------------------------------------------------------
 
@@ -353,26 +271,24 @@ def run(config: StageConfig, stage: str) -> Iterator[Run]:
     """
     topology = bring_up(config)
     current = Run(config, stage, topology)
-    previous = {number: signal.signal(number, current._on_signal) for number in _SIGNALS}
     orderly = False
     try:
-        current._open()
-        try:
-            yield current
-        except Stopped as stopped:
-            current.write_status("stopped", str(stopped))
+        with current.signals_caught():
+            current._open()
+            try:
+                yield current
+            except Stopped as stopped:
+                current.write_status("stopped", str(stopped))
+                orderly = True
+                raise
+            except BaseException as error:
+                current.write_status("failed", f"{type(error).__name__}: {' '.join(str(error).split())}")
+                current._give_back()
+                log.debug("failed", exc_info=True)  # the traceback, for the log file alone
+                raise
+            current.write_status("done")
             orderly = True
-            raise
-        except BaseException as error:
-            current.write_status("failed", f"{type(error).__name__}: {' '.join(str(error).split())}")
-            current._give_back()
-            log.debug("failed", exc_info=True)  # the traceback, for the log file alone
-            raise
-        current.write_status("done")
-        orderly = True
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
         current._close()
         take_down(orderly)
 

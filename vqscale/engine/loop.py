@@ -17,14 +17,14 @@ from tqdm import tqdm
 
 from vqscale.batch import Batch, to_device
 from vqscale.config import ReadsShards, fingerprint, flatten
-from vqscale.engine.agreement import Agreement, count_bad
 from vqscale.engine.checkpoint import Checkpoint, Checkpointer
 from vqscale.engine.ema import WeightEMA
 from vqscale.engine.metrics import Metrics, drop_lines_beyond
 from vqscale.engine.optim import learning_rate_at
 from vqscale.engine.parallel import Engine
 from vqscale.engine.skipped import SkippedSteps
-from vqscale.runtime import Leave, Run
+from vqscale.runtime import Run
+from vqscale.stopping import Agreement, Leave
 
 log = logging.getLogger("vqscale")
 StepFn = Callable[[Any, Batch], tuple[Tensor, Mapping[str, Tensor]]]
@@ -101,7 +101,7 @@ def loader_options(config: FitConfig, run: Run) -> dict[str, Any]:
 
 class Evaluator(Protocol):
     """Held-out figures at a cadence; `run` is called on all ranks, with the plain model in eval mode. It may raise
-    runtime.Leave, on all ranks alike, when the run was asked to stop: it is then called again when the run goes on."""
+    stopping.Leave, on all ranks alike, when the run was asked to stop: it is then called again when the run goes on."""
 
     every: int
 
@@ -146,7 +146,7 @@ def fit(
         verb = "resuming at" if seen < config.total_images else "nothing left to do: already trained on"
         log.info("%s %s of %s images", verb, f"{seen:,}", f"{config.total_images:,}")
     run.images_seen = resumed_from = seen
-    run.describe(resumed_from=seen, precision=config.precision, bytes_per_rank=_bytes_per_rank(engine, run))
+    run.record_facts(resumed_from=seen, precision=config.precision, bytes_per_rank=_bytes_per_rank(engine, run))
     if topology.is_main:
         drop_lines_beyond(run.run_dir / "metrics.jsonl", seen)
     metrics = Metrics(run.run_dir / "metrics.jsonl", topology, run.start_trackers(config.trackers, seen))
@@ -174,7 +174,7 @@ def fit(
         for index in range(accumulation):
             with clock.waiting_for_data():
                 batch = next(batches)
-            bad += count_bad(batch["bad"].cpu(), len(bad))
+            bad += torch.bincount(batch["bad"].cpu(), minlength=len(bad) + 1)[1:]
             engine.begin(last=index == accumulation - 1)
             with engine.autocast():
                 loss, values = step_fn(engine.model, batch)
