@@ -124,6 +124,19 @@ def test_names_cannot_break_the_page() -> None:
     assert "&lt;b&gt;cats&lt;/b&gt; &amp; dogs" in text and "<b>cats" not in text and "<script>alert" not in text
 
 
+def test_secrets_of_urls_are_not_on_the_page() -> None:
+    url = "https://user:SECRET@host/a b.tar?sig=SECRET"
+    about = {
+        "name": url,
+        "argv": ["pack", f"source={url}"],
+        "config": f"source: {url}\nseed: 0",
+        "transform": {"a": url},
+    }
+    scores = {"fid": Score(1.0, 1, url, reason=url)}
+    text = render(Report(url, url, scores, {"kid": url}, checks=[url], provenance=[about], footer=url))
+    assert "SECRET" not in text and text.count("https://***@host/a b.tar?sig=***") >= 12
+
+
 def test_an_empty_report_says_what_is_missing() -> None:
     text = render(Report(title="empty", subtitle="", scores={}))
     page = check(text)

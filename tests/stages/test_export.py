@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import runpy
 import sys
 from collections.abc import Iterator
@@ -22,7 +23,9 @@ from vqscale.api import VQVAE, sample
 from vqscale.data.images import decode_image, to_float, to_uint8
 from vqscale.data.parts import read_samples
 from vqscale.data.shards import Manifest, resolve
-from vqscale.sources import load_any, load_vqvae
+from vqscale.sources import Source, load_any, load_vqvae
+from vqscale.stages import export
+from vqscale.stages.export import ExportConfig, Exported, card
 
 ROOT = Path(__file__).parents[2]
 MODELS = ("vqvae", "prior_top", "prior_bottom")
@@ -133,6 +136,83 @@ def test_what_cannot_be_exported(
     out = tmp_path / "out"
     assert message in error_of(capsys, "export", *(word.format(runs=whole_chain, out=out) for word in words))
     assert not out.exists()
+
+
+@pytest.mark.parametrize("out", ["{run}", "{run}/export", "{run}/log/export"])
+def test_no_export_goes_into_a_run(chain: Path, capsys: pytest.CaptureFixture[str], out: str) -> None:
+    run = chain / "train_vqvae"
+    before = sorted(run.rglob("*"))
+    assert "is a run directory; choose" in error_of(capsys, "export", run, out.format(run=run))
+    assert sorted(run.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["README.md", "config.json"])
+def test_files_of_others_are_not_replaced(
+    whole_chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    (tmp_path / name).write_text("mine")
+    assert f"{name} was not written by export" in error_of(capsys, "export", whole_chain / "train_vqvae", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "mine"
+
+
+# ---- the card of models that strangers made
+
+HOSTILE = "<script>x</script>|[a](http://b)\n\n# c"
+
+
+def model(level: str = "", name: str = "sha256:one", classes: tuple[str, ...] = ("cat",)) -> Exported:
+    about = {"config": {"downsample": [4]}, "classes": list(classes), "data": "sha256:data", "resolution": 8}
+    about |= {"kind": "prior", "level": level, "grid": [2, 2], "num_codes": 4} if level else {"kind": "vqvae"}
+    return Exported(Source(torch.nn.Linear(1, 1), about, name, Path("nowhere"), "ema", 10), ".")
+
+
+def write_json_files(root: Path, files: dict[str, object]) -> None:
+    for name, value in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(json.dumps(value))
+
+
+def test_foreign_text_stays_text_in_the_card(tmp_path: Path) -> None:
+    argv = ["vqscale", "pack", "a.yaml", f"run_dir={HOSTILE}", "source=http://u:PASSWORD@h/my a.tar?sig=SECRET"]
+    write_json_files(tmp_path, {"pack/command.json": {"stage": "pack", "argv": argv, "device": HOSTILE}})
+    text = card([model(classes=(HOSTILE, "`tick`"))], tmp_path, ExportConfig(licence="mit\nextra: x"))
+    outside_code = [line for line in text.splitlines() if not line.startswith("    ")]
+    assert not any(re.search(r"(?<!\\)[<|\[]\w", line) for line in outside_code if not line.startswith("tags"))
+    assert "\n# c" not in text and "\nextra" not in text
+    assert "SECRET" not in text and "PASSWORD" not in text
+    (command,) = [line for line in text.splitlines() if line.startswith("    vqscale")]
+    assert "'source=http://***@h/my a.tar?sig=***'" in command
+
+
+@pytest.mark.parametrize("level", ["x/../../..", "/etc", "", "Top"])
+def test_the_name_of_a_level_is_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, level: str) -> None:
+    source = model("top").source
+    source.description["level"] = level
+    monkeypatch.setattr(export, "load_any", lambda *_, **__: source)
+    (tmp_path / "runs" / "train_prior_top" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(ValueError, match="is none of top, middle, bottom"):
+        export.main(export.Request(tmp_path / "runs", tmp_path / "out" / "deep", ExportConfig()))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["runs"]
+
+
+@pytest.mark.parametrize(
+    ("drawn_from", "used", "printed"),
+    [
+        ("sha256:one", "sha256:samples", ["FID", "NLL, top"]),
+        ("sha256:earlier", "sha256:samples", ["NLL, top"]),
+        ("sha256:one", "sha256:others", ["NLL, top"]),
+    ],
+)
+def test_scores_of_earlier_samples_are_not_printed(
+    tmp_path: Path, drawn_from: str, used: str, printed: list[str]
+) -> None:
+    scores = {"fid": {"value": 5.0, "n": 9}, "nll/top": {"value": 2.0, "n": 9}, "strange": {"value": 1.0, "n": 1}}
+    samples = {"fingerprint": "sha256:samples", "extra": {"vqvae": "", "priors": {"top": drawn_from}}}
+    inputs = {"prior_top": "sha256:one", "samples": used}
+    files = {"evaluate/scores.json": scores, "evaluate/inputs.json": inputs, "sample/dataset.json": samples}
+    write_json_files(tmp_path, files)
+    text = card([model("top")], tmp_path, ExportConfig())
+    assert [word for word in ("FID", "NLL, top") if f"| {word}" in text] == printed
 
 
 # ---- the Python API

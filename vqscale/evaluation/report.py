@@ -20,6 +20,7 @@ from vqscale.evaluation.figures import ERROR_FULL, curves_svg, error_map, png_by
 from vqscale.evaluation.reconstructions import Examples
 from vqscale.evaluation.samples import Neighbours
 from vqscale.evaluation.scores import Score, is_of_curve, metric_of
+from vqscale.text import redact_url
 
 # What the papers state. Grade P: read in the paper or the authors' code; S: transcribed by a secondary source. Values
 # known from memory only are not listed. (what, value, grade, our key or "")
@@ -89,6 +90,7 @@ def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
+        finalize=lambda value: value if isinstance(value, Markup) else redact_url(str(value)),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -4,24 +4,37 @@ In: a run directory, or the folder of an experiment's runs.  Out: one folder for
 model, `vqvae`, `prior_top`, …, and one card for all of them.
 
 The bytes of model.safetensors depend on the weights only, and the fingerprint is the run's own: codes and priors of the
-run belong to its export.  What a card says is read from the runs; what is not there is not said.
+run belong to its export.  What the card says is read from the runs; facts that are missing are skipped, and scores are
+taken from an evaluation of these very weights only.
 """
 
 import datetime
+import json
+import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import jinja2
+from markupsafe import Markup
+
 from vqscale import config as configs
-from vqscale.evaluation.card import Exported, card
-from vqscale.files import read_json
+from vqscale.data.shards import Manifest, resolve
+from vqscale.evaluation.figures import metrics_of_run
+from vqscale.evaluation.report import format_value, with_unit
+from vqscale.evaluation.scores import METRICS, Score, is_of_curve, metric_of
+from vqscale.files import read_json, write_atomically
 from vqscale.models.pretrained import save_pretrained
 from vqscale.sources import Source, load_any
+from vqscale.text import markdown, printable, redact_url
 
 USAGE = "RUN_DIR OUT_DIR [key=value ...]"
 _OF_COMMAND = ("stage", "strategy", "world_size", "device", "precision", "git_commit", "versions")
 _OF_FOLDER = ("kind", "config", "fingerprint", "weights", "images_seen", "provenance")
+_LEVELS = configs.level_names(3)
 
 
 @dataclass(frozen=True)
@@ -31,7 +44,7 @@ class ExportConfig:
     weights_kind: str = ""  # ema | raw; "" = ema if there is one
     checkpoint: int = 0  # of one run: images seen; 0 = the last checkpoint of a done run
     licence: str = ""  # of the weights, e.g. cc0-1.0; the card says where there is none
-    about: str = ""  # a line for the card: what the images are, where they come from
+    about: str = ""  # a line of Markdown for the card: what the images are, where they come from
 
 
 Config = ExportConfig
@@ -50,6 +63,39 @@ def load(words: Sequence[str]) -> Request:
     return Request(Path(run_dir), Path(out_dir), configs.from_words(ExportConfig, rest))
 
 
+@dataclass(frozen=True)
+class Exported:
+    """A model and the folder that holds it, relative to the card's."""
+
+    source: Source
+    folder: str
+
+    @property
+    def parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.source.model.parameters())
+
+    @cached_property
+    def role(self) -> str:
+        """vqvae | prior_<level> | classifier. Raises ValueError for a level that no model has."""
+        description = self.source.description
+        if description["kind"] != "prior":
+            return description["kind"]
+        if description["level"] not in _LEVELS:
+            raise ValueError(f"{self.source.path}: level {description['level']!r} is none of {', '.join(_LEVELS)}")
+        return f"prior_{description['level']}"
+
+    @property
+    def summary(self) -> str:
+        description = self.source.description
+        if description["kind"] == "vqvae":
+            levels = len(description["config"]["downsample"])
+            return f"VQ-VAE, {description['resolution']} px, {levels} level{'s' * (levels > 1)}"
+        if description["kind"] == "classifier":
+            return f"classifier, {description['resolution']} px, learned from {description['learned_from']}"
+        height, width = description["grid"]
+        return f"prior of the {description['level']} codes, {height}x{width}, K = {description['num_codes']}"
+
+
 def main(request: Request) -> None:
     """Write the folders. Raises ValueError for a run that is not done, FileNotFoundError where there is none."""
     config, out = request.config, request.out_dir
@@ -58,14 +104,13 @@ def main(request: Request) -> None:
     if config.checkpoint and not alone:
         raise ValueError(f"checkpoint={config.checkpoint} is of one run, but {request.run_dir} holds {len(runs)}")
     sources = [load_any(run, weights_kind=config.weights_kind, checkpoint=config.checkpoint) for run in runs]
-    exported = []
-    for source in sources:  # every run is known to be whole before the first is written
-        folder = out if alone else out / _name(source.description)
-        _write(source, folder)
-        exported.append(Exported(source, folder.relative_to(out).as_posix()))
-        print(f"{folder}: {_name(source.description)}, {source.fingerprint}")
-    text = card(exported, runs[0].parent, licence=config.licence, about=config.about)
-    (out / "README.md").write_text(text, encoding="utf-8")
+    models = [Exported(source, "." if alone else Exported(source, "").role) for source in sources]
+    for folder in {out, *(out / one.folder for one in models)}:  # all is checked before the first is written
+        _check_folder(folder)
+    for one in models:
+        _write(one.source, out / one.folder)
+        print(f"{out / one.folder}: {one.role}, {one.source.fingerprint}")
+    write_atomically(out / "README.md", card(models, runs[0].resolve().parent, config))
 
 
 def trained_runs(path: Path) -> list[Path]:
@@ -75,15 +120,26 @@ def trained_runs(path: Path) -> list[Path]:
     """
     if (path / "checkpoints").is_dir():
         return [path]
-    names = ["train_vqvae", *(f"train_prior_{level}" for level in configs.level_names(3))]
-    found = [path / name for name in names if (path / name / "checkpoints").is_dir()]
-    if not found:
+    names = ["train_vqvae", *(f"train_prior_{level}" for level in _LEVELS)]
+    runs = [path / name for name in names if (path / name / "checkpoints").is_dir()]
+    if not runs:
         raise FileNotFoundError(f"{path}: no run of train_vqvae or train_prior there, and no experiment with such runs")
-    return found
+    return runs
 
 
-def _name(description: Mapping[str, Any]) -> str:
-    return "vqvae" if description["kind"] == "vqvae" else f"prior_{description['level']}"
+_OF_RUN = ("config.yaml", "status.json")
+_MARKS = {"README.md": "library_name: vqscale", "config.json": '"fingerprint"'}  # of files that export wrote
+
+
+def _check_folder(folder: Path) -> None:
+    """Raises ValueError for a folder of a run, or with files of others that an export would replace."""
+    for parent in (folder.resolve(), *folder.resolve().parents):
+        if all((parent / name).exists() for name in _OF_RUN):
+            raise ValueError(f"OUT_DIR {folder}: {parent} is a run directory; choose a folder outside it")
+    for name, mark in _MARKS.items():
+        path = folder / name
+        if path.exists() and mark not in path.read_text(errors="replace"):
+            raise ValueError(f"OUT_DIR {folder}: {path} was not written by export; choose another folder")
 
 
 def _write(source: Source, folder: Path) -> None:
@@ -97,8 +153,140 @@ def _write(source: Source, folder: Path) -> None:
 def _provenance(run_dir: Path) -> dict[str, Any]:
     """How the run was made, and when it ended (UTC)."""
     command, status = read_json(run_dir / "command.json"), read_json(run_dir / "status.json")
-    found = {key: command[key] for key in _OF_COMMAND if key in command}
+    facts = {key: command[key] for key in _OF_COMMAND if key in command}
     if "time" in status:
         ended = datetime.datetime.fromtimestamp(int(status["time"]), datetime.timezone.utc)
-        found["ended"] = ended.isoformat()
-    return found
+        facts["ended"] = ended.isoformat()
+    return facts
+
+
+# --- the card ---------------------------------------------------------------------------------------------------------
+
+
+def card(models: Sequence[Exported], experiment: Path, config: ExportConfig) -> str:
+    """Markdown, with the front matter that model hubs read. All that is not ours in it is escaped."""
+    commands = _commands(experiment)
+    scores = next(filter(None, (_scores(models, path) for path in sorted(experiment.glob("evaluate*")))), {})
+    return (
+        _environment()
+        .get_template("card.md")
+        .render(
+            title=experiment.name,
+            about=config.about or "A model trained with vqscale.",
+            licence=config.licence,
+            models=models,
+            kinds={one.source.description["kind"] for one in models},
+            description=models[0].source.description,
+            data=_data(models[0].source, experiment),
+            commands=[_line_of(path, command) for path, command in commands],
+            places=_places([command for _, command in commands]),
+            scores=scores,
+            held_out={} if scores else _last_held_out(models),
+        )
+    )
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        finalize=lambda value: value if isinstance(value, Markup) else markdown(str(value)),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+    environment.filters |= {
+        "code": lambda text: Markup(f"`{printable(text).replace('`', chr(39))}`"),
+        "value": lambda value, key: Markup(format_value(key, value)),
+        "with_unit": with_unit,
+        "yaml": lambda text: Markup(text if re.fullmatch(r"[\w.+-]+", text) else json.dumps(text)),
+    }
+    return environment
+
+
+def _data(source: Source, experiment: Path) -> dict[str, Manifest]:
+    """The data set beside the runs, by split."""
+    stage = "extract_codes" if source.description["kind"] == "prior" else "pack"
+    manifests = {}
+    for split in ("train", "holdout"):
+        try:
+            manifests[split] = Manifest.load(resolve(str(experiment / stage), split))
+        except (ValueError, OSError):
+            continue
+    return manifests
+
+
+_STAGES = (  # in the order in which they run
+    *("pack", "index", "train_vqvae", "extract_codes", "train_prior_*"),
+    *("train_classifier_re*", "sample*", "train_classifier_samples", "evaluate*"),  # re: real, reconstructions
+)
+
+
+def _commands(experiment: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """(file, content) of each run's command.json, in the order of the stages."""
+    paths = (
+        path
+        for pattern in _STAGES
+        for path in sorted(experiment.glob(f"{pattern}/command.json"), reverse="prior" in pattern)
+    )
+    return [(path, read_json(path)) for path in paths]
+
+
+def _line_of(path: Path, command: Mapping[str, Any]) -> str:
+    """The command to type, without secrets."""
+    words, stage = [str(word) for word in command.get("argv", [])[1:]], str(command.get("stage", ""))
+    if words[:1] != [stage]:  # called from a program: what it was given is in its config
+        words = [stage, f"{path.parent.name}/config.yaml"]
+    return "vqscale " + printable(shlex.join(redact_url(word) for word in words))
+
+
+def _places(commands: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Where they ran, each place once: what the command line does not show."""
+    places = []
+    for command in commands:
+        place = {key: command.get(key) for key in ("strategy", "world_size", "device")}
+        place["commit"] = str(command.get("git_commit", ""))[:10]
+        place["torch"] = dict(command.get("versions", {})).get("torch")
+        if place not in places:
+            places.append(place)
+    return sorted(places, key=lambda place: str(list(place.values())))
+
+
+def _scores(models: Sequence[Exported], evaluation: Path) -> dict[str, Score]:
+    """The scores of an evaluation, if it was computed with exactly these models."""
+    used = read_json(evaluation / "inputs.json")
+    if any(used.get(one.role) != one.source.fingerprint for one in models):
+        return {}
+    of_these = _samples_are_of(models, str(used.get("samples")), evaluation.parent)
+    scores = {}
+    for key, value in read_json(evaluation / "scores.json").items():
+        if key.split("/")[0] in METRICS and not is_of_curve(key) and (of_these or not _needs_samples(key)):
+            scores[key] = Score(**value)
+    return {key: score for key, score in scores.items() if score.value is not None}
+
+
+def _needs_samples(key: str) -> bool:
+    return metric_of(key).family == "samples" or key in ("cas_top1", "cas_top5")
+
+
+def _samples_are_of(models: Sequence[Exported], samples: str, experiment: Path) -> bool:
+    """Whether the samples with this fingerprint were drawn from these models and not from earlier weights."""
+    for about in map(read_json, experiment.glob("sample*/dataset.json")):
+        if about.get("fingerprint") == samples:
+            facts = about["extra"]
+            drawn_from = {"vqvae": facts["vqvae"]} | {f"prior_{level}": name for level, name in facts["priors"].items()}
+            return all(drawn_from.get(one.role) == one.source.fingerprint for one in models)
+    return False
+
+
+def _last_held_out(models: Sequence[Exported]) -> dict[str, float]:
+    last: dict[str, float] = {}
+    for source in (one.source for one in models):
+        for line in metrics_of_run(source.path):
+            if line["images_seen"] <= source.images_seen:
+                held_out = {
+                    key: value for key, value in line.items() if key.startswith("held_out/") and value is not None
+                }
+                last |= {key.removeprefix("held_out/"): value for key, value in held_out.items()}
+    return last
