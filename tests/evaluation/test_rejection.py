@@ -16,25 +16,25 @@ from vqscale.evaluation import passes
 from vqscale.evaluation.classify import CLASS_PROBABILITY
 from vqscale.evaluation.features import Extractor
 from vqscale.evaluation.figures import png_bytes
-from vqscale.evaluation.samples import Judged, kept_rows
+from vqscale.evaluation.samples import ClassConfidence, accepted_rows
 from vqscale.evaluation.statistics import frechet_distance, moments_of
 
 CLASSES = ["disc", "stripes", "plain"]
 
 
-def judged(n: int = 40) -> Judged:
-    return Judged(torch.linspace(0, 1, n, dtype=torch.float64), torch.arange(n) % 4)
+def judged(n: int = 40) -> ClassConfidence:
+    return ClassConfidence(torch.linspace(0, 1, n, dtype=torch.float64), torch.arange(n) % 4)
 
 
 def test_the_surest_of_every_class_are_kept() -> None:
-    rows = kept_rows(judged(), 0.2)
+    rows = accepted_rows(judged(), 0.2)
     assert rows.tolist() == list(range(32, 40))  # 2 of the 10 of each class, the last ones
-    assert kept_rows(judged(), 1.0).tolist() == list(range(40))
-    assert kept_rows(judged(), 0.001).tolist() == [36, 37, 38, 39]  # never a class without any
+    assert accepted_rows(judged(), 1.0).tolist() == list(range(40))
+    assert accepted_rows(judged(), 0.001).tolist() == [36, 37, 38, 39]  # never a class without any
 
 
 def test_a_random_share_is_as_large_and_addressed() -> None:
-    one, again, other = (kept_rows(judged(), 0.3, seed=seed).tolist() for seed in (1, 1, 2))
+    one, again, other = (accepted_rows(judged(), 0.3, seed=seed).tolist() for seed in (1, 1, 2))
     assert one == again != other and len(one) == 12
     assert np.bincount(np.array(one) % 4).tolist() == [3, 3, 3, 3]
 
@@ -77,7 +77,7 @@ def test_the_curve_is_that_of_the_kept_samples(world: Any, tmp_path: Path, score
     assert value["fid/accepted_1.00"] == pytest.approx(value["fid"], rel=1e-9)
     assert value["fid/accepted_0.50"] < value["fid/random_0.50"] and "fid/random_1.00" not in value
     assert value["precision/accepted_0.50"] > value["precision/accepted_1.00"]
-    rows = kept_rows(Judged(*_stored(tmp_path / "judged")), 0.5)
+    rows = accepted_rows(ClassConfidence(*_stored(tmp_path / "judged")), 0.5)
     own, real = (moments_of(scorer(x).pooled) for x in (images[rows], world.holdout))
     assert value["fid/accepted_0.50"] == pytest.approx(frechet_distance(own, real), rel=1e-6)
     assert scores["fid/accepted_0.50"]["n"] == len(rows) == 19  # 7 of 14, 6 of 13, 6 of 13

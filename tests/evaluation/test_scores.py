@@ -42,7 +42,7 @@ def test_a_misspelt_metric_names_the_nearest() -> None:
 def test_only_what_was_asked_for_is_kept() -> None:
     scores = Scores(["kid"])
     scores.put("psnr", Score(1.0, 2))
-    assert scores.found == {} and scores.wants("kid", "psnr") and not scores.wants("psnr")
+    assert scores.by_key == {} and scores.wants("kid", "psnr") and not scores.wants("psnr")
 
 
 def test_a_missing_input_is_an_error_only_for_what_was_asked_by_name() -> None:

@@ -1,6 +1,7 @@
-"""Trained classifiers at work: uint8 images -> logits, and how often they are right on a data set.
+"""Trained classifiers: uint8 images -> logits, and their accuracy on a data set.
 
-In: a run of `train_classifier` (or its export), images.  Out: logits [b, C]; top-1 and top-5 accuracy over all ranks.
+In: a run of `train_classifier` (or its export), images.  Out: logits; top-1 and top-5 accuracy over all ranks.
+Shapes: b images, r pixels per side, c classes, f features.
 """
 
 from collections.abc import Iterable, Mapping
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float, Float64, Int, UInt8
 from torch import Tensor
 
 from vqscale.data.images import to_float, to_uint8
@@ -16,19 +18,19 @@ from vqscale.evaluation.features import Extractor, load_extractor
 from vqscale.sources import Source, load_classifier
 from vqscale.topology import Topology
 
-CLASS_PROBABILITY = "class_probability"  # in a sample's json: what the rejection network thinks of its class
+CLASS_PROBABILITY = "class_probability"  # in a sample's json: of its class, by the rejection network
 
 
-def network_input(images: Tensor, extractor: Extractor | None) -> Tensor:
-    """uint8 [b, 3, R, R] -> what a classifier takes: floats in [-1, 1], or the features of a frozen network."""
+def network_input(images: UInt8[Tensor, "b 3 r r"], extractor: Extractor | None) -> Float[Tensor, "b ..."]:
+    """What a classifier takes: floats in [-1, 1], or the features of a frozen network."""
     if extractor is None:
         return to_float(images)
     return extractor(images).pooled.clone()  # a plain tensor, of which a gradient may be taken
 
 
 @torch.no_grad()
-def reconstructed(vqvae: Any, images: Tensor) -> Tensor:
-    """uint8 [b, 3, R, R] -> what a VQ-VAE in eval mode makes of them, uint8 as it would be stored."""
+def reconstructed(vqvae: Any, images: UInt8[Tensor, "b 3 r r"]) -> UInt8[Tensor, "b 3 r r"]:
+    """What a VQ-VAE in eval mode makes of images, as it would be stored."""
     return to_uint8(vqvae(to_float(images)).reconstruction)
 
 
@@ -65,24 +67,24 @@ class ImageClassifier:
         return list(self.source.description["classes"])
 
     @torch.no_grad()
-    def __call__(self, images: Tensor) -> Tensor:
-        """Logits [b, C] of uint8 [b, 3, R, R] on the classifier's device."""
+    def __call__(self, images: UInt8[Tensor, "b 3 r r"]) -> Float[Tensor, "b c"]:
+        """Logits of images on the classifier's device."""
         return self.source.model(network_input(images, self.extractor))
 
     @torch.no_grad()
-    def probabilities_of(self, images: Tensor, labels: Tensor) -> Tensor:
-        """How likely the classifier finds each image's class: float64 [b], on the CPU."""
-        likely = self(images).double().softmax(1)
-        return likely.gather(1, labels[:, None])[:, 0].cpu()
+    def probabilities_of(self, images: UInt8[Tensor, "b 3 r r"], labels: Int[Tensor, " b"]) -> Float64[Tensor, " b"]:
+        """The classifier's probability of each image's class, on the CPU."""
+        probabilities = self(images).double().softmax(1)
+        return probabilities.gather(1, labels[:, None])[:, 0].cpu()
 
     def describe(self) -> dict[str, str]:
-        """What must be known of a network that judges: which one it is, and what it sees with."""
+        """What identifies the classifier and the features that it judges by."""
         about = self.source.description
         return {"classifier": self.source.fingerprint, **{k: about[k] for k in ("features", "features_sha256")}}
 
 
-def hits(logits: Tensor, labels: Tensor) -> Tensor:
-    """float64 [b, 2]: whether the label is the likeliest class, and whether it is among the five likeliest."""
+def hits(logits: Float[Tensor, "b c"], labels: Int[Tensor, " b"]) -> Float64[Tensor, "b 2"]:
+    """Whether the label is the most likely class, and whether it is among the five most likely."""
     order = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
     return torch.stack([order[:, 0], order.any(1)], dim=1).double()
 

@@ -25,6 +25,7 @@ from vqscale.evaluation.inputs import DataSet, Inputs
 from vqscale.evaluation.passes import Bench
 from vqscale.evaluation.reconstructions import USAGE, Reconstructions
 from vqscale.evaluation.scores import Score, describe_set, keys_of
+from vqscale.models.codebook import perplexity
 from vqscale.models.prior import code_nll
 from vqscale.seeding import generator, key_of
 from vqscale.sources import Source
@@ -194,7 +195,7 @@ def _score(value: float, codes: Codes, about: str, reason: str = _OWN_CODES) -> 
 
 def _score_usage(bench: Bench, usage: Mapping[str, np.ndarray], n: int, about: str) -> None:
     for level, counts in usage.items():
-        values = {"perplexity": metrics.perplexity(counts), "used_codes": float((counts > 0).sum())}
+        values = {"perplexity": float(perplexity(torch.from_numpy(counts))), "used_codes": float((counts > 0).sum())}
         for key, value in values.items():
             bench.scores.put(f"{key}/{level}", Score(value, n, about, reason=_OWN_CODES))
 
@@ -239,7 +240,7 @@ def _score_likelihood(
     _score_bits_per_dim(bench, by_level, codes, about, manifest.extra["resolution"])
     _score_train_nll(bench, priors, train_codes)
     for name in ("nll_shuffled_class", "nll_shuffled_upper"):
-        if not any(key.startswith(name) for key in scores.found):
+        if not any(key.startswith(name) for key in scores.by_key):
             why = "there is nothing to shuffle" if config.shuffled_conditioning else "shuffled_conditioning=false"
             scores.leave_out([name], why)
     return {

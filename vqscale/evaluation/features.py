@@ -187,7 +187,7 @@ def _build_inception(tensors: dict[str, Tensor], path: str) -> nn.Module:
 
 
 def _of_torch_fidelity(
-    network: Any, name: str, features: list[str], tensors: dict[str, Tensor], path: str, shown: str
+    network: Any, name: str, features: list[str], tensors: dict[str, Tensor], path: str, title: str
 ) -> nn.Module:
     """torch-fidelity's own network. It unpickles the file it is given, so it is given our copy of the plain tensors."""
     buffer = io.BytesIO()
@@ -197,7 +197,7 @@ def _of_torch_fidelity(
         return network(name, features, feature_extractor_weights_path=buffer)
     except RuntimeError as error:
         detail = str(error).strip().splitlines()[-1].strip()
-        raise ValueError(f"weights={path}: not the weights of {shown} ({detail[:160]})") from None
+        raise ValueError(f"weights={path}: not the weights of {title} ({detail[:160]})") from None
 
 
 def _vgg16(weights: str, allow_unverified: bool, device: torch.device) -> Extractor:

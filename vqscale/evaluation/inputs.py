@@ -41,7 +41,7 @@ class EvaluateConfig(ReadsShards):
     classifier_samples: str = run_of("train_classifier_samples")
     classifier_reconstructions: str = run_of("train_classifier_reconstructions")
     classifier_real: str = run_of("train_classifier_real")
-    metrics: list[str] = field(default_factory=list)  # keys of scores.json without the level; [] = all that can be had
+    metrics: list[str] = field(default_factory=list)  # keys of scores.json without the level; [] = all possible
     extractor: str = "lite0"  # lite0 | inception | vgg16 (precision and recall as first published)
     weights: str = ""  # path of the extractor's weights; needed for inception and vgg16
     vgg16_weights: str = ""  # path of torchvision's VGG16, for LPIPS

@@ -5,8 +5,6 @@ Arguments come in the order (generated, real) everywhere.
 Shapes: m generated and n real images, f features, c logits, k codes.
 """
 
-import math
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -138,17 +136,6 @@ def _blur(x: Tensor, window: Tensor) -> Tensor:
     columns, rows = window.view(1, 1, -1, 1), window.view(1, 1, 1, -1)
     x = F.conv2d(x, columns.expand(channels, 1, -1, 1), groups=channels)
     return F.conv2d(x, rows.expand(channels, 1, 1, -1), groups=channels)
-
-
-def entropy(histogram: Shaped[np.ndarray, " k"]) -> float:
-    """Entropy of the codes' frequencies in nats, from their counts."""
-    p = histogram[histogram > 0] / histogram.sum()
-    return float(-(p * np.log(p)).sum())
-
-
-def perplexity(histogram: Shaped[np.ndarray, " k"]) -> float:
-    """exp(entropy): the number of equally used codes that would be as varied."""
-    return math.exp(entropy(histogram))
 
 
 def order0_entropy(held_out: Shaped[np.ndarray, " k"], train: Shaped[np.ndarray, " k"]) -> float:

@@ -226,7 +226,7 @@ def compute_chunks(folder: Path, chunks: Iterable[range], batches: Iterable[Batc
     """
     stream, unread = iter(batches), 0
     for chunk in chunks:
-        blocks = [_kept(next(stream), rows) for _ in range(math.ceil(len(chunk) / block))]
+        blocks = [_counted_rows(next(stream), rows) for _ in range(math.ceil(len(chunk) / block))]
         tensors = {name: torch.cat([some[name] for some in blocks]).contiguous() for name in blocks[0]}
         missing = len(chunk) - len(next(iter(tensors.values())))
         if not missing:
@@ -238,7 +238,7 @@ def compute_chunks(folder: Path, chunks: Iterable[range], batches: Iterable[Batc
     return unread
 
 
-def _kept(batch: Batch, rows: Rows) -> dict[str, Tensor]:
+def _counted_rows(batch: Batch, rows: Rows) -> dict[str, Tensor]:
     """The rows of samples that count, on the CPU."""
     kept = batch["weight"] > 0
     return {name: value.cpu()[kept] for name, value in rows(batch).items()}

@@ -93,16 +93,16 @@ def score_samples(bench: Bench, inputs: Inputs) -> SampleResults:
     if not wanted:
         return SampleResults()
     assert inputs.samples is not None and bench.extractor is not None
-    judged = None
+    confidence = None
     if config.acceptance:
-        check_networks(inputs.samples, bench.extractor)
-        judged = read_judged(inputs.samples)
+        check_independent_judge(inputs.samples, bench.extractor)
+        confidence = read_confidence(inputs.samples)
     generated = features_of(bench, inputs.samples, inputs.resolution_of(inputs.samples))
     reference = _reference(bench, inputs)
     checks = check_metrics(reference.features) + _check_extractor_on_reference(bench, inputs)
     _score(bench, generated, reference)
-    if judged is not None:
-        _score_rejection(bench, judged, generated, reference)
+    if confidence is not None:
+        _score_rejection(bench, confidence, generated, reference)
     neighbours = _neighbours(bench, inputs, generated, reference.features) if config.neighbours else None
     return SampleResults(checks, neighbours)
 
@@ -245,14 +245,14 @@ def _require(holds: bool, otherwise: str) -> None:
 
 
 @dataclass(frozen=True)
-class Judged:
+class ClassConfidence:
     """What is known of every sample besides its pixels: the probability of its class, and the class."""
 
     probability: Float64[Tensor, " n"]
     label: Int64[Tensor, " n"]
 
 
-def check_networks(data: DataSet, extractor: Extractor) -> None:
+def check_independent_judge(data: DataSet, extractor: Extractor) -> None:
     """The network that rejects must not be the one that scores: samples would be chosen for the score itself.
 
     Raises ValueError naming it.
@@ -265,7 +265,7 @@ def check_networks(data: DataSet, extractor: Extractor) -> None:
         )
 
 
-def read_judged(data: DataSet) -> Judged | None:
+def read_confidence(data: DataSet) -> ClassConfidence | None:
     """What `vqscale sample rejection=…` stored with the samples; None where it stored nothing.
 
     Raises ValueError for a sample that lacks it.
@@ -281,33 +281,34 @@ def read_judged(data: DataSet) -> Judged | None:
                 f"samples={data.name}: {key} has no {CLASS_PROBABILITY}, though the data set says so"
             ) from None
         labels.append(label)
-    return Judged(torch.tensor(probabilities, dtype=torch.float64), torch.tensor(labels))
+    return ClassConfidence(torch.tensor(probabilities, dtype=torch.float64), torch.tensor(labels))
 
 
-def kept_rows(judged: Judged, rate: float, *, seed: int | None = None) -> Int64[Tensor, " k"]:
+def accepted_rows(confidence: ClassConfidence, rate: float, *, seed: int | None = None) -> Int64[Tensor, " k"]:
     """Rows, increasing: of every class the share `rate` (at least one) that is likeliest, or with a `seed` any."""
-    order = judged.probability
+    order = confidence.probability
     if seed is not None:
         shuffle = mix(seed, key_of("random share"))
         order = torch.tensor([uniform(shuffle, row) for row in range(len(order))], dtype=torch.float64)
     rows = []
-    for label in judged.label.unique():
-        of_class = (judged.label == label).nonzero().flatten()
+    for label in confidence.label.unique():
+        of_class = (confidence.label == label).nonzero().flatten()
         count = max(1, round(rate * len(of_class)))
         rows.append(of_class[order[of_class].argsort(descending=True, stable=True)[:count]])
     return torch.cat(rows).sort().values
 
 
-def _score_rejection(bench: Bench, judged: Judged, generated: FeatureSet, reference: _Reference) -> None:
+def _score_rejection(bench: Bench, confidence: ClassConfidence, generated: FeatureSet, reference: _Reference) -> None:
     """The samples' metrics at every rate, as `<metric>/accepted_<rate>`, and `<distance>/random_<rate>` beside them."""
     if not bench.topology.is_main:
         return
-    judged = Judged(judged.probability[: len(generated.features)], judged.label[: len(generated.features)])
+    n = len(generated.features)
+    confidence = ClassConfidence(confidence.probability[:n], confidence.label[:n])
     for rate in sorted(bench.config.acceptance, reverse=True):
-        accepted = generated.subset(kept_rows(judged, rate))
+        accepted = generated.subset(accepted_rows(confidence, rate))
         _score_subset(bench, f"accepted_{rate:.2f}", accepted, reference, _CURVES)
         if rate < 1:
-            at_random = generated.subset(kept_rows(judged, rate, seed=bench.config.seed))
+            at_random = generated.subset(accepted_rows(confidence, rate, seed=bench.config.seed))
             _score_subset(bench, f"random_{rate:.2f}", at_random, reference, _DISTANCES)
 
 

@@ -1,6 +1,6 @@
 """scores.json: every number with what must be known to trust it.
 
-In: values as they are computed.  Out: one object per metric, in a fixed order; what was left out, and why.
+In: values as they are computed.  Out: one object per metric, in a fixed order; the metrics left out, and why.
 """
 
 import dataclasses
@@ -83,12 +83,12 @@ class Score:
 
 
 def metric_of(key: str) -> Metric:
-    """The metric behind a key of scores.json, its level left away."""
+    """The metric behind a key of scores.json, without its level."""
     return METRICS[key.split("/")[0]]
 
 
 def is_of_curve(key: str) -> bool:
-    """Whether a key is a point of the curve over acceptance rates, which is shown apart."""
+    """Whether a key is a point of the curve over acceptance rates, which the report shows in a plot."""
     return key.partition("/")[2].startswith(("accepted_", "random_"))
 
 
@@ -105,27 +105,27 @@ class Scores:
     """Collects scores; knows which metrics were asked for by name, so that a missing input is an error for those."""
 
     def __init__(self, asked: Sequence[str] = ()):
-        self.wanted = chosen_metrics(asked)
+        self._chosen = chosen_metrics(asked)
         self._by_name = bool(asked)
-        self.found: dict[str, Score] = {}
+        self.by_key: dict[str, Score] = {}
         self.left_out: dict[str, str] = {}
 
     def wants(self, *names: str) -> bool:
         """Whether any of these metrics is to be computed."""
-        return any(name in self.wanted for name in names)
+        return any(name in self._chosen for name in names)
 
     def pending(self, names: Iterable[str]) -> list[str]:
         """Those of the names that are to be computed and have not been left out."""
-        return [name for name in names if name in self.wanted and name not in self.left_out]
+        return [name for name in names if name in self._chosen and name not in self.left_out]
 
     def put(self, key: str, score: Score) -> None:
-        """Record a score if it is wanted; `key` may end in a level."""
+        """Record a score if it is to be computed; `key` may end in a level."""
         if self.wants(key.split("/")[0]):
-            self.found[key] = score
+            self.by_key[key] = score
 
     def leave_out(self, names: Iterable[str], reason: str) -> None:
         """These can't be computed. Raises ValueError if one of them was asked for by name."""
-        for name in (name for name in names if name in self.wanted):
+        for name in (name for name in names if name in self._chosen):
             if self._by_name:
                 raise ValueError(f"metrics={name} cannot be computed: {reason}")
             self.left_out[name] = reason
@@ -138,8 +138,8 @@ class Scores:
     def as_json(self) -> dict[str, Any]:
         """The content of scores.json, in the order of the table of metrics."""
         order = list(METRICS)
-        keys = sorted(self.found, key=lambda key: order.index(key.split("/")[0]))  # stable: levels stay top first
-        return {key: dataclasses.asdict(self.found[key]) for key in keys}
+        keys = sorted(self.by_key, key=lambda key: order.index(key.split("/")[0]))  # stable: levels stay top first
+        return {key: dataclasses.asdict(self.by_key[key]) for key in keys}
 
 
 def score_or_null(

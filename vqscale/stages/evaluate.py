@@ -30,7 +30,7 @@ def main(config: EvaluateConfig) -> None:
             return
         bench = open_bench(config, run, scores)
         shown = compute(bench, inputs)
-        run.images_seen = max((score.n for score in scores.found.values()), default=0)
+        run.images_seen = max((score.n for score in scores.by_key.values()), default=0)
         if run.topology.is_main:
             write_results(config, run, scores, inputs, shown, bench.shards)
             if shown.nll_by_class:

@@ -21,6 +21,7 @@ from vqscale.data.shards import Manifest, resolve
 from vqscale.engine.checkpoint import has_checkpoint
 from vqscale.engine.loop import FitConfig, fit, loader_options
 from vqscale.engine.parallel import assert_same_everywhere, compile_units, make_engine
+from vqscale.evaluation.metrics import psnr_of
 from vqscale.models.codebook import perplexity
 from vqscale.models.init import initialise
 from vqscale.models.vqvae import VQVAE, VQVAEConfig, VQVAEOutput
@@ -174,7 +175,8 @@ class HeldOutReconstruction:
             image, weight = to_float(batch["image"].to(topology.device)), batch["weight"].to(topology.device).double()
             output = vqvae(image)
             error = (output.reconstruction.float().clamp(-1, 1) - image).square().flatten(1).mean(1).double()
-            sums += torch.stack([(error * weight).sum(), (psnr(error) * weight).sum(), weight.sum()])
+            psnr = psnr_of(error, peak=2, floor=1e-12)  # the values lie in [-1, 1]
+            sums += torch.stack([(error * weight).sum(), (psnr * weight).sum(), weight.sum()])
             for level, codes in enumerate(output.codes):
                 used[level] += torch.bincount(codes[weight > 0].flatten(), minlength=vqvae.num_codes)
             if not shown:
@@ -220,11 +222,6 @@ class HeldOutReconstruction:
         except OSError as error:  # a full disk does not stop the run for a picture
             runtime.log.warning("%s: a picture is lost: %s", path, error.strerror)
         self._run.log_image("reconstructions", grid, images_seen)
-
-
-def psnr(error: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of a mean squared error in [-1, 1] units (the peak-to-peak is 2)."""
-    return 10 * torch.log10(4 / error.clamp_min(1e-12))
 
 
 def plan(config: TrainVQVAEConfig) -> str:
