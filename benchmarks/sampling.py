@@ -64,7 +64,7 @@ def build(level: str, quick: bool) -> Any:
 
 
 class Case:
-    """One prior at one batch size: its inputs, and the three ways of computing."""
+    """One prior at one batch size: its inputs, and the three computations that are timed."""
 
     def __init__(self, prior: Any, batch: int, dtype: torch.dtype):
         rng = torch.Generator().manual_seed(0)
@@ -93,14 +93,14 @@ class Case:
         codes = self.codes.clone()
         with torch.inference_mode():
             start = time.perf_counter()
-            step = self.prior.incremental(codes, self.label, self.upper, self.dtype)
+            next_logits = self.prior.incremental(codes, self.label, self.upper, self.dtype)
             prepared = time.perf_counter() - start
-            drawn = timed(lambda: self._draw(step, codes, uniforms, rows))
+            drawn = timed(lambda: self._draw(next_logits, codes, uniforms, rows))
         return prepared + drawn * self.height / len(rows)
 
-    def _draw(self, step: Callable[[int], Tensor], codes: Tensor, uniforms: Tensor, rows: Sequence[int]) -> None:
-        for place in (row * self.width + column for row in rows for column in range(self.width)):
-            codes.flatten(1)[:, place] = choose(step(place), uniforms[place])
+    def _draw(self, next_logits: Callable[[int], Tensor], codes: Tensor, uniforms: Tensor, rows: Sequence[int]) -> None:
+        for position in (row * self.width + column for row in rows for column in range(self.width)):
+            codes.flatten(1)[:, position] = choose(next_logits(position), uniforms[position])
 
 
 def evenly(height: int, count: int) -> list[int]:

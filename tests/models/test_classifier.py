@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vqscale.models.classifier import Block, Classifier, ClassifierConfig
+from vqscale.models.classifier import Classifier, ClassifierConfig, PreActivationBlock
 from vqscale.models.init import initialise
 
 SMALL = ClassifierConfig(hidden=8, stages=2, blocks=1)
@@ -59,7 +59,7 @@ def test_an_image_is_judged_alone() -> None:
 
 
 def test_blocks_start_as_their_shortcut() -> None:
-    block = Block(4, 4, stride=1)
+    block = PreActivationBlock(4, 4, stride=1)
     initialise(block, 0)
     x = torch.randn(2, 4, 6, 6)
     assert torch.equal(block(x), x)

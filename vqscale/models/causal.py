@@ -1,23 +1,33 @@
-"""The parts of a two-stack PixelCNN. Activations are [b, i, j, c] with channels last, so a 1x1 convolution is a Linear.
+"""The blocks of a two-stack PixelCNN, each followed by its cached twin, which sampling runs one code at a time.
 
-In: the vertical stream (row i knows the codes of all rows above i), the horizontal stream (place (i, j) knows the
+In: the vertical stream (row i knows the codes of all rows above i), the horizontal stream (position (i, j) knows the
 codes before (i, j) in raster order), a class embedding, conditioning features, dropout keys.  Out: the two streams.
 
-The shift that makes the model causal is done once, on the input (`shift_down`, `shift_right`). After it every kernel
-may look at its own place, so no tap is masked and none is stored for nothing: k // 2 + 1 rows of k taps above, and
-k // 2 + 1 taps to the left. Legend: b batch, i rows, j columns, c hidden, r residual, d class, e conditioning.
+Activations are [b, i, j, c] with channels last, so a 1x1 convolution is a Linear. The shift that makes the model causal
+is done once, on the input (`shift_down`, `shift_right`). After it every kernel may look at its own position, so no tap
+is masked and none is stored for nothing: k // 2 + 1 rows of k taps above, and k // 2 + 1 taps to the left.
+
+A cached twin keeps whatever later codes need, and its `step` updates the stream x [b, c] of one position in place. Its
+products are split otherwise than the block's, so the two agree to rounding.
+
+Legend: b batch, i rows, j columns, c hidden, r residual, d class, e conditioning, k filter, q = k // 2, w columns of a
+row, t positions in raster order, s slices of a product's outputs, n heads.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vqscale.models.dropout import Dropout
+
+Stream = Float[Tensor, "b i j c"]
+Key = Int[Tensor, " b"]
 
 
 class BranchEnd(nn.Linear):
@@ -29,49 +39,90 @@ class BranchEnd(nn.Linear):
         super().__init__(inputs, outputs, bias=False)
 
 
-def shift_down(x: Tensor) -> Tensor:
-    """[b, i, j, c]: row i of the result is row i - 1 of x; the first row is zero."""
+def shift_down(x: Stream) -> Stream:
+    """Row i of the result is row i - 1 of x; the first row is zero."""
     return F.pad(x, (0, 0, 0, 0, 1, 0))[:, :-1]
 
 
-def shift_right(x: Tensor) -> Tensor:
-    """[b, i, j, c]: column j of the result is column j - 1 of x; the first column is zero."""
+def shift_right(x: Stream) -> Stream:
+    """Column j of the result is column j - 1 of x; the first column is zero."""
     return F.pad(x, (0, 0, 1, 0))[:, :, :-1]
 
 
-def normalise(x: Tensor) -> Tensor:
+def normalise(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Layer norm over channels without gain or bias: the product that follows has both."""
     return F.layer_norm(x, x.shape[-1:])
 
 
-def gate(x: Tensor) -> Tensor:
-    """[..., 2r] -> [..., r]: tanh(first half) * sigmoid(second half). van den Oord et al. 2016b, equation 2."""
+def gate(x: Float[Tensor, "*shape two_r"]) -> Float[Tensor, "*shape two_r//2"]:
+    """tanh(first half) * sigmoid(second half). van den Oord et al. 2016b, equation 2."""
     signal, opening = x.chunk(2, dim=-1)
     return torch.tanh(signal) * torch.sigmoid(opening)
 
 
-def convolve(conv: nn.Conv2d, x: Tensor, padding: tuple[int, int, int, int]) -> Tensor:
-    """`conv` over [b, i, j, c], zero-padded by (left, right, top, bottom)."""
+def convolve(conv: nn.Conv2d, x: Stream, padding: tuple[int, int, int, int]) -> Float[Tensor, "b u v r"]:
+    """`conv` over x, zero-padded by (left, right, top, bottom)."""
     x = F.pad(x, (0, 0, *padding))
     return rearrange(conv(rearrange(x, "b i j c -> b c i j")), "b c i j -> b i j c").contiguous()
 
 
-class Block(nn.Module):
-    """A block whose forward can recompute its activations in backward instead of keeping them.
+class CheckpointableBlock(nn.Module):
+    """A block that can recompute its activations in backward instead of keeping them; subclasses have `compute`.
 
     The composable form of checkpointing: parameter names do not change, and there is no generator state to restore
     because dropout is a function of its key.
     """
 
     activation_checkpointing = False
+    compute: Callable[..., Any]
 
-    def run(self, function: Callable[..., Any], *inputs: Tensor | None) -> Any:
+    def forward(self, *inputs: Any) -> Any:
+        """`compute(*inputs)`."""
         if self.activation_checkpointing and torch.is_grad_enabled():
-            return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
-        return function(*inputs)
+            return checkpoint(self.compute, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return self.compute(*inputs)
 
 
-class GatedBlock(Block):
+class CachedBlock(Protocol):
+    """A block one code at a time."""
+
+    @property
+    def buffers(self) -> Sequence[Tensor]:
+        """What it keeps for the samples of the batch."""
+
+    def step(self, x: Float[Tensor, "b c"], position: int) -> None:
+        """Update the stream of one raster position in place. Positions come in order."""
+
+
+def num_slices(outputs: int) -> int:
+    """Into how many slices the outputs of a per-code product are cut: an even number that divides `outputs`.
+
+    A product of 8 or 32 rows is bound by reading its weights; as a batch of narrow products over the same rows it ran
+    up to twice as fast as one `addmm` (MKL hands whole products to threads).
+    """
+    return next(n for n in (16, 8, 4, 2) if n == 2 or outputs % n == 0 and outputs >= 64 * n)
+
+
+def sliced(layer: nn.Linear, slices: int, dtype: torch.dtype) -> tuple[Float[Tensor, "s c r"], Float[Tensor, "s 1 r"]]:
+    """Weight and bias of a linear layer, cut along its outputs."""
+    weight = rearrange(layer.weight.to(dtype), "(s r) c -> s r c", s=slices).transpose(1, 2)
+    return weight, rearrange(layer.bias.to(dtype), "(s r) -> s 1 r", s=slices)
+
+
+class CachedLinear:
+    """A linear layer in the arithmetic of the cached twins."""
+
+    def __init__(self, layer: nn.Linear, dtype: torch.dtype):
+        self.weight, self.bias = layer.weight.to(dtype).t(), layer.bias.to(dtype)
+
+    def __call__(self, x: Float[Tensor, "b c"]) -> Float[Tensor, "b r"]:
+        return torch.addmm(self.bias, x, self.weight)
+
+
+# --- gated convolutions -----------------------------------------------------------------------------------------------
+
+
+class GatedBlock(CheckpointableBlock):
     """One layer of the two stacks: conditional gated convolutions with residual connections.
 
     van den Oord et al. 2016b ("Conditional image generation with PixelCNN decoders"), figure 2 and equations 3 and 4:
@@ -94,32 +145,113 @@ class GatedBlock(Block):
         self.vertical_dropout = Dropout(dropout, layer)
         self.horizontal_dropout = Dropout(dropout, layer + 1)
 
-    def forward(
-        self, vertical: Tensor, horizontal: Tensor, label: Tensor, features: Tensor | None, key: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Streams [b, i, j, c], label embedding [b, d], features [b, i, j, e] or None, key int64 [b] or None."""
-        return self.run(self._forward, vertical, horizontal, label, features, key)
-
-    def _forward(
-        self, vertical: Tensor, horizontal: Tensor, label: Tensor, features: Tensor | None, key: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def compute(
+        self,
+        vertical: Stream,
+        horizontal: Stream,
+        label: Float[Tensor, "b d"],
+        features: Float[Tensor, "b i j e"] | None,
+        key: Key | None,
+    ) -> tuple[Stream, Stream]:
+        """Both streams, with the class embedding and the features of the levels above."""
         reach = self.reach
         bias = rearrange(self.class_bias(label), "b r -> b 1 1 r")
         if self.condition is not None:
             bias = bias + self.condition(features)
-        down, right = bias.chunk(2, dim=-1)
-        above = convolve(self.vertical, normalise(vertical), (reach, reach, reach, 0)) + down
+        vertical_bias, horizontal_bias = bias.chunk(2, dim=-1)
+        above = convolve(self.vertical, normalise(vertical), (reach, reach, reach, 0)) + vertical_bias
         vertical = vertical + self.vertical_dropout(self.vertical_out(gate(above)), key)
-        left = convolve(self.horizontal, normalise(horizontal), (reach, 0, 0, 0)) + right
+        left = convolve(self.horizontal, normalise(horizontal), (reach, 0, 0, 0)) + horizontal_bias
         left = left + self.across(normalise(vertical))
         horizontal = horizontal + self.horizontal_dropout(self.horizontal_out(gate(left)), key)
         return vertical, horizontal
 
 
-class AttentionBlock(Block):
+class CachedGatedBlock:
+    """`GatedBlock`: the vertical stack row by row, the horizontal one code by code.
+
+    Per row: the vertical stack (15 of 18 taps at k = 5) as full-size products over all columns and samples, and with it
+    all that a horizontal gate adds to its own window: bias, class, conditioning, vertical stream. Per code there remain
+    one window product, the gate and one 1x1.
+    """
+
+    def __init__(self, block: GatedBlock, label: Float[Tensor, "b d"], width: int, dtype: torch.dtype):
+        taps = block.vertical.weight.to(dtype)  # [2r, c, q + 1, k]
+        hidden, rows, filter = taps.shape[1:]
+        self.reach, self.width, self.hidden, batch = block.reach, width, hidden, len(label)
+        self.taps = [tap.contiguous().t() for tap in rearrange(taps, "r c i k -> k r (i c)")]
+        self.across = block.across.weight.to(dtype).t()
+        self.vertical_out = block.vertical_out.weight.to(dtype).t()
+        self.horizontal_out = block.horizontal_out.weight.to(dtype).t()
+        self.condition = None if block.condition is None else block.condition.weight.to(dtype).t()
+        assert block.vertical.bias is not None and block.horizontal.bias is not None
+        vertical_bias, horizontal_bias = block.class_bias(label).chunk(2, dim=-1)
+        self.vertical_bias = (vertical_bias + block.vertical.bias).to(dtype)  # [b, 2r]
+        self.horizontal_bias = (horizontal_bias + block.horizontal.bias).to(dtype)
+        gates = self.horizontal_bias.shape[1]
+        self.slices = num_slices(gates)
+        window = rearrange(block.horizontal.weight.to(dtype), "(s r) c 1 k -> s r (k c)", s=self.slices)
+        self.window = window.contiguous().transpose(1, 2)
+        # rows above and this one, side by side in channels, so that one product takes a column of taps
+        self.rows = taps.new_zeros(width + 2 * self.reach, batch, rows * hidden)
+        self.vertical_gates = taps.new_empty(width * batch, gates)
+        self.horizontal_gates = taps.new_empty(width, self.slices, batch, gates // self.slices)
+        self.line = taps.new_zeros(batch, width + self.reach, hidden)  # this row of the horizontal stream
+        self.gated = taps.new_empty(batch, gates // 2)
+        biases = [self.vertical_bias, self.horizontal_bias]
+        self.buffers = [self.rows, self.vertical_gates, self.horizontal_gates, self.line, *biases]
+        self._make_views(filter)
+
+    def _make_views(self, filter: int) -> None:
+        """Views made once: slicing costs as much as a small product."""
+        half = self.slices // 2
+        self.slots = [self.line[:, self.reach + j] for j in range(self.width)]
+        self.windows = [self._window(j) for j in range(self.width)]
+        self.gates = [(gates, gates[:half], gates[half:]) for gates in self.horizontal_gates]
+        self.gated_slices = rearrange(self.gated, "b (s r) -> s b r", s=half)
+        self.columns = [self.rows[t : t + self.width].flatten(0, 1) for t in range(filter)]
+        self.newest = self.rows[self.reach : self.reach + self.width, :, -self.hidden :]
+
+    def _window(self, j: int) -> Tensor:
+        """[s, b, (q + 1) c]: columns j - q ... j of this row, without a copy."""
+        batch, length, hidden = self.line.shape
+        shape, strides = (self.slices, batch, (self.reach + 1) * hidden), (0, length * hidden, 1)
+        return self.line.as_strided(shape, strides, j * hidden)
+
+    def row(self, x: Float[Tensor, "wb c"], features: Float[Tensor, "wb e"] | None) -> None:
+        """Update the vertical stream of one row in place; keep what this row's horizontal gates add."""
+        hidden, width, above = self.hidden, self.width, self.vertical_gates
+        self.rows[:, :, :-hidden] = self.rows[:, :, hidden:].clone()
+        self.newest.copy_(normalise(x).view(width, -1, hidden))
+        above.copy_(self.vertical_bias.repeat(width, 1))
+        left = self.horizontal_bias.repeat(width, 1)
+        if self.condition is not None:
+            assert features is not None
+            above.addmm_(features, self.condition[:, : above.shape[1]])
+            left.addmm_(features, self.condition[:, above.shape[1] :])
+        for column, tap in zip(self.columns, self.taps, strict=True):
+            above.addmm_(column, tap)
+        x.addmm_(gate(above), self.vertical_out)
+        left.addmm_(normalise(x), self.across)
+        self.horizontal_gates.copy_(rearrange(left, "(w b) (s r) -> w s b r", w=width, s=self.slices))
+
+    def step(self, x: Float[Tensor, "b c"], position: int) -> None:
+        """Update the horizontal stream of one position in place."""
+        column = position % self.width
+        self.slots[column].copy_(normalise(x))
+        gates, signal, opening = self.gates[column]
+        gates.baddbmm_(self.windows[column], self.window)
+        torch.mul(signal.tanh_(), opening.sigmoid_(), out=self.gated_slices)
+        x.addmm_(self.gated, self.horizontal_out)
+
+
+# --- self-attention ---------------------------------------------------------------------------------------------------
+
+
+class AttentionBlock(CheckpointableBlock):
     """Causal multi-head self-attention over raster order, with a residual connection (Chen et al. 2018, PixelSNAIL).
 
-    Place (i, j) attends to itself and to all before it; its input already excludes its own code. Positions come with
+    Position (i, j) attends to itself and to all before it; its input already excludes its own code. Positions come with
     the stream. The paper drops attention logits; here the attention's output is dropped, so that SDPA stays fused.
     """
 
@@ -130,11 +262,7 @@ class AttentionBlock(Block):
         self.out = BranchEnd(hidden, hidden)
         self.dropout = Dropout(dropout, layer)
 
-    def forward(self, x: Tensor, key: Tensor | None) -> Tensor:
-        """x: [b, i, j, c]."""
-        return self.run(self._forward, x, key)
-
-    def _forward(self, x: Tensor, key: Tensor | None) -> Tensor:
+    def compute(self, x: Stream, key: Key | None) -> Stream:
         rows = x.shape[1]
         query, keys, values = rearrange(
             self.qkv(normalise(x)), "b i j (three heads d) -> three b heads (i j) d", three=3, heads=self.heads
@@ -143,7 +271,62 @@ class AttentionBlock(Block):
         return x + self.dropout(self.out(rearrange(y, "b heads (i j) d -> b i j (heads d)", i=rows)), key)
 
 
-class PointwiseBlock(Block):
+class AttentionHeads:
+    """Queries of one position against given keys and values [n, b, t, d], and the layer after them."""
+
+    def __init__(self, projection: nn.Linear, out: nn.Linear, heads: int, dtype: torch.dtype):
+        """projection: hidden -> one or more of query, key and value, each of all heads."""
+        slices = heads * projection.out_features // projection.in_features
+        self.weight, self.bias = sliced(projection, slices, dtype)
+        self.out = out.weight.to(dtype).t()
+
+    def project(self, x: Float[Tensor, "b c"]) -> Float[Tensor, "s b d"]:
+        """Queries, and keys and values where the layer has them, head by head."""
+        return torch.baddbmm(self.bias, normalise(x).expand(len(self.weight), -1, -1), self.weight)
+
+    def attend(
+        self,
+        x: Float[Tensor, "b c"],
+        query: Float[Tensor, "n b d"],
+        keys: Float[Tensor, "n b t d"],
+        values: Float[Tensor, "n b t d"],
+    ) -> None:
+        """Add the attention's output to x."""
+        y = F.scaled_dot_product_attention(query[:, :, None], keys, values)
+        x.addmm_(y.transpose(0, 1).reshape(x.shape), self.out)  # einops costs more than the product here
+
+
+class CausalAttentionHeads(AttentionHeads):
+    """Self-attention with the keys and values of all positions so far, in memory taken once."""
+
+    def __init__(self, qkv: nn.Linear, out: nn.Linear, heads: int, batch: int, positions: int, dtype: torch.dtype):
+        super().__init__(qkv, out, heads, dtype)
+        self.keys = self.bias.new_zeros(heads, batch, positions, self.bias.shape[2])
+        self.values = torch.zeros_like(self.keys)
+        self.buffers = [self.keys, self.values]
+
+    def attend_so_far(self, x: Tensor, position: int, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """Keep this position's key and value [n, b, d], then attend to all positions up to it."""
+        self.keys[:, :, position] = key
+        self.values[:, :, position] = value
+        self.attend(x, query, self.keys[:, :, : position + 1], self.values[:, :, : position + 1])
+
+
+class CachedAttentionBlock:
+    """`AttentionBlock`, one code at a time."""
+
+    def __init__(self, block: AttentionBlock, batch: int, positions: int, dtype: torch.dtype):
+        self.heads = CausalAttentionHeads(block.qkv, block.out, block.heads, batch, positions, dtype)
+        self.buffers = self.heads.buffers
+
+    def step(self, x: Float[Tensor, "b c"], position: int) -> None:
+        self.heads.attend_so_far(x, position, *self.heads.project(x).chunk(3))
+
+
+# --- 1x1 convolutions -------------------------------------------------------------------------------------------------
+
+
+class PointwiseBlock(CheckpointableBlock):
     """Residual block of 1x1 convolutions: the output stack."""
 
     def __init__(self, hidden: int, residual: int, dropout: float, layer: int):
@@ -152,15 +335,26 @@ class PointwiseBlock(Block):
         self.out = BranchEnd(residual, hidden)
         self.dropout = Dropout(dropout, layer)
 
-    def forward(self, x: Tensor, key: Tensor | None) -> Tensor:
-        """x: [b, i, j, c]."""
-        return self.run(self._forward, x, key)
-
-    def _forward(self, x: Tensor, key: Tensor | None) -> Tensor:
+    def compute(self, x: Stream, key: Key | None) -> Stream:
         return x + self.dropout(self.out(F.silu(self.up(normalise(x)))), key)
 
 
-class ConditioningBlock(Block):
+class CachedPointwiseBlock:
+    """`PointwiseBlock`, one code at a time."""
+
+    buffers: Sequence[Tensor] = ()
+
+    def __init__(self, block: PointwiseBlock, dtype: torch.dtype):
+        self.up, self.out = CachedLinear(block.up, dtype), block.out.weight.to(dtype).t()
+
+    def step(self, x: Float[Tensor, "b c"], position: int) -> None:
+        x.addmm_(F.silu(self.up(normalise(x)), inplace=True), self.out)
+
+
+# --- the levels above -------------------------------------------------------------------------------------------------
+
+
+class ConditioningBlock(CheckpointableBlock):
     """Residual block of an ordinary (not causal) convolution and a 1x1: the stack over the levels above."""
 
     def __init__(self, hidden: int, residual: int, filter: int, dropout: float, layer: int):
@@ -170,10 +364,6 @@ class ConditioningBlock(Block):
         self.out = BranchEnd(residual, hidden)
         self.dropout = Dropout(dropout, layer)
 
-    def forward(self, x: Tensor, key: Tensor | None) -> Tensor:
-        """x: [b, i, j, e]."""
-        return self.run(self._forward, x, key)
-
-    def _forward(self, x: Tensor, key: Tensor | None) -> Tensor:
+    def compute(self, x: Stream, key: Key | None) -> Stream:
         y = F.silu(convolve(self.conv, normalise(x), (self.reach,) * 4))
         return x + self.dropout(self.out(y), key)

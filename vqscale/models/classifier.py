@@ -1,15 +1,18 @@
 """Image classifiers: what the classification accuracy score trains, and rejection sampling asks.
 
-In: images float [b, 3, R, R] in [-1, 1], or features [b, F] of a frozen network.  Out: logits [b, C].
+In: images [b, 3, h, w] in [-1, 1], or features [b, f] of a frozen network.  Out: logits [b, k].
 
 Normalisation is over groups of channels, not over batches: what the network says of an image depends on that image
 alone, so that training is the same at any number of ranks and no running statistics need to be kept equal.
+
+Legend: b batch, f width of features, k classes, c channels, h w grid.
 """
 
 import math
 from dataclasses import dataclass
 
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 
 NETWORKS = ("small", "resnet50", "linear")
@@ -36,12 +39,12 @@ class ClassifierConfig:
 
 
 class Norm(nn.GroupNorm):
-    """Group normalisation of [b, c, h, w], in the type of its input whatever that of its weights."""
+    """Group normalisation in the type of its input, whatever that of its weights."""
 
     def __init__(self, channels: int):
         super().__init__(math.gcd(_GROUPS, channels // 2), channels)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
@@ -51,7 +54,7 @@ def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1, gain: float =
     return conv
 
 
-class Block(nn.Module):
+class PreActivationBlock(nn.Module):
     """shortcut(x) + 3x3(ReLU(norm(3x3(ReLU(norm(x)))))) (He et al. 2016, arXiv 1603.05027); starts as the shortcut."""
 
     def __init__(self, inputs: int, outputs: int, stride: int):
@@ -62,14 +65,14 @@ class Block(nn.Module):
         same = inputs == outputs and stride == 1
         self.shortcut = nn.Identity() if same else _conv(inputs, outputs, 1, stride, gain=1.0)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[b, c, h, w] -> [b, c', h / stride, w / stride]."""
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h2 w2"]:
+        """A grid `stride` times smaller."""
         y = self.conv_1(F.relu(self.norm_1(x)))
         return self.shortcut(x) + self.conv_2(F.relu(self.norm_2(y)))
 
 
 class SmallResNet(nn.Module):
-    """A residual network for small pictures: a stem, stages of `Block`, the mean over places, one linear layer."""
+    """A residual network for small pictures: a stem, stages of blocks, the mean over the grid, one linear layer."""
 
     def __init__(self, config: ClassifierConfig, num_classes: int):
         super().__init__()
@@ -79,13 +82,12 @@ class SmallResNet(nn.Module):
         for stage, width in enumerate(widths):
             for n in range(config.blocks):
                 inputs = widths[max(0, stage - 1)] if n == 0 else width
-                blocks.append(Block(inputs, width, stride=2 if n == 0 and stage > 0 else 1))
+                blocks.append(PreActivationBlock(inputs, width, stride=2 if n == 0 and stage > 0 else 1))
         self.blocks = nn.Sequential(*blocks)
         self.norm = Norm(widths[-1])
         self.head = _head(widths[-1], num_classes)
 
-    def forward(self, image: Tensor) -> Tensor:
-        """[b, 3, R, R] -> [b, C]."""
+    def forward(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b k"]:
         return self.head(F.relu(self.norm(self.blocks(self.stem(image)))).mean(dim=(2, 3)))
 
 
@@ -103,6 +105,7 @@ def _resnet50(num_classes: int) -> nn.Module:
         if isinstance(module, nn.Conv2d):
             module.init_scale = _RELU_GAIN  # type: ignore[assignment]
     network.fc.init_scale = 0.0  # type: ignore[assignment]
+    network.blocks = [block for n in range(1, 5) for block in getattr(network, f"layer{n}")]
     return network
 
 
@@ -118,8 +121,8 @@ class Classifier(nn.Module):
 
     def wrap_units(self) -> list[nn.Module]:
         """The residual blocks: what the engine may compile and shard on its own."""
-        return [module for module in self.modules() if type(module).__name__ in ("Block", "Bottleneck")]
+        return list(getattr(self.network, "blocks", []))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Images [b, 3, R, R] in [-1, 1], or features [b, F] for `linear` -> logits [b, C]."""
+    def forward(self, x: Float[Tensor, "b 3 h w"] | Float[Tensor, "b f"]) -> Float[Tensor, "b k"]:
+        """Images in [-1, 1], or features for `linear`."""
         return self.network(x.to(next(self.parameters()).dtype))

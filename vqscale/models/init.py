@@ -1,16 +1,14 @@
 """Weights of any model here from (seed, parameter name): the same on any device, rank and sharding.
 
-In: a module whose tensors exist (uninitialised memory after `to_empty` will do).  Out: the same module, filled.
+In: a module whose tensors exist (memory of any content, as after `to_empty`, is enough).  Out: the same module, filled.
 
 Each tensor is drawn whole, in float32, on the CPU, from a generator of its own, then copied to where it lives; of a
 DTensor the rank keeps its part.  The rule is found per module, first match first:
 
-1. the module has `init_parameters(name, shape, generator) -> Tensor | None`: it draws its own (`name` without a
-   prefix, `shape` the whole tensor's; None = the rule below);
-2. normalisation layers: weight 1, bias 0;
-3. any `bias`: 0;
-4. `nn.Embedding`: normal with standard deviation `init_scale`;
-5. any other tensor of two or more dimensions: normal with standard deviation `init_scale` / sqrt(fan-in).
+1. normalisation layers: weight 1, bias 0;
+2. any `bias`: 0;
+3. `nn.Embedding`: normal with standard deviation `init_scale`;
+4. any other tensor of two or more dimensions: normal with standard deviation `init_scale` / sqrt(fan-in).
 
 `init_scale` is an attribute of the module (default 1, which keeps the variance of a linear layer; sqrt(2) before
 ReLU, He et al. 2015, arXiv 1502.01852, equation 10; 0 starts a residual branch as the identity).  A module with
@@ -43,28 +41,15 @@ def initialise(model: nn.Module, seed: int) -> None:
                 continue
             done.add(id(parameter))
             path = f"{prefix}.{name}" if prefix else name
-            drawn = draw_parameter(module, name, parameter.shape, generator(seed, key_of(path)), where=path)
-            _fill(parameter, drawn)
+            _fill(parameter, _draw(module, path, parameter.shape, generator(seed, key_of(path))))
         fill_buffers = getattr(module, "init_buffers", None)
         if fill_buffers is not None:
             fill_buffers(generator(seed, key_of(f"{prefix}.buffers")))
 
 
-def draw_parameter(
-    module: nn.Module, name: str, shape: torch.Size, rng: torch.Generator, where: str | None = None
-) -> Tensor:
-    """One whole float32 tensor on the CPU by the module's rule."""
-    own_rule = getattr(module, "init_parameters", None)
-    drawn = own_rule(name, shape, rng) if own_rule is not None else None
-    if drawn is None:
-        drawn = _draw_by_type(module, name, shape, rng)
-    if drawn is None:
-        raise TypeError(f"no rule for parameter {where or name} {tuple(shape)} of {type(module).__name__}")
-    assert drawn.shape == shape, f"{where or name}: drew {tuple(drawn.shape)} for {tuple(shape)}"
-    return drawn
-
-
-def _draw_by_type(module: nn.Module, name: str, shape: torch.Size, rng: torch.Generator) -> Tensor | None:
+def _draw(module: nn.Module, path: str, shape: torch.Size, rng: torch.Generator) -> Tensor:
+    """One whole float32 tensor on the CPU by the module's rule. Raises TypeError where there is none."""
+    name = path.rpartition(".")[2]
     if isinstance(module, _NORMS):
         return torch.zeros(shape) if name == "bias" else torch.ones(shape)
     if "bias" in name:
@@ -74,7 +59,7 @@ def _draw_by_type(module: nn.Module, name: str, shape: torch.Size, rng: torch.Ge
         return torch.randn(shape, generator=rng) * scale
     if len(shape) >= 2:
         return torch.randn(shape, generator=rng) * (scale / math.sqrt(_fan_in(module, shape)))
-    return None
+    raise TypeError(f"no rule for parameter {path} {tuple(shape)} of {type(module).__name__}")
 
 
 def _fan_in(module: nn.Module, shape: torch.Size) -> float:

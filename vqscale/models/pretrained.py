@@ -7,7 +7,7 @@ run code.
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +16,18 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from vqscale.files import check_seal, replacing, sealed
+from vqscale.files import check_seal, replacing, sealed, write_atomically
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 # Buffers of a codebook's learning: saved, but no part of what the model computes, so not of its fingerprint
 _LEARNING_STATE = {"cluster_size", "embedding_sum", "adam_mean", "adam_square", "updates"}
 
-Builder = Callable[[dict[str, Any]], nn.Module]  # config.json -> a model with the tensors' names and shapes
-
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     """ "sha256:…" over the sorted (name, dtype, shape, bytes) of a model's whole (gathered) parameters and codebooks.
 
-    `tensors` may be the model's state_dict: the codebooks' moving averages and optimizer state are passed over.
+    `tensors` may be the model's state_dict: the codebooks' moving averages and optimizer state are left out.
     """
     digest = hashlib.sha256()
     for name in sorted(tensors):
@@ -55,8 +53,7 @@ def write_folder(folder: str | Path, tensors: Mapping[str, Tensor], config_json:
     plain = _unshared({name: _plain(tensors[name]) for name in sorted(tensors)})
     with replacing(folder / WEIGHTS) as temporary:
         safetensors.torch.save_file(plain, temporary)
-    with replacing(folder / CONFIG) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_atomically(folder / CONFIG, text)
     (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)  # safetensors makes files that no one else may read
 
 
@@ -87,29 +84,29 @@ def read_folder(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except safetensors.SafetensorError as error:
         raise ValueError(f"{folder / WEIGHTS}: not a whole safetensors file: {error}") from None
     stated = config_json.get("fingerprint")
-    if stated is not None and stated != (found := fingerprint(tensors)):
-        raise ValueError(f"{folder / WEIGHTS}: its fingerprint is {found}, but {CONFIG} states {stated}")
+    if stated is not None and stated != (actual := fingerprint(tensors)):
+        raise ValueError(f"{folder / WEIGHTS}: its fingerprint is {actual}, but {CONFIG} states {stated}")
     return tensors, config_json
 
 
 def read_torch(path: str | Path) -> dict[str, Tensor]:
-    """The state dict in a file that torch.save wrote, on the CPU; also one that lies under `model` or `state_dict`.
+    """The state dict in a file that torch.save wrote, on the CPU; also one under the key `model` or `state_dict`.
 
-    Nothing in the file is run: torch's restricted unpickler refuses what is no tensor. Raises FileNotFoundError;
-    ValueError for a file that is not of that kind.
+    Nothing in the file is run: torch's restricted unpickler refuses everything but tensors and plain values. Raises
+    FileNotFoundError, and ValueError for a file of another kind.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"checkpoint {path} does not exist")
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # UnpicklingError, RuntimeError, EOFError, … by the way in which it is broken
+        value = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # UnpicklingError, RuntimeError, EOFError, … depending on how it is broken
         raise ValueError(f"{path}: not a file of tensors alone: {str(error).strip().splitlines()[0]}") from None
     for key in ("model", "state_dict"):
-        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
-            found = found[key]
-    if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
+        if isinstance(value, Mapping) and isinstance(value.get(key), Mapping):
+            value = value[key]
+    if not isinstance(value, Mapping) or not all(isinstance(tensor, Tensor) for tensor in value.values()):
         raise ValueError(f"{path}: expected names and tensors, found something else")
-    return dict(found)
+    return dict(value)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -155,20 +152,6 @@ def save_pretrained(
 ) -> str:
     """Write a plain (unwrapped) model; `config` and `extra` are JSON. Returns the fingerprint, also in the JSON."""
     tensors = model.state_dict()
-    name = fingerprint(tensors)
-    write_folder(folder, tensors, {"kind": kind, "config": dict(config), "fingerprint": name, **(extra or {})})
-    return name
-
-
-def load_pretrained(folder: str | Path, builders: Mapping[str, Builder]) -> tuple[nn.Module, dict[str, Any]]:
-    """(model in eval mode, config.json) of a folder; `builders` makes the empty model of each kind from the JSON.
-
-    Raises what `read_folder` and `load_into` raise, and ValueError for a kind without a builder.
-    """
-    tensors, config_json = read_folder(folder)
-    kind = str(config_json.get("kind"))
-    if kind not in builders:
-        raise ValueError(f"{Path(folder) / CONFIG}: kind {kind!r} is none of {', '.join(sorted(builders))}")
-    model = builders[kind](config_json)
-    load_into(model, tensors, Path(folder) / WEIGHTS)
-    return model.eval(), config_json
+    stated = fingerprint(tensors)
+    write_folder(folder, tensors, {"kind": kind, "config": dict(config), "fingerprint": stated, **(extra or {})})
+    return stated

@@ -1,21 +1,27 @@
-"""What the priors of one level share: their config, the stack over the levels above, the head, the likelihood.
+"""What the priors of one level share: config, embeddings, the stack over the levels above, cache, likelihood.
 
-In: codes [b, h, w], labels [b], the codes of all levels above.  Out: logits [b, K, h, w]; those at a place depend on
+In: codes [b, h, w], labels [b], the codes of all levels above.  Out: logits [b, k, h, w]; those at a position depend on
 the codes before it in raster order only. `pixelcnn.py` and `transformer.py` are the two ways from one to the other.
+
+Legend: b batch, h w grid, k codes, c hidden, e conditioning.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-from vqscale.models.causal import Block, ConditioningBlock, normalise
+from vqscale.models.causal import CachedBlock, CachedLinear, CheckpointableBlock, ConditioningBlock, Key, normalise
+from vqscale.models.dropout import drop_labels
 
 Grid = tuple[int, int]
+Codes = Int[Tensor, "b h w"]
+Labels = Int[Tensor, " b"]
 
 
 def _pixelcnn_only(default: Any) -> Any:
@@ -59,21 +65,21 @@ def _check(config: PriorConfig, kind: str) -> None:
 
 
 class Conditioning(nn.Module):
-    """Codes of the levels above -> features on this level's grid [b, h, w, e]."""
+    """Codes of the levels above -> features on a grid."""
 
-    def __init__(self, config: PriorConfig, *, num_codes: int, grid: Grid, upper_grids: Sequence[Grid], layer: int):
+    def __init__(self, config: PriorConfig, num_codes: int, grid: Grid, upper_grids: Sequence[Grid]):
         super().__init__()
         self.grid, self.width = grid, config.conditioning_hidden or config.hidden
         self.embeddings = nn.ModuleList(nn.Embedding(num_codes, self.width) for _ in upper_grids)
         self.row = nn.Embedding(grid[0], self.width)
         self.column = nn.Embedding(grid[1], self.width)
         self.blocks = nn.ModuleList(
-            ConditioningBlock(self.width, config.residual, config.conditioning_filter, config.dropout, layer + n)
-            for n in range(config.conditioning_layers)
+            ConditioningBlock(self.width, config.residual, config.conditioning_filter, config.dropout, layer)
+            for layer in range(config.conditioning_layers)
         )
 
-    def forward(self, upper: Sequence[Tensor], key: Tensor | None) -> Tensor:
-        """upper: int64 [b, h', w'] per level above, top first, resized to this grid by the nearest code."""
+    def forward(self, upper: Sequence[Int[Tensor, "b _ _"]], key: Key | None) -> Float[Tensor, "b h w e"]:
+        """upper: codes of each level above, top first, resized to this grid by the nearest code."""
         x = self.row.weight[:, None] + self.column.weight
         for embedding, codes in zip(self.embeddings, upper, strict=True):
             x = x + embedding(resize_nearest(codes, self.grid))
@@ -88,8 +94,8 @@ class Head(nn.Linear):
     init_scale = 0.1
 
 
-def resize_nearest(x: Tensor, grid: Grid) -> Tensor:
-    """[b, h', w', ...] -> [b, h, w, ...], each place taking what covers its centre."""
+def resize_nearest(x: Shaped[Tensor, "b u v *c"], grid: Grid) -> Shaped[Tensor, "b h w *c"]:
+    """Resized to the grid, each position taking what covers its centre."""
     height, width = x.shape[1:3]
     rows = (2 * torch.arange(grid[0], device=x.device) + 1) * height // (2 * grid[0])
     columns = (2 * torch.arange(grid[1], device=x.device) + 1) * width // (2 * grid[1])
@@ -97,7 +103,7 @@ def resize_nearest(x: Tensor, grid: Grid) -> Tensor:
 
 
 class LevelPrior(nn.Module):
-    """What both kinds are: their data's shape, their units, their size.
+    """What both kinds are: their data's shape, their embeddings, their units, their size.
 
     num_codes: K. grid: (h, w) of this level. num_classes: labels are 0 ... num_classes - 1, and num_classes itself
     means "no class". upper_grids: the grids of all levels above, top first; empty for the top level.
@@ -113,16 +119,41 @@ class LevelPrior(nn.Module):
         grid: Grid,
         num_classes: int,
         upper_grids: Sequence[Grid] = (),
+        class_dim: int = 0,
     ):
+        """class_dim: width of the class embedding; 0 = hidden."""
         super().__init__()
         _check(config, self.kind)
         self.config, self.num_codes, self.num_classes = config, num_codes, num_classes
         self.grid: Grid = (grid[0], grid[1])
         self.upper_grids: list[Grid] = [(h, w) for h, w in upper_grids]
+        self.embedding = nn.Embedding(num_codes, config.hidden)
+        self.row = nn.Embedding(self.grid[0], config.hidden)
+        self.column = nn.Embedding(self.grid[1], config.hidden)
+        self.label = nn.Embedding(num_classes + 1, class_dim or config.hidden)
+        self.conditioning: Conditioning | None = None
 
-    def wrap_units(self) -> list[Block]:
+    def finish(self) -> None:
+        """The last step of building one: the head, and the config's word on recomputing blocks."""
+        self.logits = Head(self.config.hidden, self.num_codes)
+        for block in self.wrap_units():
+            block.activation_checkpointing = self.config.activation_checkpointing
+
+    def positions(self) -> Float[Tensor, "h w c"]:
+        """The embedding of every position."""
+        return self.row.weight[:, None] + self.column.weight
+
+    def condition(
+        self, label: Labels, upper: Sequence[Tensor], key: Key | None = None
+    ) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b u v e"] | None]:
+        """(class embeddings, features of the levels above or None), with dropout where there is a key."""
+        if self.training:
+            label = drop_labels(label, key, self.config.class_dropout, self.num_classes)
+        return self.label(label), None if self.conditioning is None else self.conditioning(upper, key)
+
+    def wrap_units(self) -> list[CheckpointableBlock]:
         """The blocks, in order: the units of checkpointing, compilation and sharding."""
-        return [module for module in self.modules() if isinstance(module, Block)]
+        return [module for module in self.modules() if isinstance(module, CheckpointableBlock)]
 
     def num_parameters(self) -> dict[str, int]:
         """{"layers": parameters of convolutions and linear layers, "embeddings": those of the embedding tables}."""
@@ -134,8 +165,35 @@ def _embedding_weights(model: nn.Module) -> Iterator[Tensor]:
     return (module.weight for module in model.modules() if isinstance(module, nn.Embedding))
 
 
-def code_nll(logits: Tensor, codes: Tensor) -> Tensor:
-    """Negative log-likelihood of each code in nats: logits [b, K, h, w], codes int64 [b, h, w] -> float32 [b, h, w].
+class PriorCache:
+    """A prior one code at a time: all that later codes need is kept. Subclasses fill `blocks` and have `start`.
+
+    Call it with positions 0, 1, ... h w - 1 in order; it gives the logits that the full forward gives.
+    """
+
+    start: Callable[[int], Tensor]  # position -> the stream [b, c] before the first block
+
+    def __init__(self, prior: LevelPrior, codes: Codes, dtype: torch.dtype):
+        """codes: read as they are filled."""
+        self.codes, self.embedding = codes, prior.embedding.weight.to(dtype)
+        self.head = CachedLinear(prior.logits, dtype)
+        self.blocks: list[CachedBlock] = []
+        self.buffers: list[Tensor] = []  # besides those of the blocks
+
+    def __call__(self, position: int) -> Float[Tensor, "b k"]:
+        x = self.start(position)
+        for block in self.blocks:
+            block.step(x, position)
+        return self.head(normalise(x))
+
+    def bytes_per_sample(self) -> int:
+        """Memory that one more sample in the batch takes, weights apart."""
+        buffers = [*self.buffers, *(buffer for block in self.blocks for buffer in block.buffers)]
+        return sum(buffer.nbytes for buffer in buffers) // len(self.codes)
+
+
+def code_nll(logits: Float[Tensor, "b k h w"], codes: Codes) -> Float[Tensor, "b h w"]:
+    """Negative log-likelihood of each code in nats.
 
     Computed in float32 (float64 for float64 logits) whatever the precision of the model.
     """
@@ -144,6 +202,6 @@ def code_nll(logits: Tensor, codes: Tensor) -> Tensor:
     return F.cross_entropy(flat, codes.reshape(-1), reduction="none").view(codes.shape)
 
 
-def nll(logits: Tensor, codes: Tensor) -> Tensor:
-    """Mean of `code_nll`: nats per code, a scalar."""
+def nll(logits: Float[Tensor, "b k h w"], codes: Codes) -> Float[Tensor, ""]:
+    """Mean of `code_nll`: nats per code."""
     return code_nll(logits, codes).mean()

@@ -1,10 +1,12 @@
-"""Ancestral sampling from a prior, one code at a time; the cached way and the slow reference that it must equal.
+"""Ancestral sampling from a prior, one code at a time: cached, and the slow reference that it must equal.
 
 In: a prior (anything with the members of `Prior`), labels [b], the codes of the levels above, sample ids [b].
-Out: codes int64 [b, h, w].
+Out: codes [b, h, w].
 
-Randomness is addressed: the uniform of a code depends on (seed, level, sample id, place) and on nothing else, so
+Randomness is addressed: the uniform of a code depends on (seed, level, sample id, position) and on nothing else, so
 sample i is the same in any batch, on any rank.
+
+Legend: b batch, h w grid, k codes, t = h w positions in raster order.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,9 +14,12 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from vqscale.seeding import key_of, mix, uniform_array
+
+NextLogits = Callable[[int], Tensor]  # position -> logits [b, k], given the codes before it
 
 
 class Prior(Protocol):
@@ -26,24 +31,18 @@ class Prior(Protocol):
     upper_grids: list[tuple[int, int]]
 
     def __call__(self, codes: Tensor, label: Tensor, upper: Sequence[Tensor] = ()) -> Tensor: ...
-    def incremental(
-        self, codes: Tensor, label: Tensor, upper: Sequence[Tensor], dtype: torch.dtype
-    ) -> Callable[[int], Tensor]: ...
+    def incremental(self, codes: Tensor, label: Tensor, upper: Sequence[Tensor], dtype: torch.dtype) -> NextLogits: ...
     def parameters(self) -> Any: ...
-
-
-class SamplingStopped(Exception):
-    """`stop` said so; nothing of the batch is kept."""
 
 
 @torch.inference_mode()
 def sample_codes(
     prior: Prior,
-    label: Tensor,
-    upper: Sequence[Tensor] = (),
+    label: Int[Tensor, " b"],
+    upper: Sequence[Int[Tensor, "_ _ _"]] = (),
     *,
     seed: int,
-    sample_ids: Tensor,
+    sample_ids: Int[Tensor, " _"],
     temperature: float = 1.0,
     temperature_end: float | None = None,
     top_k: int = 0,
@@ -52,18 +51,16 @@ def sample_codes(
     cached: bool = True,
     dtype: torch.dtype | None = None,
     progress: Callable[[int, int], None] | None = None,
-    stop: Callable[[], bool] | None = None,
-) -> Tensor:
-    """Codes int64 [b, h, w] drawn from the prior, on its device.
+) -> Int[Tensor, "b h w"]:
+    """Codes drawn from the prior, on its device.
 
-    label: int64 [b] in 0 ... num_classes (that last one = no class). upper: int64 [b, h', w'] per level above, top
-    first. sample_ids: int64 [b], which sample each row is. temperature >= 0 (0 = the likeliest code): the first code's;
-    temperature_end: the last code's, in between linear in raster order, None = the same. top_k: keep the k likeliest
-    codes (0 = all); top_p in (0, 1]: keep the likeliest codes up to that mass (nucleus, Holtzman et al. 2020). guidance
-    w: logits (1 + w) conditional - w unconditional (Ho and Salimans 2022, equation 6, on logits), at twice the cost;
-    needs a prior trained with class_dropout. cached=False runs a full forward per code. dtype: arithmetic of the cached
-    way; default that of the weights. progress(rows done, rows); stop() is asked before each row and ends sampling by
-    SamplingStopped.
+    label: 0 ... num_classes (that last one = no class). upper: codes of each level above, top first. sample_ids: which
+    sample each row is. temperature >= 0 (0 = the likeliest code): the first code's; temperature_end: the last code's,
+    in between linear in raster order, None = the same. top_k: keep the k likeliest codes (0 = all); top_p in (0, 1]:
+    keep the likeliest codes up to that mass (nucleus, Holtzman et al. 2020). guidance w: logits (1 + w) conditional - w
+    unconditional (Ho and Salimans 2022, equation 6, on logits), at twice the cost; needs a prior trained with
+    class_dropout. cached=False runs a full forward per code. dtype: of cached arithmetic; default that of the weights.
+    progress(rows done, rows) is called after each row.
 
     Raises ValueError for labels, ids, codes above or options that do not fit.
     """
@@ -72,26 +69,25 @@ def sample_codes(
     weight = next(prior.parameters())
     label, upper = label.to(weight.device), [codes.to(weight.device) for codes in upper]
     (height, width), batch, copies = prior.grid, len(label), 2 if guidance else 1
-    warmth = torch.linspace(temperature, end, height * width, dtype=torch.float64).tolist()
+    temperatures = torch.linspace(temperature, end, height * width, dtype=torch.float64).tolist()
     if guidance:
         label = torch.cat((label, torch.full_like(label, prior.num_classes)))
         upper = [codes.repeat(2, 1, 1) for codes in upper]
     codes = torch.zeros(batch * copies, height, width, dtype=torch.int64, device=weight.device)
-    way = (
+    next_logits = (
         prior.incremental(codes, label, upper, dtype or weight.dtype)
         if cached
         else _forwards(prior, codes, label, upper)
     )
     uniforms = draw_uniforms(seed, len(prior.upper_grids), sample_ids, height * width).to(weight.device)
     for row in range(height):
-        if stop is not None and stop():
-            raise SamplingStopped(f"sampling stopped at row {row} of {height}")
         for column in range(width):
-            place = row * width + column
-            logits = way(place)
+            position = row * width + column
+            logits = next_logits(position)
             if guidance:
                 logits = torch.lerp(logits[batch:], logits[:batch], 1 + guidance)
-            chosen = choose(logits, uniforms[place], temperature=warmth[place], top_k=top_k, top_p=top_p)
+            temperature = temperatures[position]
+            chosen = choose(logits, uniforms[position], temperature=temperature, top_k=top_k, top_p=top_p)
             codes[:, row, column] = chosen.repeat(copies) if guidance else chosen
         if progress is not None:
             progress(row + 1, height)
@@ -107,23 +103,31 @@ def _check(
         raise ValueError(
             f"labels {int(label.min())} ... {int(label.max())} do not fit a prior of {prior.num_classes} classes"
         )
-    wanted = [(len(label), *grid) for grid in prior.upper_grids]
-    if [tuple(codes.shape) for codes in upper] != wanted:
-        raise ValueError(f"codes above have shapes {[tuple(codes.shape) for codes in upper]}, the prior needs {wanted}")
+    shapes = [tuple(codes.shape) for codes in upper]
+    expected = [(len(label), *grid) for grid in prior.upper_grids]
+    if shapes != expected:
+        raise ValueError(f"codes above have shapes {shapes}, the prior needs {expected}")
     if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
         raise ValueError(f"temperature={temperature} must be >= 0, top_k={top_k} >= 0, top_p={top_p} in (0, 1]")
 
 
-def draw_uniforms(seed: int, level: int, sample_ids: Tensor, places: int) -> Tensor:
-    """float64 [places, b] in [0, 1): one number per (seed, level, sample id, place); level 0 is the top."""
-    index = np.arange(places, dtype=np.uint64)
+def draw_uniforms(seed: int, level: int, sample_ids: Int[Tensor, " b"], positions: int) -> Float[Tensor, "t b"]:
+    """float64 in [0, 1): one number per (seed, level, sample id, position); level 0 is the top."""
+    index = np.arange(positions, dtype=np.uint64)
     stream = key_of("sample")
     draws = [uniform_array(mix(seed, stream, level, sample), index) for sample in sample_ids.tolist()]
-    return torch.from_numpy(np.stack(draws, axis=1)) if draws else torch.zeros(places, 0, dtype=torch.float64)
+    return torch.from_numpy(np.stack(draws, axis=1)) if draws else torch.zeros(positions, 0, dtype=torch.float64)
 
 
-def choose(logits: Tensor, uniform: Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """Inverse-CDF draw: logits [b, K] and uniforms float64 [b] in [0, 1) -> codes int64 [b].
+def choose(
+    logits: Float[Tensor, "b k"],
+    uniform: Float[Tensor, " b"],
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> Int[Tensor, " b"]:
+    """Inverse-CDF draw of codes, from uniforms in [0, 1).
 
     In float64 whatever the model's precision: the same code unless logits differ by more than rounding.
     """
@@ -147,11 +151,11 @@ def _truncate(probability: Tensor, top_k: int, top_p: float) -> Tensor:
     return torch.zeros_like(probability).scatter_(-1, order, ranked * keep)
 
 
-def _forwards(prior: Prior, codes: Tensor, label: Tensor, upper: Sequence[Tensor]) -> Callable[[int], Tensor]:
+def _forwards(prior: Prior, codes: Tensor, label: Tensor, upper: Sequence[Tensor]) -> NextLogits:
     """The reference: a full forward over the rows so far, again for every code."""
 
-    def logits(place: int) -> Tensor:
-        row, column = divmod(place, codes.shape[2])
+    def logits(position: int) -> Tensor:
+        row, column = divmod(position, codes.shape[2])
         return prior(codes[:, : row + 1], label, upper)[:, :, row, column]
 
     return logits

@@ -1,12 +1,13 @@
-"""The parts of a transformer prior: rotary positions in two dimensions, attention, SwiGLU.
+"""The parts of a transformer prior, each followed by its cached twin, which sampling runs one code at a time.
 
-In: tokens [b, t, c], features of the level above [b, s, e], angles, dropout keys.  Out: tokens.
+In: tokens [b, t, c], features of the level above [b, s, e], rotary tables, dropout keys.  Out: tokens.
 
 Pre-norm residual branches, queries and keys normalised per head (Henry et al. 2020, Dehghani et al. 2023), SwiGLU
 (Shazeer 2020), rotary positions (Su et al. 2021) along two axes (Heo et al. 2024): half of a head's channels turn with
 the row, half with the column, so that the product of a query and a key depends on their offset.
 
-Legend: b batch, t tokens, s places of the nearest level above, c hidden, e conditioning, d channels of a head.
+Legend: b batch, t tokens, s positions of the nearest level above, c hidden, e conditioning, n heads, d channels of a
+head, h = d / 2. A rotary table [2, t, h] holds cosines, then sines.
 """
 
 from collections.abc import Sequence
@@ -14,33 +15,47 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from vqscale.models.causal import Block, BranchEnd, normalise
+from vqscale.models.causal import (
+    AttentionHeads,
+    BranchEnd,
+    CausalAttentionHeads,
+    CheckpointableBlock,
+    Key,
+    normalise,
+    num_slices,
+    sliced,
+)
 from vqscale.models.dropout import Dropout
 
-_BASE = 100.0  # of the frequencies; the slowest turns by less than a circle over 128 places
+_BASE = 100.0  # of the frequencies; the slowest turns by less than a circle over 128 positions
+
+Tokens = Float[Tensor, "b t c"]
+Table = Float[Tensor, "2 t h"]
+UpperTable = Float[Tensor, "2 s h"]
 
 
-def rotation(places: Tensor, dim: int) -> Tensor:
-    """Places (row, column) [t, 2] -> cosines and sines [2, t, dim / 2]. dim: channels of a head, a multiple of 4."""
-    frequencies = _BASE ** -(torch.arange(dim // 4, device=places.device, dtype=torch.float32) / (dim // 4))
-    angles = (places[:, :, None] * frequencies).flatten(1)
+def rotary_table(positions: Int[Tensor, "t 2"] | Float[Tensor, "t 2"], dim: int) -> Table:
+    """Of (row, column) positions. dim: channels of a head, a multiple of 4."""
+    frequencies = _BASE ** -(torch.arange(dim // 4, device=positions.device, dtype=torch.float32) / (dim // 4))
+    angles = (positions[:, :, None] * frequencies).flatten(1)
     return torch.stack((angles.cos(), angles.sin()))
 
 
-def turn(x: Tensor, gain: Tensor, by: Tensor) -> Tensor:
-    """Normalised, then turned: x, gain [..., d], by [2, ..., d / 2]; within, in the gain's precision or better."""
+def apply_rotary(
+    x: Float[Tensor, "*shape d"], gain: Float[Tensor, "... d"], cos_sin: Float[Tensor, "2 ... d//2"]
+) -> Float[Tensor, "*shape d"]:
+    """Normalised, then turned, in the gain's precision or better."""
     normalised = F.rms_norm(x.to(gain.dtype), x.shape[-1:], eps=1e-6)
     first, second = (normalised * gain).chunk(2, dim=-1)
-    cosine, sine = by[0], by[1]
+    cosine, sine = cos_sin[0], cos_sin[1]
     turned = torch.cat((first * cosine - second * sine, first * sine + second * cosine), dim=-1)
     return turned.to(x.dtype)
 
 
-def _head_norm(dim: int) -> nn.RMSNorm:
-    """Holds the gain of `turn`."""
-    return nn.RMSNorm(dim)
+# --- self-attention ---------------------------------------------------------------------------------------------------
 
 
 class SelfAttention(nn.Module):
@@ -50,43 +65,94 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(hidden, 3 * hidden)
-        self.query_norm, self.key_norm = _head_norm(hidden // heads), _head_norm(hidden // heads)
+        # They hold the gains of `apply_rotary`
+        self.query_norm, self.key_norm = nn.RMSNorm(hidden // heads), nn.RMSNorm(hidden // heads)
         self.out = BranchEnd(hidden, hidden)
 
-    def forward(self, x: Tensor, query_turn: Tensor, key_turn: Tensor) -> Tensor:
-        """x [b, t, c], turns [2, t, d / 2] -> [b, t, c]."""
+    def forward(self, x: Tokens, query_table: Table, key_table: Table) -> Tokens:
         query, key, value = rearrange(
             self.qkv(normalise(x)), "b t (three heads d) -> three b heads t d", three=3, heads=self.heads
         )
-        query, key = turn(query, self.query_norm.weight, query_turn), turn(key, self.key_norm.weight, key_turn)
+        query = apply_rotary(query, self.query_norm.weight, query_table)
+        key = apply_rotary(key, self.key_norm.weight, key_table)
         y = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         return self.out(rearrange(y, "b heads t d -> b t (heads d)"))
 
 
+class CachedSelfAttention:
+    """`SelfAttention`, one code at a time."""
+
+    def __init__(self, layer: SelfAttention, batch: int, tables: tuple[Table, Table], dtype: torch.dtype):
+        """tables: of queries and of keys, at all positions."""
+        self.heads = CausalAttentionHeads(layer.qkv, layer.out, layer.heads, batch, tables[0].shape[1], dtype)
+        self.buffers, self.rotated = self.heads.buffers, 2 * layer.heads
+        # of queries, then of keys: turned in one go
+        gains = torch.stack((layer.query_norm.weight, layer.key_norm.weight))
+        self.gains = gains.repeat_interleave(layer.heads, 0)[:, None]
+        both = torch.stack(tables, dim=2).repeat_interleave(layer.heads, dim=2)  # [2, t, two n, h]
+        self.tables = both[:, :, :, None].unbind(1)
+
+    def step(self, x: Float[Tensor, "b c"], position: int) -> None:
+        projected = self.heads.project(x)
+        query, key = apply_rotary(projected[: self.rotated], self.gains, self.tables[position]).chunk(2)
+        self.heads.attend_so_far(x, position, query, key, projected[self.rotated :])
+
+
+# --- cross-attention --------------------------------------------------------------------------------------------------
+
+
 class CrossAttention(nn.Module):
-    """From every token to all places of the nearest level above."""
+    """From every token to all positions of the nearest level above."""
 
     def __init__(self, hidden: int, heads: int, conditioning: int):
         super().__init__()
         self.heads = heads
         self.query = nn.Linear(hidden, hidden)
         self.key_value = nn.Linear(conditioning, 2 * hidden)
-        self.query_norm, self.key_norm = _head_norm(hidden // heads), _head_norm(hidden // heads)
+        self.query_norm, self.key_norm = nn.RMSNorm(hidden // heads), nn.RMSNorm(hidden // heads)
         self.out = BranchEnd(hidden, hidden)
 
-    def keys_and_values(self, features: Tensor, upper_turn: Tensor) -> tuple[Tensor, Tensor]:
-        """features [b, s, e], turn [2, s, d / 2] -> twice [b, heads, s, d]."""
+    def keys_and_values(
+        self, features: Float[Tensor, "b s e"], upper_table: UpperTable
+    ) -> tuple[Float[Tensor, "b n s d"], Float[Tensor, "b n s d"]]:
+        """Of the level above."""
         key, value = rearrange(
             self.key_value(features), "b s (two heads d) -> two b heads s d", two=2, heads=self.heads
         )
-        return turn(key, self.key_norm.weight, upper_turn), value
+        return apply_rotary(key, self.key_norm.weight, upper_table), value
 
-    def forward(self, x: Tensor, features: Tensor, query_turn: Tensor, upper_turn: Tensor) -> Tensor:
-        """x [b, t, c], features [b, s, e] -> [b, t, c]."""
+    def forward(
+        self, x: Tokens, features: Float[Tensor, "b s e"], query_table: Table, upper_table: UpperTable
+    ) -> Tokens:
         query = rearrange(self.query(normalise(x)), "b t (heads d) -> b heads t d", heads=self.heads)
-        key, value = self.keys_and_values(features, upper_turn)
-        y = F.scaled_dot_product_attention(turn(query, self.query_norm.weight, query_turn), key, value)
+        key, value = self.keys_and_values(features, upper_table)
+        y = F.scaled_dot_product_attention(apply_rotary(query, self.query_norm.weight, query_table), key, value)
         return self.out(rearrange(y, "b heads t d -> b t (heads d)"))
+
+
+class CachedCrossAttention:
+    """`CrossAttention`, one code at a time; keys and values are computed once."""
+
+    def __init__(
+        self,
+        layer: CrossAttention,
+        features: Float[Tensor, "b s e"],
+        query_table: Table,
+        upper_table: UpperTable,
+        dtype: torch.dtype,
+    ):
+        self.heads = AttentionHeads(layer.query, layer.out, layer.heads, dtype)
+        self.gain, self.tables = layer.query_norm.weight, query_table.unbind(1)
+        kept = layer.keys_and_values(features, upper_table)
+        self.keys, self.values = (x.to(dtype).transpose(0, 1).contiguous() for x in kept)
+        self.buffers = [self.keys, self.values]
+
+    def step(self, x: Float[Tensor, "b c"], position: int) -> None:
+        query = apply_rotary(self.heads.project(x), self.gain, self.tables[position])
+        self.heads.attend(x, query, self.keys, self.values)
+
+
+# --- SwiGLU -----------------------------------------------------------------------------------------------------------
 
 
 class SwiGLU(nn.Module):
@@ -97,12 +163,31 @@ class SwiGLU(nn.Module):
         self.up = nn.Linear(hidden, 2 * residual)
         self.out = BranchEnd(residual, hidden)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tokens) -> Tokens:
         signal, factor = self.up(normalise(x)).chunk(2, dim=-1)
         return self.out(F.silu(signal) * factor)
 
 
-class TransformerBlock(Block):
+class CachedSwiGLU:
+    """`SwiGLU`, one code at a time."""
+
+    buffers: Sequence[Tensor] = ()
+
+    def __init__(self, layer: SwiGLU, dtype: torch.dtype):
+        self.slices = num_slices(layer.up.out_features)
+        self.weight, self.bias = sliced(layer.up, self.slices, dtype)
+        self.out = layer.out.weight.to(dtype).t()
+
+    def step(self, x: Float[Tensor, "b c"], position: int) -> None:
+        both = torch.baddbmm(self.bias, normalise(x).expand(self.slices, -1, -1), self.weight)
+        signal, factor = both.chunk(2)
+        x.addmm_(F.silu(signal, inplace=True).mul_(factor).transpose(0, 1).reshape(len(x), -1), self.out)
+
+
+# --- the block --------------------------------------------------------------------------------------------------------
+
+
+class TransformerBlock(CheckpointableBlock):
     """Self-attention, cross-attention where there is something above, SwiGLU; each a residual branch with dropout."""
 
     def __init__(self, hidden: int, residual: int, heads: int, conditioning: int, dropout: float, layer: int):
@@ -115,13 +200,12 @@ class TransformerBlock(Block):
         self.cross_dropout = Dropout(dropout, layer + 1)
         self.mlp_dropout = Dropout(dropout, layer + 2)
 
-    def forward(self, x: Tensor, features: Tensor | None, turns: Sequence[Tensor], key: Tensor | None) -> Tensor:
-        """x [b, t, c]; features [b, s, e] or None; turns: of queries, keys and, with features, of the places above."""
-        return self.run(self._forward, x, features, key, *turns)
-
-    def _forward(self, x: Tensor, features: Tensor | None, key: Tensor | None, *turns: Tensor) -> Tensor:
-        x = x + self.attention_dropout(self.attention(x, turns[0], turns[1]), key)
+    def compute(
+        self, x: Tokens, features: Float[Tensor, "b s e"] | None, key: Key | None, *tables: Float[Tensor, "2 _ h"]
+    ) -> Tokens:
+        """tables: of queries, of keys and, with features, of the positions above."""
+        x = x + self.attention_dropout(self.attention(x, tables[0], tables[1]), key)
         if self.cross is not None:
             assert features is not None
-            x = x + self.cross_dropout(self.cross(x, features, turns[0], turns[2]), key)
+            x = x + self.cross_dropout(self.cross(x, features, tables[0], tables[2]), key)
         return x + self.mlp_dropout(self.mlp(x), key)

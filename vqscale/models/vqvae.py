@@ -1,8 +1,9 @@
 """VQ-VAE with N levels of codes: 1 is van den Oord et al. 2017, 2 and 3 are VQ-VAE-2 (Razavi et al. 2019).
 
-In: images float [b, 3, R, R] in [-1, 1].  Out: reconstructions of the same shape; codes int64 [b, h, w], top first.
+In: images [b, 3, r, r] in [-1, 1].  Out: reconstructions of the same shape; codes [b, h, w] per level, top first.
 
-b batch, R resolution, c hidden units, D code dimension, h w a level's grid; levels are listed top (coarsest) first.
+Legend: b batch, r resolution, c hidden units, d code dimension, h w a level's grid; levels are listed top (coarsest)
+first.
 
     image -> encoder -> encoder          each level's encoder works on the features of the level below
                 |          |
@@ -23,6 +24,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -56,11 +58,15 @@ class VQVAEConfig:
             raise ValueError(f"residual_layers={self.residual_layers}: not negative")
 
 
+Image = Float[Tensor, "b 3 _ _"]
+Codes = Int[Tensor, "b _ _"]  # of one level
+
+
 class VQVAEOutput(NamedTuple):
-    reconstruction: Tensor  # [b, 3, R, R], not clamped
-    codes: list[Tensor]  # int64 [b, h, w], top first
-    commitment: Tensor  # beta * mean (z - sg[e])^2, summed over levels: add it to the reconstruction loss
-    codebook_loss: Tensor  # mean (sg[z] - e)^2, summed over levels: a report without gradient
+    reconstruction: Image  # not clamped
+    codes: list[Codes]  # top first
+    commitment: Float[Tensor, ""]  # beta * mean (z - sg[e])^2, summed over levels: add it to the reconstruction loss
+    codebook_loss: Float[Tensor, ""]  # mean (sg[z] - e)^2, summed over levels: a report without gradient
 
 
 def _conv(inputs: int, outputs: int, kernel: int, *, stride: int = 1, gain: float = 1.0) -> nn.Conv2d:
@@ -76,7 +82,7 @@ def _upconv(inputs: int, outputs: int, *, gain: float = 1.0) -> nn.ConvTranspose
 
 
 class ResidualBlock(nn.Module):
-    """x + 1x1(ReLU(3x3(ReLU(x)))) on [b, c, h, w]. The last convolution starts at 0, so the block starts as x."""
+    """x + 1x1(ReLU(3x3(ReLU(x)))). The last convolution starts at 0, so the block starts as x."""
 
     def __init__(self, config: VQVAEConfig):
         super().__init__()
@@ -84,7 +90,7 @@ class ResidualBlock(nn.Module):
         self.spatial = _conv(config.hidden, config.residual_hidden, 3, gain=_RELU_GAIN)
         self.pointwise = _conv(config.residual_hidden, config.hidden, 1, gain=0.0)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         if self.checkpointing and self.training and torch.is_grad_enabled():
             return checkpoint(self._body, x, use_reentrant=False, preserve_rng_state=False)
         return self._body(x)
@@ -127,7 +133,7 @@ def upsampler(channels: int, stride: int) -> nn.Sequential:
 
 
 class Level(nn.Module):
-    """The parts of one level. `above` counts the levels above it, `stride_above` is the step to the nearest of them."""
+    """One level's networks. `above` counts the levels above it, `stride_above` is the step to the nearest of them."""
 
     def __init__(self, config: VQVAEConfig, *, inputs: int, outputs: int, stride: int, above: int, stride_above: int):
         super().__init__()
@@ -138,11 +144,15 @@ class Level(nn.Module):
         self.upsample = nn.ModuleList(upsampler(dim, stride_above) for _ in range(above))
         self.decoder = decoder(dim * (above + 1), outputs, stride, config)
 
-    def project(self, features: Tensor, decoded: Tensor | None) -> Tensor:
-        """What is quantized, [b, D, h, w]: from features [b, c, h, w] and what the level above decodes [b, D, h, w]."""
+    def project(
+        self, features: Float[Tensor, "b c h w"], decoded: Float[Tensor, "b d h w"] | None
+    ) -> Float[Tensor, "b d h w"]:
+        """What is quantized: from this level's features and what the level above decodes."""
         return self.to_code(features if decoded is None else torch.cat([decoded, features], dim=1))
 
-    def gather(self, maps: Sequence[Tensor], vectors: Tensor) -> list[Tensor]:
+    def gather(
+        self, maps: Sequence[Float[Tensor, "b d _ _"]], vectors: Float[Tensor, "b d h w"]
+    ) -> list[Float[Tensor, "b d h w"]]:
         """All levels' quantized maps so far on this level's grid: those above, upsampled, then this one's."""
         return [*(up(above) for up, above in zip(self.upsample, maps, strict=True)), vectors]
 
@@ -203,10 +213,11 @@ class VQVAE(nn.Module):
         """The residual blocks: what the engine may checkpoint, compile and shard on its own."""
         return [module for module in self.modules() if isinstance(module, ResidualBlock)]
 
-    def forward(self, image: Tensor, position: Tensor | None = None) -> VQVAEOutput:
-        """Reconstruct images [b, 3, R, R] in [-1, 1]; in training also gather the codebooks' statistics.
+    def forward(self, image: Image, position: Int[Tensor, " b"] | None = None) -> VQVAEOutput:
+        """Reconstruct images in [-1, 1]; in training also gather the codebooks' statistics.
 
-        `position` int64 [b]: places in the training order, which make restarts independent of the number of ranks.
+        `position`: the samples' positions in the training order, which make restarts independent of the number of
+        ranks.
         """
         if self.training:
             self._count(len(image))
@@ -223,19 +234,19 @@ class VQVAE(nn.Module):
     def _count(self, images: int) -> None:
         self._images += images
 
-    def encode(self, image: Tensor) -> list[Tensor]:
-        """Codes int64 [b, h, w] of images [b, 3, R, R] in [-1, 1], top first."""
+    def encode(self, image: Image) -> list[Codes]:
+        """Codes of images in [-1, 1], top first."""
         features, last = self._features(image), len(self.levels) - 1
         quantized, _, decoded = self._descend(features, last)
         z = self._levels[last].project(features[last], decoded)
         return [*(q.codes for q in quantized), self._levels[last].quantizer.nearest(rearrange(z, "b d h w -> b h w d"))]
 
-    def decode(self, codes: Sequence[Tensor]) -> Tensor:
-        """Images [b, 3, R, R] (not clamped) of codes int [b, h, w], top first."""
+    def decode(self, codes: Sequence[Codes]) -> Image:
+        """Images (not clamped) of codes, top first."""
         return self._decode([level.quantizer.lookup(c) for level, c in zip(self._levels, codes, strict=True)])
 
-    def decode_top(self, codes: Sequence[Tensor]) -> Tensor:
-        """Images [b, 3, R, R] from the top level's codes alone (codes[0]); every lower level is its mean code."""
+    def decode_top(self, codes: Sequence[Codes]) -> Image:
+        """Images from the top level's codes alone (codes[0]); every lower level is its mean code."""
         top, *lower = self._levels
         vectors = [top.quantizer.lookup(codes[0])]
         for level, (h, w) in zip(lower, self.grids[1:], strict=True):
@@ -299,7 +310,7 @@ class VQVAE(nn.Module):
     def init_codebooks(
         self, batches: Iterable[Tensor], *, seed: int, between: Callable[[], None] = lambda: None
     ) -> None:
-        """Fit the codebooks to images [b, 3, R, R], level by level from the top: a lower level's encoder vectors depend
+        """Fit the codebooks to batches of images, level by level from the top: a lower level's encoder vectors depend
         on the quantized levels above. For the plain model, before it is wrapped. `between` is called before each batch
         is encoded."""
         images = list(batches)
@@ -314,7 +325,7 @@ class VQVAE(nn.Module):
         self.train(training)
 
     def _sample_vectors(self, images: Sequence[Tensor], index: int, key: int, between: Callable[[], None]) -> Tensor:
-        """Encoder vectors [n, D] of one level: the same number of grid cells of every image."""
+        """Encoder vectors [n, d] of one level: the same number of grid cells of every image."""
         level, cells = self._levels[index], math.prod(self.grids[index])
         count = min(cells, math.ceil(sample_size(self.num_codes) / sum(len(batch) for batch in images)))
         chosen: list[Tensor] = []

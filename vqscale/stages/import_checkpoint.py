@@ -1,11 +1,11 @@
 """A checkpoint of rosinality/vq-vae-2-pytorch -> an exported folder, which every stage takes as `vqvae=`."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from vqscale import config as configs
+from vqscale.files import sha256_of
 from vqscale.models.community import convert
 from vqscale.models.pretrained import load_into, read_torch, save_pretrained
 from vqscale.sources import build
@@ -44,7 +44,7 @@ def main(request: Request) -> None:
     facts = {"resolution": config.resolution, "classes": [], "data": ""}
     model = build({"kind": "vqvae", "config": configs.as_dict(settings), **facts})
     load_into(model, tensors, file)
-    origin = {"file": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+    origin = {"file": file.name, "sha256": sha256_of(file)}
     extra = {**facts, "weights": "imported", "provenance": origin}
     name = save_pretrained(request.out_dir, model, kind="vqvae", config=configs.as_dict(settings), extra=extra)
     print(f"{request.out_dir}: VQ-VAE for {config.resolution} px, {name}")
