@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from vqscale.data.arrays import array_files, class_names, read_pictures
 from vqscale.data.images import SUFFIXES
 from vqscale.seeding import key_of, mix, uniform
 
@@ -173,6 +174,23 @@ def _number(name: str, number_of: Mapping[str, int], where: str) -> int:
     raise ValueError(
         f"{where}: {name!r} is not one of the {len(number_of)} classes (a name, or 0 to {len(number_of) - 1})"
     )
+
+
+def list_arrays(folder: str, part: str, names: Sequence[str] = ()) -> Listing:
+    """The pictures of IDX files or CIFAR's batches: `part` is train | test, `names` the classes in the order of their
+    numbers. Raises ValueError for a label beyond the names."""
+    items, largest = [], 0
+    if not (files := array_files(folder, part)):
+        raise ValueError(f"source folder {folder} holds no {part} part of a known data set of arrays")
+    for name in files:
+        labels = read_pictures(Path(folder, name)).labels
+        digits, stem = len(str(len(labels) - 1)), name.split(".")[0]
+        items += [Item(f"{stem}/{n:0{digits}d}", int(label), name, n) for n, label in enumerate(labels)]
+        largest = max(largest, int(labels.max()))
+    classes = tuple(names) or class_names(folder, largest + 1)
+    if largest >= len(classes):
+        raise ValueError(f"{folder}: label {largest}, but {len(classes)} class names")
+    return Listing(folder, tuple(items), classes)
 
 
 def unique_keys(paths: Sequence[str]) -> list[str]:

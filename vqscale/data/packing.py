@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from jaxtyping import UInt8
 from PIL import Image
 
+from vqscale.data.arrays import read_pictures
 from vqscale.data.drawn import draw
 from vqscale.data.headers import read_header
 from vqscale.data.images import decode_image, resize_center_crop
@@ -63,7 +65,7 @@ def pack_shard(job: ShardJob) -> ShardInfo:
     """Do the job. Images that do not decode are skipped and listed; other errors leave nothing behind."""
     bad: list[dict[str, str]] = []
     with ShardWriter(job.tar) as writer:
-        for item, data in _drawn_images(job) if not job.folder else _images_of_files(job, bad):
+        for item, data in _drawn_images(job) if not job.folder else _images_of_folder(job, bad):
             writer.write(item.key, {job.encoding.format: data, "cls": str(item.label).encode()})
         write_bad(job.bad_path, bad)  # before the tar appears: a finished shard has its list
     assert writer.info is not None
@@ -86,11 +88,15 @@ def _drawn_images(job: ShardJob) -> Iterator[tuple[Item, bytes]]:
             yield item, encode_image(image, job.encoding)
 
 
-def _images_of_files(job: ShardJob, bad: list[dict[str, str]]) -> Iterator[tuple[Item, bytes]]:
+def _images_of_folder(job: ShardJob, bad: list[dict[str, str]]) -> Iterator[tuple[Item, bytes]]:
     for item in job.items:
         path = os.path.join(job.folder, item.path)
         try:
-            yield item, store_image(Path(path).read_bytes(), job.encoding)
+            if item.index >= 0:
+                picture = read_pictures(Path(path)).picture(item.index)
+                yield item, encode_image(centred(picture, job.encoding.resolution), job.encoding)
+            else:
+                yield item, store_image(Path(path).read_bytes(), job.encoding)
         except (ValueError, OSError) as error:
             bad.append({"file": path, "error": str(error)})
 
@@ -106,6 +112,16 @@ def store_image(data: bytes, encoding: Encoding) -> bytes:
     if fits and header.plain and header.format == encoding.format:
         return data
     return encode_image(resize_center_crop(image, encoding.resolution).numpy(), encoding)
+
+
+def centred(image: UInt8[np.ndarray, "3 h w"], resolution: int) -> UInt8[np.ndarray, "3 r r"]:
+    """A smaller picture in the middle of a black one, each pixel as it was; a larger one is resized and cropped."""
+    if max(image.shape[1:]) > resolution:
+        return resize_center_crop(torch.from_numpy(image.copy()), resolution).numpy()
+    out = np.zeros((3, resolution, resolution), np.uint8)
+    top, left = ((resolution - size) // 2 for size in image.shape[1:])
+    out[:, top : top + image.shape[1], left : left + image.shape[2]] = image
+    return out
 
 
 def encode_image(image: UInt8[np.ndarray, "3 h w"], encoding: Encoding) -> bytes:

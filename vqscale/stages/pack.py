@@ -8,7 +8,7 @@ same at any number of processes.
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from vqscale import runtime
 from vqscale.config import StageConfig
+from vqscale.data.arrays import array_files
 from vqscale.data.drawn import CLASSES
 from vqscale.data.listing import (
     Item,
@@ -24,6 +25,7 @@ from vqscale.data.listing import (
     holdout_every,
     holdout_fraction,
     is_flat,
+    list_arrays,
     list_folder,
     shuffled,
     split_items,
@@ -43,13 +45,14 @@ _MIN_FOR_PROCESSES, _MIN_FOR_PROCESSES_DRAWN = 2_000, 25_000
 class PackConfig(StageConfig):
     """What to pack and how."""
 
-    source: str = "drawn"  # a folder of images (its sub-folders are the classes), or drawn: the embedded data set
+    source: str = "drawn"  # a folder of images (classes in sub-folders), of IDX files or CIFAR-10 batches | drawn
     labels: str = ""  # a file of lines `filename class`, for a flat folder (of source, or of holdout)
+    class_names: list[str] = field(default_factory=list)  # of IDX files, which have numbers alone
     classes_from: str = ""  # a data set whose class names and numbers to use
     resolution: int = 64  # pixels: shorter side resized, centre cropped
     format: str = ""  # png | jpg; default png up to 128 pixels, else jpg
     quality: int = 95  # of jpg
-    holdout: str = "0.05"  # a fraction by key | every:20 | a folder
+    holdout: str = "0.05"  # a fraction by key | every:20 | a folder | test (of IDX files, of CIFAR-10)
     samples_per_shard: int = 1000  # at most
     num_drawn: int = 20000  # images, for source=drawn
     max_bad_fraction: float = 0.01  # of images that may fail to decode; at least 1 may, unless it is 0
@@ -118,7 +121,7 @@ def _check(config: PackConfig) -> None:
         raise ValueError(
             "source=drawn has classes of its own: labels=, classes_from= and a holdout folder do not apply"
         )
-    if not os.path.isdir(config.holdout) and not holdout_every(config.holdout):
+    if not os.path.isdir(config.holdout) and config.holdout != "test" and not holdout_every(config.holdout):
         holdout_fraction(config.holdout)
 
 
@@ -140,12 +143,21 @@ def _contents(config: PackConfig) -> _Contents:
             for i in range(config.num_drawn)
         ]
         return _Contents(*_split(Listing("", tuple(items), CLASSES), config.holdout), encoding)
+    if array_files(config.source, "train"):
+        return _Contents(*_split_arrays(config), encoding)
     known = Manifest.load(resolve(config.classes_from)).classes if config.classes_from else ()
     if not os.path.isdir(config.holdout):
         return _Contents(*_split(list_folder(config.source, config.labels, known), config.holdout), encoding)
     source_labels, holdout_labels = _assign_labels(config)
     train = list_folder(config.source, source_labels, known)
     return _Contents(train, list_folder(config.holdout, holdout_labels, train.classes), encoding)
+
+
+def _split_arrays(config: PackConfig) -> tuple[Listing, Listing]:
+    train = list_arrays(config.source, "train", config.class_names)
+    if config.holdout != "test":
+        return _split(train, config.holdout)
+    return train, list_arrays(config.source, "test", train.classes)
 
 
 def _assign_labels(config: PackConfig) -> tuple[str, str]:
