@@ -77,7 +77,7 @@ class ImageClassifier:
         probabilities = self(images).double().softmax(1)
         return probabilities.gather(1, labels[:, None])[:, 0].cpu()
 
-    def describe(self) -> dict[str, str]:
+    def identity(self) -> dict[str, str]:
         """What identifies the classifier and the features that it judges by."""
         about = self.source.description
         return {"classifier": self.source.fingerprint, **{k: about[k] for k in ("features", "features_sha256")}}

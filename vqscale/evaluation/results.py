@@ -6,7 +6,7 @@ In: scores, inputs, what is to be shown.  Out: files in the run directory, each 
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -17,25 +17,12 @@ from vqscale.data.shards import Manifest
 from vqscale.evaluation import report
 from vqscale.evaluation.figures import grid_png, metrics_of_run
 from vqscale.evaluation.gallery import first_of_each_class
-from vqscale.evaluation.inputs import DataSet, Inputs
+from vqscale.evaluation.inputs import DataSet, EvaluateConfig, Inputs
 from vqscale.evaluation.reconstructions import Examples
 from vqscale.evaluation.samples import Neighbours
 from vqscale.evaluation.scores import Score, Scores, is_of_curve
 from vqscale.files import read_json, write_atomically, write_json
 from vqscale.sources import Source
-
-
-class Wanted(Protocol):
-    """What of an evaluation's config decides how much is shown."""
-
-    @property
-    def run_dir(self) -> str: ...
-    @property
-    def picture(self) -> str: ...
-    @property
-    def samples_shown(self) -> int: ...
-    @property
-    def classes_shown(self) -> int: ...
 
 
 @dataclass
@@ -49,10 +36,12 @@ class Shown:
     checks: list[str] = field(default_factory=list)
 
 
-def write_results(config: Wanted, run: runtime.Run, scores: Scores, found: Inputs, shown: Shown, cache: Cache) -> None:
+def write_results(
+    config: EvaluateConfig, run: runtime.Run, scores: Scores, inputs: Inputs, shown: Shown, cache: Cache
+) -> None:
     """scores.json, samples.png, the picture and report.html."""
     write_json(run.run_dir / "scores.json", scores.as_json())
-    samples = _shown_samples(config, found, cache)
+    samples = _shown_samples(config, inputs, cache)
     if samples or shown.examples:
         columns = (shown.examples.originals, shown.examples.pictures) if shown.examples else ((), ())
         originals, pictures = (list(column[: config.samples_shown]) for column in columns)
@@ -62,7 +51,7 @@ def write_results(config: Wanted, run: runtime.Run, scores: Scores, found: Input
     text = report.render(
         report.Report(
             title=f"{name}: evaluation",
-            subtitle=f"{time.strftime('%Y-%m-%d')} · {_subtitle(found)}",
+            subtitle=f"{time.strftime('%Y-%m-%d')} · {_subtitle(inputs)}",
             scores={key: Score(**value) for key, value in scores.as_json().items()},
             left_out=scores.left_out,
             samples=samples,
@@ -70,23 +59,23 @@ def write_results(config: Wanted, run: runtime.Run, scores: Scores, found: Input
             usage=shown.usage,
             neighbours=shown.neighbours,
             checks=shown.checks,
-            curves={source.path.name: metrics_of_run(source.path) for source in found.sources()},
-            provenance=_provenance(run, found),
+            curves={source.path.name: metrics_of_run(source.path) for source in inputs.sources()},
+            provenance=_provenance(run, inputs),
             footer=f"Written by vqscale evaluate · {run.run_dir / 'scores.json'} has the same numbers.",
         )
     )
     write_atomically(run.run_dir / "report.html", text.encode())
 
 
-def _subtitle(found: Inputs) -> str:
+def _subtitle(inputs: Inputs) -> str:
     parts = []
-    if found.samples is not None:
-        parts.append(f"{found.samples.n:,} samples of {len(found.samples.manifest.classes)} classes")
-    if isinstance(found.reference, DataSet):
-        parts.append(f"{found.reference.n:,} reference images")
-    if found.vqvae is not None:
-        grids = ", ".join(f"{name} {h}×{w}" for name, (h, w) in _grids(found.vqvae))
-        parts.append(f"{found.vqvae.description['resolution']} px, K = {found.vqvae.model.num_codes}, {grids}")
+    if inputs.samples is not None:
+        parts.append(f"{inputs.samples.n:,} samples of {len(inputs.samples.manifest.classes)} classes")
+    if isinstance(inputs.reference, DataSet):
+        parts.append(f"{inputs.reference.n:,} reference images")
+    if inputs.vqvae is not None:
+        grids = ", ".join(f"{name} {h}×{w}" for name, (h, w) in _grids(inputs.vqvae))
+        parts.append(f"{inputs.vqvae.description['resolution']} px, K = {inputs.vqvae.model.num_codes}, {grids}")
     return " · ".join(parts) or "no inputs"
 
 
@@ -94,26 +83,26 @@ def _grids(source: Source) -> list[tuple[str, tuple[int, int]]]:
     return list(zip(source.model.level_names, source.model.grids, strict=True))
 
 
-def _shown_samples(config: Wanted, found: Inputs, cache: Cache) -> dict[str, list[Tensor]]:
-    if found.samples is None:
+def _shown_samples(config: EvaluateConfig, inputs: Inputs, cache: Cache) -> dict[str, list[Tensor]]:
+    if inputs.samples is None:
         return {}
     return first_of_each_class(
-        found.samples.folder,
-        found.samples.manifest,
-        resolution=found.resolution_of(found.samples),
+        inputs.samples.folder,
+        inputs.samples.manifest,
+        resolution=inputs.resolution_of(inputs.samples),
         per_class=config.samples_shown,
         most_classes=config.classes_shown,
         cache=cache,
     )
 
 
-def _provenance(run: runtime.Run, found: Inputs) -> list[dict[str, Any]]:
+def _provenance(run: runtime.Run, inputs: Inputs) -> list[dict[str, Any]]:
     """Where everything came from: one mapping per run or data set."""
     facts = [_about_run(run.run_dir, "this evaluation")]
-    for source in found.sources():
+    for source in inputs.sources():
         about = {"fingerprint": source.fingerprint, "weights": source.weights, "images seen": source.images_seen}
         facts.append(_about_run(source.path, f"{source.description['kind']}: {source.path}", **about))
-    for name, data in (("samples", found.samples), ("reference", found.reference), ("codes", found.codes)):
+    for name, data in (("samples", inputs.samples), ("reference", inputs.reference), ("codes", inputs.codes)):
         if isinstance(data, DataSet):
             facts.append(_about_data(data.manifest, f"{name}: {data.folder}"))
     return facts

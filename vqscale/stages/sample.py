@@ -222,7 +222,7 @@ def _finish(config: SampleConfig, chain: Chain, run_dir: Path, shards: list[Shar
         "top_p": dict(config.top_p),
         "guidance": dict(config.guidance),
         "precision": config.precision,
-        "rejection": chain.judge.describe() if chain.judge else {},
+        "rejection": chain.judge.identity() if chain.judge else {},
     }
     transform = {"resolution": chain.vqvae.description["resolution"], "format": "png"}
     Manifest.of("samples", shards, chain.classes, transform, provenance).save(run_dir)
