@@ -157,3 +157,25 @@ def test_the_test_tree_mirrors_the_package() -> None:
     """A folder of tests for each folder of the package, and no test file twice in one."""
     folders = {path.name for path in (ROOT / "vqscale").iterdir() if path.is_dir() and path.name != "__pycache__"}
     assert folders <= {path.name for path in (ROOT / "tests").iterdir() if list(path.glob("test_*.py"))}
+
+
+def defined_names(tree: ast.Module) -> set[str]:
+    """Functions and classes of a module, methods as Class.method."""
+    names = set()
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            names |= {f"{node.name}.{inner.name}" for inner in node.body if isinstance(inner, ast.FunctionDef)}
+    return names
+
+
+def test_the_walks_name_what_exists() -> None:
+    walks = re.findall(r"^([\w/]+\.py) +([\w.]+) +\S", ARCHITECTURE.split("## Three walks")[1], re.MULTILINE)
+    assert len(walks) > 25
+    unknown = [
+        f"{path} {name}"
+        for path, name in walks
+        if name not in defined_names(ast.parse((ROOT / "vqscale" / path).read_text()))
+    ]
+    assert unknown == []
