@@ -96,3 +96,21 @@ def test_no_function_imports_the_package() -> None:
         if name.startswith("vqscale")
     ]
     assert wrong == []
+
+
+def imported_modules(tree: ast.Module, known: set[str]) -> set[str]:
+    """The package's own modules that a module imports: `from vqscale.data import shards` is vqscale.data.shards."""
+    names = imports(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names & known
+
+
+def test_no_circle_of_imports() -> None:
+    """Modules that import nothing but what is settled are settled, until none is left."""
+    trees = {"vqscale." + path.removesuffix(".py").replace("/", "."): tree for path, tree in modules()}
+    waiting = {name: imported_modules(tree, trees.keys()) - {name} for name, tree in trees.items()}
+    while settled := {name for name, needs in waiting.items() if not needs & waiting.keys()}:
+        waiting = {name: needs for name, needs in waiting.items() if name not in settled}
+    assert waiting == {}
