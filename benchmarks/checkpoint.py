@@ -20,7 +20,7 @@ from measure import ALONE, Row, arguments, at_most, finish, median, timed
 from torch import Tensor
 from train_step import Trainer, Way
 
-from vqscale.engine.checkpoint import Checkpointer
+from vqscale.engine.checkpoint import Checkpointer, CheckpointState
 from vqscale.engine.ema import WeightEMA
 
 STEPS = 4  # beside one save
@@ -34,9 +34,7 @@ class Saves:
         self.trainer = Trainer("prior", Way("fp32"), quick)
         self.trainer()  # Adam's state
         averages = WeightEMA(self.trainer.engine.local_weights(), halflife=1, rampup=0).averages
-        self.tensors: Mapping[str, Tensor] = self.trainer.engine.tensors() | {
-            f"ema.{name}": value for name, value in averages.items()
-        }
+        self.tensors: Mapping[str, Tensor] = self.trainer.engine.as_checkpoint_tensors(averages)
         self.checkpoints = Checkpointer(folder, ALONE, keep=1)
         self.count = 0
 
@@ -46,7 +44,7 @@ class Saves:
 
     def save(self) -> None:
         self.count += 1
-        self.checkpoints.save(self.count, dict(self.tensors), {})
+        self.checkpoints.save(dict(self.tensors), CheckpointState(self.count, data={}))
 
     def synchronous(self) -> None:
         self.save()

@@ -72,7 +72,7 @@ def train(request: plan.Request, description: dict[str, Any], steps: int, topolo
     losses, seconds = [], []
 
     def step() -> None:
-        engine.begin(last=True)
+        engine.begin_micro_batch(last=True)
         loss, _ = step_fn(engine.model, batch)
         engine.backward(loss)
         losses.append(float(topology.all_reduce_(loss.detach().clone())) / topology.world_size)

@@ -75,7 +75,7 @@ class Variant:
     def step(self, codes: torch.Tensor, label: torch.Tensor, upper: list[torch.Tensor], learning_rate: float) -> None:
         start = time.perf_counter()
         self.model.train()
-        self.engine.begin(last=True)
+        self.engine.begin_micro_batch(last=True)
         self.engine.backward(nll(self.engine.model(codes, self.labels(label), upper), codes))
         self.engine.step(learning_rate, 1.0)
         self.seconds += time.perf_counter() - start

@@ -43,7 +43,7 @@ def _rank(rank: int, world: int, strategy: str, port: int, steps: int, quick: bo
     engine = TorchEngine(task.model, topology, precision="fp32", accumulation=1, optimizer=optimizer)
 
     def step(number: int) -> None:
-        engine.begin(last=True)
+        engine.begin_micro_batch(last=True)
         engine.backward(task.loss(engine.model, number))
         engine.step(3e-4, 1.0)
         topology.all_reduce_(torch.zeros(1))  # the step ends when the last rank's ends

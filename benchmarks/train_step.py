@@ -22,7 +22,7 @@ from measure import ALONE, Row, arguments, at_least, finish, in_turns, median, p
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from vqscale.engine.parallel import TorchEngine, compile_units
+from vqscale.engine.parallel import TorchEngine, autocast, compile_units
 from vqscale.models.dropout import dropout_key
 from vqscale.models.init import initialise
 from vqscale.models.pixelcnn import PixelCNN
@@ -117,14 +117,15 @@ class Trainer:
         self.steps.model.train()
         if way.compiled:
             compile_units(self.steps.model)
+        self.precision = way.precision
         optimizer = {"betas": (0.9, 0.999), "weight_decay": 0.0}
         self.engine = TorchEngine(self.steps.model, ALONE, precision=way.precision, accumulation=1, optimizer=optimizer)
         self.losses: list[float] = []
 
     def __call__(self) -> None:
         step = len(self.losses)
-        self.engine.begin(last=True)
-        with self.engine.autocast():
+        self.engine.begin_micro_batch(last=True)
+        with autocast(ALONE, self.precision):
             loss = self.steps.loss(self.engine.model, step)
         self.engine.backward(loss)
         self.engine.step(LEARNING_RATE, 1.0)

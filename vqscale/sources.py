@@ -109,7 +109,7 @@ def load(
         weights, seen = "exported", int(description.get("images_seen", 0))
     elif (path / "checkpoints").is_dir():
         found = _checkpoint_of(path, checkpoint)
-        description, seen = found.state["model"], found.images_seen
+        description, seen = dict(found.state.model), found.images_seen
         tensors, weights = _weights_of(found, weights_kind)
     else:
         raise FileNotFoundError(f"{path}: no run and no exported model there; `vqscale {made_by}` makes one")

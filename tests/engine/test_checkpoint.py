@@ -14,10 +14,12 @@ from torch import Tensor
 
 from vqscale.config import StageConfig
 from vqscale.engine import checkpoint as checkpoints
-from vqscale.engine.checkpoint import Checkpointer, find_latest, verify
+from vqscale.engine.checkpoint import Checkpointer, CheckpointState, find_latest, verify
 from vqscale.topology import Topology, bring_up, take_down
 
-STATE: dict[str, Any] = {"data": {"consumed_samples": 8}, "engine": {}}
+
+def state_at(images_seen: int) -> CheckpointState:
+    return CheckpointState(images_seen, data={"consumed_samples": 8}, optimizer_steps=images_seen)
 
 
 def some_tensors(seed: int = 0) -> dict[str, Tensor]:
@@ -44,7 +46,7 @@ def folder(tmp_path: Path, topology: Topology) -> Path:
     """Three checkpoints, of the tensors of seeds 8, 16 and 24."""
     keeper = Checkpointer(tmp_path / "checkpoints", topology, keep=5)
     for seen in (8, 16, 24):
-        keeper.save(seen, some_tensors(seen), {**STATE, "seed": seen})
+        keeper.save(some_tensors(seen), state_at(seen))
     keeper.wait()
     return keeper.folder
 
@@ -53,7 +55,7 @@ def loaded_seed(folder: Path) -> int:
     """Which of the three saves the latest is, by its state and bit for bit by its tensors."""
     latest = find_latest(folder)
     assert latest is not None
-    seed = latest.state["seed"]
+    seed = latest.state.optimizer_steps
     tensors = zeros_like(some_tensors())
     latest.load_into(tensors)
     assert_same(tensors, some_tensors(seed))
@@ -64,7 +66,7 @@ def loaded_seed(folder: Path) -> int:
 def test_what_is_saved_is_loaded(folder: Path) -> None:
     assert loaded_seed(folder) == 24
     latest = find_latest(folder)
-    assert latest is not None and latest.state["data"] == {"consumed_samples": 8}
+    assert latest is not None and latest.state.data == {"consumed_samples": 8}
     assert_same(latest.read("ema."), {"weight": some_tensors(24)["ema.weight"]})
     assert latest.read("nothing.") == {}
 
@@ -84,14 +86,14 @@ def test_nothing_there_is_no_checkpoint(tmp_path: Path, topology: Topology) -> N
 def test_changes_after_save_do_not_reach_the_file(tmp_path: Path, topology: Topology) -> None:
     keeper = Checkpointer(tmp_path, topology, keep=2)
     tensors = {f"model.{i}": torch.full((256, 1024), float(i)) for i in range(8)}
-    state = {"data": {"consumed_samples": 1}}
-    keeper.save(8, tensors, state)
+    data = {"consumed_samples": 1}
+    keeper.save(tensors, CheckpointState(8, data=data))
     for tensor in tensors.values():
         tensor.fill_(-1.0)
-    state["data"]["consumed_samples"] = 2
+    data["consumed_samples"] = 2
     keeper.wait()
     latest = keeper.latest()
-    assert latest is not None and latest.state["data"] == {"consumed_samples": 1}
+    assert latest is not None and latest.state.data == {"consumed_samples": 1}
     read = latest.read("model.")
     assert all((read[str(i)] == float(i)).all() for i in range(8))
 
@@ -99,16 +101,16 @@ def test_changes_after_save_do_not_reach_the_file(tmp_path: Path, topology: Topo
 def test_only_the_newest_are_kept(tmp_path: Path, topology: Topology) -> None:
     keeper = Checkpointer(tmp_path, topology, keep=2)
     for seen in (8, 16, 24, 32):
-        keeper.save(seen, some_tensors(seen), STATE)
+        keeper.save(some_tensors(seen), state_at(seen))
         keeper.wait()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["000000000024", "000000000032"]
 
 
 def test_the_same_place_is_not_saved_twice(tmp_path: Path, topology: Topology) -> None:
     keeper = Checkpointer(tmp_path, topology, keep=2)
-    keeper.save(8, some_tensors(1), STATE)
+    keeper.save(some_tensors(1), state_at(8))
     keeper.wait()
-    keeper.save(8, some_tensors(2), STATE)
+    keeper.save(some_tensors(2), state_at(8))
     keeper.wait()
     latest = keeper.latest()
     assert latest is not None
@@ -227,7 +229,7 @@ def _save_where_it_fails(folder: str, fault: str) -> list[str]:
     """Two saves, the second with a fault; returns what the run was told at each."""
     topology = bring_up(StageConfig(device="cpu", threads=1))
     keeper = Checkpointer(Path(folder), topology, keep=1)
-    keeper.save(8, some_tensors(8), STATE)
+    keeper.save(some_tensors(8), state_at(8))
     keeper.wait()
     told = []
     if topology.is_main and fault == "no space for a folder":
@@ -244,7 +246,7 @@ def _save_where_it_fails(folder: str, fault: str) -> list[str]:
     if topology.is_main and fault == "too little space":
         shutil.disk_usage = lambda folder: shutil._ntuple_diskusage(1000, 900, 100)
     try:
-        keeper.save(16, some_tensors(16), STATE)
+        keeper.save(some_tensors(16), state_at(16))
         keeper.wait()
     except OSError as error:
         told.append(str(error))
@@ -272,7 +274,7 @@ def _save_in_time(folder: str) -> list[int]:
     keeper = Checkpointer(Path(folder), topology, keep=2)
     noise = torch.zeros(1000)
     for seen in range(8, 88, 8):
-        keeper.save(seen, some_tensors(seen), {**STATE, "seed": seen})
+        keeper.save(some_tensors(seen), state_at(seen))
         for _ in range(20):  # training's own collectives, while the save's run
             topology.all_reduce_(noise)
     keeper.wait()

@@ -18,8 +18,7 @@ from support.training import TinyConfig, assert_bit_identical, config, losses, s
 
 from vqscale import runtime
 from vqscale.engine import checkpoint as checkpoints
-from vqscale.engine.checkpoint import Checkpoint, Checkpointer, find_latest, verify
-from vqscale.engine.loop import _tensors
+from vqscale.engine.checkpoint import Checkpoint, Checkpointer, CheckpointState, find_latest, verify
 from vqscale.engine.parallel import make_engine
 from vqscale.files import write_json
 from vqscale.topology import Topology, bring_up, take_down
@@ -83,7 +82,7 @@ def test_until_a_save_is_durable_the_one_before_it_stays(
     tmp_path: Path, topology: Topology, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keeper = Checkpointer(tmp_path, topology, keep=1)
-    keeper.save(8, some_tensors(8), {})
+    keeper.save(some_tensors(8), CheckpointState(8, data={}))
     keeper.wait()
     may_write, synced = threading.Event(), checkpoints.fsync
 
@@ -92,7 +91,7 @@ def test_until_a_save_is_durable_the_one_before_it_stays(
         synced(path)
 
     monkeypatch.setattr(checkpoints, "fsync", blocked)
-    keeper.save(16, some_tensors(16), {})
+    keeper.save(some_tensors(16), CheckpointState(16, data={}))
     for _ in range(20):
         latest = find_latest(tmp_path, set_aside=False)
         assert latest is not None and latest.images_seen == 8
@@ -109,7 +108,7 @@ FORMATS = Path(__file__).parent / "formats"
 def test_checkpoints_of_every_format_load(number: int, topology: Topology) -> None:
     """Committed files, written when the format was new."""
     latest = find_latest(FORMATS / str(number), set_aside=False)
-    assert latest is not None and latest.images_seen == 24 and latest.state["format"] == number
+    assert latest is not None and latest.images_seen == 24
     expected = {
         "model.weight": torch.arange(12, dtype=torch.float32).reshape(4, 3) / 8,
         "model.codebook": torch.arange(4, dtype=torch.float64) - 1.5,
@@ -121,7 +120,7 @@ def test_checkpoints_of_every_format_load(number: int, topology: Topology) -> No
     tensors = {name: torch.zeros_like(tensor) for name, tensor in expected.items()}
     latest.load_into(tensors)
     assert_bit_identical(tensors, expected)
-    assert latest.state["data"] == {"consumed_samples": 24}
+    assert latest.state == CheckpointState(24, data={"consumed_samples": 24}, optimizer_steps=3)
 
 
 class Malicious:
@@ -138,7 +137,7 @@ def test_nothing_in_a_checkpoint_can_run_code(tmp_path: Path, topology: Topology
     """Whoever writes the files writes the manifest too: it must not take a verified pickle for data."""
     sentinel = tmp_path / "sentinel"
     keeper = Checkpointer(tmp_path / "checkpoints", topology, keep=1)
-    keeper.save(8, some_tensors(8), {})
+    keeper.save(some_tensors(8), CheckpointState(8, data={}))
     keeper.wait()
     folder = keeper.folder / "000000000008"
     attack = pickle.dumps(Malicious(sentinel))
@@ -152,7 +151,7 @@ def test_nothing_in_a_checkpoint_can_run_code(tmp_path: Path, topology: Topology
         (shard, good[:8] + attack),
     ):
         shutil.rmtree(folder)
-        keeper.save(8, some_tensors(8), {})
+        keeper.save(some_tensors(8), CheckpointState(8, data={}))
         keeper.wait()
         victim.write_bytes(content)
         files = [path for path in folder.iterdir() if path.name != "manifest.json"]
@@ -188,18 +187,17 @@ def _carry(settings: TinyConfig, folder: str, first: bool, number: int) -> list[
     engine = make_engine(Wide(), topology, settings, 1)
     keeper = Checkpointer(Path(folder), topology, keep=1)
     if first:
-        for tensor in engine.local_weights().values():
-            tensor.fill_(1000.0 + topology.rank)
-        engine.weights_changed()
+        marks = {name: torch.full_like(part, 1000.0 + topology.rank) for name, part in engine.local_weights().items()}
+        engine.exchange_weights(marks)
     else:
         latest = keeper.latest()
         assert latest is not None
-        tensors = _tensors(engine, None)
-        latest.load_into(tensors)
-        engine.load_tensors(tensors)
-    keeper.save(number, _tensors(engine, None), {})
+        engine.from_checkpoint_tensors(latest.load_into, {})
+    keeper.save(engine.as_checkpoint_tensors({}), CheckpointState(number, data={}))
     keeper.wait()
-    values = [whole(t).flatten() for name, t in sorted(engine.tensors().items()) if name.startswith("model.")]
+    values = [
+        whole(t).flatten() for name, t in sorted(engine.as_checkpoint_tensors({}).items()) if name.startswith("model.")
+    ]
     take_down(orderly=True)
     return torch.cat(values).tolist()
 

@@ -76,7 +76,7 @@ def test_no_rank_of_many_has_much_more_than_its_share(world: int) -> None:
     assert held / (whole / world) <= 1.1
     with FakeTensorMode():
         model = _paper_size_top_prior()
-    planned = footprint.held_per_rank(model, "fsdp", world, world // 8, precision="bf16", accumulation=1, average=True)
+    planned = footprint.bytes_per_rank(model, "fsdp", world, world // 8, precision="bf16", accumulation=1, average=True)
     assert planned["parameters"] == planned["gradients"] == planned["average"] == 4 * held
     assert planned["optimizer"] == 8 * held
 

@@ -8,7 +8,7 @@ from support.distributed import run_ranks
 from support.training import WIDTH, MemoryLoader, TinyConfig, TinyModel, losses, sample, train, whole
 
 from vqscale.config import StageConfig
-from vqscale.engine.parallel import TorchEngine, assert_same_everywhere, compile_units, make_engine
+from vqscale.engine.parallel import TorchEngine, assert_same_everywhere, autocast, compile_units, make_engine
 from vqscale.models.init import initialise
 from vqscale.topology import Topology, bring_up, take_down
 
@@ -85,18 +85,18 @@ def _with_engine(strategy: str) -> dict[str, Any]:
     model = module if strategy == "single" else engine.model
     features = getattr(model, "module", model).features(x)
     local = engine.local_weights()
-    laid_out = engine.like_weights({name: tensor * 2 for name, tensor in local.items()})
-    doubled = {name: torch.equal(whole(laid_out[name]), 2 * whole(p)) for name, p in module.named_parameters()}
+    laid_out = engine.as_checkpoint_tensors({name: tensor * 2 for name, tensor in local.items()})
+    doubled = {name: torch.equal(whole(laid_out[f"ema.{name}"]), 2 * whole(p)) for name, p in module.named_parameters()}
     facts = {
-        "bytes": engine.bytes_here(),
+        "bytes": engine.bytes_on_this_rank(),
         "features": features.detach(),
         "doubled": all(doubled.values()),
-        "names": sorted(engine.tensors()),
+        "names": sorted(engine.as_checkpoint_tensors({})),
         "local": sorted(local),
         "buffer": module.average.dtype,
     }
-    engine.load_counters({"optimizer_steps": 41})
-    facts["steps"] = engine.counters()
+    engine.optimizer_steps = 41
+    facts["steps"] = engine.optimizer_steps
     take_down(orderly=True)
     return facts
 
@@ -118,7 +118,7 @@ def test_what_each_rank_holds() -> None:
         for rank in ranks:
             torch.testing.assert_close(rank["features"], plain["features"])
             assert rank["doubled"] and rank["names"] == plain["names"] and rank["local"] == plain["local"]
-            assert rank["buffer"] == torch.float32 and rank["steps"] == {"optimizer_steps": 41}
+            assert rank["buffer"] == torch.float32 and rank["steps"] == 41
 
 
 def _from_meta(strategy: str, forgets: bool) -> bool:
@@ -153,15 +153,17 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(topology: Top
     engine = TorchEngine(TinyModel(), topology, precision="fp32", accumulation=1, optimizer=OPTIMIZER)
     x = torch.ones(2, WIDTH)
     for loss_scale, expected in ((1.0, True), (float("inf"), False), (float("nan"), False), (1.0, True)):
-        before = {name: tensor.clone() for name, tensor in engine.tensors().items()}
-        steps = engine.counters()["optimizer_steps"]
-        engine.begin(last=True)
+        before = {name: tensor.clone() for name, tensor in engine.as_checkpoint_tensors({}).items()}
+        steps = engine.optimizer_steps
+        engine.begin_micro_batch(last=True)
         engine.backward(engine.model(x).square().sum() * loss_scale)
         applied, norm = engine.step(0.1, 1.0)
         assert (applied, bool(norm.isfinite())) == (expected, expected)
-        changed = [name for name, tensor in engine.tensors().items() if not torch.equal(tensor, before[name])]
+        changed = [
+            name for name, tensor in engine.as_checkpoint_tensors({}).items() if not torch.equal(tensor, before[name])
+        ]
         assert bool(changed) == expected
-        assert engine.counters()["optimizer_steps"] == steps + expected
+        assert engine.optimizer_steps == steps + expected
         assert all(p.grad is None for p in engine.module.parameters())
 
 
@@ -186,7 +188,7 @@ def test_gradients_are_the_mean_over_micro_batches(topology: Topology) -> None:
 def test_precisions(topology: Topology, precision: str, parameters: torch.dtype, arithmetic: torch.dtype) -> None:
     engine = TorchEngine(TinyModel(), topology, precision=precision, accumulation=1, optimizer=OPTIMIZER)
     assert {p.dtype for p in engine.module.parameters()} == {parameters}
-    with engine.autocast():
+    with autocast(topology, precision):
         assert engine.model.head(torch.ones(2, WIDTH, dtype=parameters)).dtype == arithmetic
 
 
@@ -224,7 +226,7 @@ def _train_compiled_or_not(compiled: bool) -> dict[str, torch.Tensor]:
         engine.step(0.01, 1.0)
     if compiled:
         assert sum(torch._dynamo.utils.counters["stats"].values()) > 0, "nothing was compiled"
-    return {name: whole(tensor) for name, tensor in engine.tensors().items()}
+    return {name: whole(tensor) for name, tensor in engine.as_checkpoint_tensors({}).items()}
 
 
 @pytest.mark.slow

@@ -140,7 +140,7 @@ def train(
 
         def after_step(applied: bool, learning_rate: float, images_seen: int) -> dict[str, Tensor]:
             applied_steps.append(applied)
-            biases.append(whole(engine.tensors()["model.head.bias"]))
+            biases.append(whole(engine.as_checkpoint_tensors({})["model.head.bias"]))
             topology.all_reduce_(inputs)
             module.average.lerp_(inputs.to(module.average.dtype) / config.global_batch, 0.1)
             module.updates.add_(1)
@@ -161,14 +161,13 @@ def train(
             after_step=after_step,
             evaluators=evaluators,
         )
-        tensors = {name: whole(tensor) for name, tensor in engine.tensors().items()}
-        counters = engine.counters()
+        tensors = {name: whole(tensor) for name, tensor in engine.as_checkpoint_tensors({}).items()}
         return {
             "tensors": tensors,
             "consumed": consumed,
             "applied": applied_steps,
             "biases": biases,
-            "counters": counters,
+            "optimizer_steps": engine.optimizer_steps,
             "data": loader.state_dict(),
             "engine": type(engine.model).__name__,
         }

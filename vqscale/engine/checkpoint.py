@@ -14,6 +14,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
+from vqscale.engine.optim import Tensors, total_bytes
 from vqscale.files import fsync, sha256_of
 from vqscale.topology import GROUP_TIMEOUT, Topology
 
@@ -32,6 +34,41 @@ FORMAT = 1
 _NAME = re.compile(r"\d{12}")
 _TEMPORARY = ".saving-"
 _SETTLE_SECONDS = 60  # a rank that hangs must not keep the others from ending
+
+
+@dataclass(frozen=True)
+class CheckpointState:
+    """What a checkpoint knows besides its tensors; what an older one lacks is at its default."""
+
+    images_seen: int
+    data: Mapping[str, Any]  # the loader's position
+    optimizer_steps: int = 0
+    skipped_steps: int = 0
+    world_size: int = 1
+    strategy: str = ""
+    config: str = ""  # fingerprint
+    model: Mapping[str, Any] = field(default_factory=dict)  # its description
+    evaluation_owed: bool = False  # the run was stopped before figures that were due
+
+    def to_json(self, tensors: Tensors) -> dict[str, Any]:
+        """The content of state.json."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "optimizer_steps"}
+        return {
+            "format": FORMAT,
+            "images_seen": values.pop("images_seen"),
+            "tensors": {name: _dtype_and_shape(tensor) for name, tensor in tensors.items()},
+            "data": values.pop("data"),
+            "engine": {"optimizer_steps": self.optimizer_steps},
+            **values,
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "CheckpointState":
+        """Raises ValueError for another format, TypeError for a missing key."""
+        if values.get("format") != FORMAT:
+            raise ValueError(f"checkpoint format {values.get('format')}, this program reads {FORMAT}")
+        known = {f.name: values[f.name] for f in fields(cls) if f.name in values}
+        return cls(**known, optimizer_steps=values.get("engine", {}).get("optimizer_steps", 0))
 
 
 class Checkpointer:
@@ -52,12 +89,12 @@ class Checkpointer:
                 shutil.rmtree(stale, ignore_errors=True)
         topology.barrier()
 
-    def save(self, images_seen: int, tensors: dict[str, Tensor], state: Mapping[str, Any]) -> None:
+    def save(self, tensors: Tensors, state: CheckpointState) -> None:
         """Stage the tensors and return; writing and committing go on in the background. Called by all ranks."""
         self.wait()
-        final = self.folder / f"{images_seen:012d}"
+        final = self.folder / f"{state.images_seen:012d}"
         temporary = self.folder / f"{_TEMPORARY}{final.name}"
-        exists, failure = self._topology.gather(self._prepare(temporary, final, _bytes(tensors)))[0]
+        exists, failure = self._topology.gather(self._prepare(temporary, final, total_bytes(tensors.values())))[0]
         if failure:
             raise OSError(f"a checkpoint could not be written to {self.folder}: {failure}")
         if exists:
@@ -65,9 +102,7 @@ class Checkpointer:
         writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
         self._written = dcp.async_save(tensors, storage_writer=writer, process_group=self._group)  # type: ignore[arg-type]
         if self._topology.is_main:
-            described = {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()}
-            whole = {"format": FORMAT, "images_seen": images_seen, "tensors": described, **state}
-            text = json.dumps(whole, indent=1) + "\n"  # now: training goes on and changes what `state` refers to
+            text = json.dumps(state.to_json(tensors), indent=1) + "\n"  # now: training changes what `state` refers to
             self._committed = self._committer.submit(self._commit, self._written, temporary, final, text)
 
     def _prepare(self, temporary: Path, final: Path, needed: int) -> tuple[bool, str]:
@@ -94,9 +129,9 @@ class Checkpointer:
         os.rename(temporary, final)
         fsync(self.folder)
         for old in _committed_folders(self.folder)[self._keep :]:
-            doomed = old.with_name(f"{_TEMPORARY}{old.name}")  # under its own name it would be a damaged checkpoint
-            os.rename(old, doomed)
-            shutil.rmtree(doomed)
+            renamed = old.with_name(f"{_TEMPORARY}{old.name}")  # half removed it would be a damaged checkpoint
+            os.rename(old, renamed)
+            shutil.rmtree(renamed)
 
     def wait(self) -> None:
         """Until the save in flight is committed. Raises OSError on all ranks if it failed on any; called by all."""
@@ -117,7 +152,7 @@ class Checkpointer:
         self._written = self._committed = None
 
     def settle(self) -> None:
-        """For a run that ends by an error: let the save in flight be committed, without talking to other ranks."""
+        """For a run that ends by an error: wait for the save in flight, without talking to other ranks."""
         in_flight = [future for future in (self._written, self._committed) if future is not None]
         concurrent.futures.wait(in_flight, timeout=_SETTLE_SECONDS)
 
@@ -126,14 +161,14 @@ class Checkpointer:
 
         Raises ValueError when there are checkpoints and none of them verifies.
         """
-        found: tuple[str | None, str] = (None, "")
+        path, failure = "", ""
         if self._topology.is_main:
             try:
                 checkpoint = find_latest(self.folder)
-                found = (str(checkpoint.folder) if checkpoint else None, "")
+                path = str(checkpoint.folder) if checkpoint else ""
             except (ValueError, OSError) as error:
-                found = (None, str(error))
-        path, failure = self._topology.gather(found)[0]
+                failure = str(error)
+        path, failure = self._topology.gather((path, failure))[0]
         if failure:
             raise ValueError(failure)
         return Checkpoint(Path(path)) if path else None
@@ -143,50 +178,59 @@ class Checkpoint:
     """One committed folder."""
 
     def __init__(self, folder: Path):
+        """Raises ValueError where state.json is of another format or none."""
         self.folder = folder
-        self.state: dict[str, Any] = json.loads((folder / "state.json").read_text())
-        if self.state.get("format") != FORMAT:
-            raise ValueError(f"{folder}: checkpoint format {self.state.get('format')}, this program reads {FORMAT}")
+        try:
+            values = json.loads((folder / "state.json").read_text())
+            self.state = CheckpointState.from_json(values)
+            self._saved: dict[str, list[Any]] = values["tensors"]  # name -> [dtype, shape]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{folder}: state.json: {type(error).__name__}: {error}") from None
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from None
 
     @property
     def images_seen(self) -> int:
-        return int(self.state["images_seen"])
+        return self.state.images_seen
 
-    def load_into(self, tensors: dict[str, Tensor]) -> None:
+    def load_into(self, tensors: Tensors) -> None:
         """Fill the tensors (plain or sharded) in place. Raises ValueError naming the first that does not fit."""
         self._check(tensors)
         with torch.no_grad():
             self._fill(tensors)
 
-    def read(self, prefix: str) -> dict[str, Tensor]:
+    def read(self, prefix: str) -> Tensors:
         """All tensors whose names begin with `prefix`, whole, on the CPU, without the prefix."""
-        wanted = {
+        tensors = {
             name: torch.empty(shape, dtype=getattr(torch, dtype))
-            for name, (dtype, shape) in self.state["tensors"].items()
+            for name, (dtype, shape) in self._saved.items()
             if name.startswith(prefix)
         }
-        with warnings.catch_warnings():  # each rank that calls reads for itself: that is what is meant
+        with warnings.catch_warnings():  # each rank reads for itself, on purpose
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-            if wanted:
-                self._fill(wanted, no_dist=True)
-        return {name.removeprefix(prefix): tensor for name, tensor in wanted.items()}
+            if tensors:
+                self._fill(tensors, no_dist=True)
+        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
-    def _fill(self, tensors: dict[str, Tensor], **options: Any) -> None:
+    def _fill(self, tensors: Tensors, **options: Any) -> None:
         try:
             dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(self.folder)), **options)
-        except CheckpointException as error:  # no Exception, by its own choice
+        except CheckpointException as error:  # a BaseException
             cause = str(next(iter(error.failures.values()))[0])
             raise ValueError(f"{self.folder} cannot be read: {' '.join(cause.split())}") from None
 
-    def _check(self, tensors: Mapping[str, Tensor]) -> None:
-        saved = self.state["tensors"]
+    def _check(self, tensors: Tensors) -> None:
+        saved = self._saved
         for name in sorted(saved.keys() ^ tensors.keys()):
             holder = "the checkpoint" if name in saved else "this run"
             raise ValueError(f"{self.folder}: only {holder} has the tensor {name}: it is of another model or config")
         for name, tensor in tensors.items():
-            have = [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
-            if saved[name] != have:
-                raise ValueError(f"{self.folder}: {name} is {saved[name]} in the checkpoint and {have} in this run")
+            if saved[name] != (ours := _dtype_and_shape(tensor)):
+                raise ValueError(f"{self.folder}: {name} is {saved[name]} in the checkpoint and {ours} in this run")
+
+
+def _dtype_and_shape(tensor: Tensor) -> list[Any]:
+    return [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
 
 
 def find_latest(folder: Path, *, set_aside: bool = True) -> Checkpoint | None:
@@ -215,7 +259,7 @@ def find_latest(folder: Path, *, set_aside: bool = True) -> Checkpoint | None:
 def verify(folder: Path) -> str:
     """What is wrong with a checkpoint folder, or "" if every file is as its manifest says."""
     try:
-        # No byte of the manifest is without meaning: whatever changes in it, the comparison below fails.
+        # Every byte of the manifest counts: whatever changes in it, a comparison below fails.
         files = json.loads((folder / "manifest.json").read_text())["files"]
         present = {path.name for path in folder.iterdir()} - {"manifest.json"}
         if present != files.keys():
@@ -236,11 +280,6 @@ def _committed_folders(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), reverse=True)
-
-
-def _bytes(tensors: Mapping[str, Tensor]) -> int:
-    """What the tensors take on disk, sharded ones whole; names and state take a little more."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def has_checkpoint(folder: Path) -> bool:

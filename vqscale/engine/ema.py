@@ -1,48 +1,35 @@
 """Exponential moving average of the weights, sharded exactly as the weights are."""
 
-import contextlib
-from collections.abc import Callable, Iterator
-
 import torch
-from torch import Tensor
+
+from vqscale.engine.optim import Tensors
 
 
 class WeightEMA:
-    """Averages of the local parts of the weights; no collectives.
+    """Averages of this rank's part of the weights, without collectives.
 
     The half-life counts images, and grows with the run while it is young (Karras et al. 2024, EDM2, section 3):
     decay = 0.5 ^ (batch / min(halflife, rampup · images_seen)).
     """
 
-    def __init__(
-        self, weights: dict[str, Tensor], changed: Callable[[], None] = lambda: None, *, halflife: int, rampup: float
-    ):
-        """`changed` is called whenever `swapped_in` wrote to the weights."""
+    def __init__(self, weights: Tensors, *, halflife: int, rampup: float):
         self.halflife = halflife
         self.rampup = rampup
-        self._weights, self._changed = weights, changed
+        self._weights = weights
         self.averages = {name: weight.detach().clone() for name, weight in weights.items()}
 
     @torch.no_grad()
     def update(self, images_seen: int, batch: int) -> None:
-        """Take in the weights after the step that ended at `images_seen`."""
+        """Average in the weights of the step that ended at `images_seen`."""
         halflife = min(self.halflife, self.rampup * images_seen) if self.rampup > 0 else self.halflife
         weight = 1 - 0.5 ** (batch / max(halflife, 1e-8))
         torch._foreach_lerp_(list(self.averages.values()), [w.detach() for w in self._weights.values()], weight)
 
-    @contextlib.contextmanager
-    def swapped_in(self) -> Iterator[None]:
-        """The averages in the model's place, for evaluation; the weights come back unchanged."""
-        self._swap()
-        try:
-            yield
-        finally:
-            self._swap()
 
-    @torch.no_grad()
-    def _swap(self) -> None:
-        for name, weight in self._weights.items():
-            kept = weight.detach().clone()
-            weight.copy_(self.averages[name])
-            self.averages[name].copy_(kept)
-        self._changed()
+@torch.no_grad()
+def exchange(one: Tensors, other: Tensors) -> None:
+    """Swap the values of `other` with those of the same names in `one`, in place."""
+    for name, tensor in other.items():
+        values = one[name].detach().clone()
+        one[name].copy_(tensor)
+        tensor.copy_(values)

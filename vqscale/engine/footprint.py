@@ -1,7 +1,7 @@
-"""What a step of training needs, without doing it: bytes a rank holds and sends, FLOPs, activations.
+"""What a training step needs, without running it: bytes kept and sent per rank, FLOPs, activations.
 
 In: parameter shapes, a strategy and a number of ranks; a model's step on fake tensors.  Out: bytes and FLOPs. The
-layouts are those of engine/parallel.py and engine/zero.py; what a rank keeps between steps is fp32.
+layouts are those of engine/parallel.py and engine/zero.py; state between steps is fp32.
 """
 
 import math
@@ -22,11 +22,11 @@ _FP32 = 4  # bytes
 _ZERO_ALIGNMENT = 2  # elements to which DeepSpeed pads a rank's part of a flat group
 
 
-def held_per_rank(
+def bytes_per_rank(
     module: nn.Module, strategy: str, world_size: int, nodes: int, *, precision: str, accumulation: int, average: bool
 ) -> dict[str, int]:
-    """Bytes that the fullest rank holds: parameters, gradients, optimizer (two moments), master (ZeRO's fp32 copy),
-    average (the weight EMA), and gathered: the units whose whole weights it has at a time, this one and the next."""
+    """Peak over ranks of the bytes kept: parameters, gradients, optimizer (two moments), master (ZeRO's fp32 copy),
+    average (the weight EMA), and gathered: the whole weights of two units at a time, this one and the next."""
     shapes = [parameter.shape for parameter in module.parameters()]
     numel = sum(map(math.prod, shapes))
     part, gathered, master = numel, 0, 0
@@ -51,8 +51,8 @@ def held_per_rank(
         "master": master,
         "average": part if average else 0,
     }
-    held = {what: _FP32 * count for what, count in elements.items()}
-    return held | {"gathered": gathered_bytes(strategy, precision) * gathered}
+    kept = {what: _FP32 * count for what, count in elements.items()}
+    return kept | {"gathered": gathered_bytes(strategy, precision) * gathered}
 
 
 def gathered_bytes(strategy: str, precision: str) -> int:
@@ -61,7 +61,7 @@ def gathered_bytes(strategy: str, precision: str) -> int:
 
 
 def _largest_shard(shapes: Iterable[Sequence[int]], shards: int) -> int:
-    """Elements of rank 0's shards. A dimension that does not divide is cut into equal chunks, the last one smaller."""
+    """Elements of rank 0's shards. A dimension that does not divide has equal chunks, the last one smaller."""
     total = 0
     for shape in shapes:
         dim = shard_dim(shape, shards)
@@ -76,7 +76,8 @@ def _unit_sizes(module: Any) -> list[int]:
 
 def sent_per_step(numel: int, strategy: str, world_size: int, nodes: int, *, precision: str, accumulation: int) -> int:
     """Bytes that each rank sends in one optimizer step, by rings: (n - 1) / n of a tensor to scatter-reduce it over n
-    ranks or to gather it, twice that to all-reduce it. Codebook statistics and flags are left out: below a megabyte."""
+    ranks or to gather it, twice that to all-reduce it. Codebook statistics and flags, below a megabyte, are left
+    out."""
 
     def ring(elements: float, ranks: int) -> float:
         return _FP32 * elements * (ranks - 1) / ranks
@@ -98,7 +99,7 @@ def sent_per_step(numel: int, strategy: str, world_size: int, nodes: int, *, pre
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that operations made and nothing has freed yet."""
+    """Counts the bytes of all storages that operations allocated and nothing has freed yet."""
 
     def __init__(self, known: Iterable[Tensor]):
         super().__init__()
@@ -129,14 +130,14 @@ class _LiveBytes(TorchDispatchMode):
 def profile_step(module: nn.Module, step: Callable[[], Tensor]) -> tuple[int, int]:
     """(FLOPs, peak bytes of activations) of `step`, forward and backward, for a model and inputs on fake tensors.
 
-    `step` returns the loss. Everything counts that is alive at once besides the weights and their gradients: what
-    backward needs, its own temporaries, the inputs' conversions, autocast's copies of weights. FLOPs: two per
-    multiply-add of matrix products, convolutions and attention; recomputation counts.
+    `step` returns the loss. Everything alive at once counts, except for the weights and their gradients: what backward
+    needs, its own temporaries, the inputs' conversions, autocast's copies of weights. FLOPs: two per multiply-add of
+    matrix products, convolutions and attention; recomputation counts.
     """
     with FlopCounterMode(display=False) as flops:
         step().backward()
     module.zero_grad(set_to_none=True)
-    # In a pass of its own: the counter of FLOPs keeps tensors alive.
+    # In a pass of its own: the FLOP counter keeps tensors alive.
     handles = [p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None)) for p in module.parameters()]
     with _LiveBytes([*module.parameters(), *module.buffers()]) as live:
         step().backward()

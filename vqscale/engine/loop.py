@@ -17,11 +17,11 @@ from tqdm import tqdm
 
 from vqscale.batch import Batch, to_device
 from vqscale.config import ReadsShards, fingerprint, flatten
-from vqscale.engine.checkpoint import Checkpoint, Checkpointer
+from vqscale.engine.checkpoint import Checkpoint, Checkpointer, CheckpointState
 from vqscale.engine.ema import WeightEMA
-from vqscale.engine.metrics import Metrics, drop_lines_beyond
-from vqscale.engine.optim import learning_rate_at
-from vqscale.engine.parallel import Engine
+from vqscale.engine.metric_log import MetricLog, drop_lines_beyond
+from vqscale.engine.optim import Tensors, learning_rate_at
+from vqscale.engine.parallel import Engine, autocast
 from vqscale.engine.skipped import SkippedSteps
 from vqscale.runtime import Run
 from vqscale.stopping import Agreement, Leave
@@ -35,7 +35,7 @@ AfterStep = Callable[[bool, float, int], Mapping[str, Tensor]]  # (applied, lear
 class FitConfig(ReadsShards):
     """What every trainer has. Every `…_every` and `total_images` counts images; 0 turns a cadence off."""
 
-    # They change what is learned from here on, and leave no state that would not fit: people turn them on purpose.
+    # They change what is learned from here on, but every saved state still fits: people change them on purpose.
     knobs: ClassVar[frozenset[str]] = frozenset(
         "learning_rate warmup_images schedule final_learning_rate beta1 beta2 weight_decay max_norm ema_halflife "
         "ema_rampup precision compile".split()
@@ -68,7 +68,7 @@ class FitConfig(ReadsShards):
 
 
 class Loader(Protocol):
-    """An endless stream of equal micro-batches whose place is one integer."""
+    """An endless stream of equal micro-batches whose position is one integer."""
 
     micro_batches_per_step: int
 
@@ -82,26 +82,9 @@ class Loader(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-def loader_options(config: FitConfig, run: Run) -> dict[str, Any]:
-    """What `data.loader.build_loader` needs to know of the config and of this rank."""
-    topology = run.topology
-    return {
-        "global_batch": config.global_batch,
-        "micro_batch": config.micro_batch,
-        "rank": topology.rank,
-        "world_size": topology.world_size,
-        "seed": config.seed,
-        "shuffle_window": config.shuffle_window,
-        "workers": config.workers,
-        "max_bad_fraction": config.max_bad_fraction,
-        "pin_memory": topology.device.type == "cuda",
-        "bad_path": run.run_dir / "bad.jsonl",
-    }
-
-
 class Evaluator(Protocol):
-    """Held-out figures at a cadence; `run` is called on all ranks, with the plain model in eval mode. It may raise
-    stopping.Leave, on all ranks alike, when the run was asked to stop: it is then called again when the run goes on."""
+    """Held-out figures at a cadence; `run` is called on all ranks, with the plain model in eval mode. When the run is
+    asked to stop it may raise stopping.Leave, on all ranks alike; it is called again when the run goes on."""
 
     every: int
 
@@ -122,37 +105,35 @@ def fit(
     """Train until `config.total_images`, from the newest checkpoint of `run.run_dir` if there is one.
 
     `step_fn(model, batch) -> (loss, metrics)`: means over the micro-batch, as tensors. `after_step(applied,
-    learning_rate, images_seen) -> metrics`: called on all ranks after every optimizer step. `description`: what it
-    takes to build the model, as plain JSON; saved in every checkpoint, and a checkpoint of another model is refused.
+    learning_rate, images_seen) -> metrics`: called on all ranks after every optimizer step. `description`: all that is
+    needed to build the model, as plain JSON; saved in every checkpoint, and a checkpoint of another model is refused.
     Raises runtime.Stopped after saving when the run was asked to stop; ValueError when a checkpoint does not fit or too
     many steps in a row had no finite gradient.
     """
     topology, batch_size, accumulation = run.topology, config.global_batch, loader.micro_batches_per_step
-    ema = None
+    ema, averages = None, {}
     if config.ema_halflife:
-        ema = WeightEMA(
-            engine.local_weights(), engine.weights_changed, halflife=config.ema_halflife, rampup=config.ema_rampup
-        )
+        ema = WeightEMA(engine.local_weights(), halflife=config.ema_halflife, rampup=config.ema_rampup)
+        averages = ema.averages
     checkpoints = Checkpointer(run.run_dir / "checkpoints", topology, keep=config.keep_checkpoints)
     run.at_exit.callback(checkpoints.settle)
     seen, owed, skipped = 0, False, SkippedSteps(config.max_skipped_steps, loader.sample_at)
     if latest := checkpoints.latest():
+        state = latest.state
         _refuse_other_model(latest, description)
-        _load(latest, engine, ema)
-        loader.load_state_dict(latest.state["data"])
-        engine.load_counters(latest.state["engine"])
-        seen, skipped.total = latest.images_seen, latest.state["skipped_steps"]
-        owed = latest.state.get("evaluation_owed", False) and not run.was_done
+        engine.from_checkpoint_tensors(latest.load_into, averages)
+        engine.optimizer_steps = state.optimizer_steps
+        loader.load_state_dict(dict(state.data))
+        seen, skipped.total = state.images_seen, state.skipped_steps
+        owed = state.evaluation_owed and not run.was_done
         verb = "resuming at" if seen < config.total_images else "nothing left to do: already trained on"
         log.info("%s %s of %s images", verb, f"{seen:,}", f"{config.total_images:,}")
     run.images_seen = resumed_from = seen
     run.record_facts(resumed_from=seen, precision=config.precision, bytes_per_rank=_bytes_per_rank(engine, run))
     if topology.is_main:
         drop_lines_beyond(run.run_dir / "metrics.jsonl", seen)
-    metrics = Metrics(run.run_dir / "metrics.jsonl", topology, run.start_trackers(config.trackers, seen))
+    metrics = MetricLog(run.run_dir / "metrics.jsonl", topology, run.start_trackers(config.trackers, seen))
     agreement, clock, stop = Agreement(topology, loader.bad_kinds), _Clock(), False
-    facts = {"world_size": topology.world_size, "strategy": topology.strategy, "config": fingerprint(config)}
-    facts["model"] = dict(description)
     batches = _on_device(iter(loader) if seen < config.total_images else iter(()), topology.device)
     run.at_exit.callback(batches.close)
     bar = tqdm(total=config.total_images, initial=seen, unit="img", disable=not topology.is_main, desc=run.stage)
@@ -160,7 +141,7 @@ def fit(
     def evaluated() -> bool:
         """Write the figures that are due now; False when the run was asked to stop meanwhile."""
         due = [e for e in evaluators if e.every and (seen >= config.total_images or _due(e.every, seen, batch_size))]
-        figures = _evaluate(engine, ema, due, seen) if due else {}
+        figures = _evaluate(engine, run, config.precision, averages, due) if due else {}
         if figures:
             metrics.write(seen, figures)
         return figures is not None
@@ -170,21 +151,21 @@ def fit(
     while seen < config.total_images and not stop:
         engine.module.train()
         bad = torch.zeros(len(loader.bad_kinds), dtype=torch.int64)
-        parts = []
+        losses = []
         for index in range(accumulation):
             with clock.waiting_for_data():
                 batch = next(batches)
             bad += torch.bincount(batch["bad"].cpu(), minlength=len(bad) + 1)[1:]
-            engine.begin(last=index == accumulation - 1)
-            with engine.autocast():
+            engine.begin_micro_batch(last=index == accumulation - 1)
+            with autocast(topology, config.precision):
                 loss, values = step_fn(engine.model, batch)
             engine.backward(loss)
-            parts.append((loss.detach(), batch["position"]))
-            metrics.add({"loss": loss, **values}, parts=accumulation)
+            losses.append((loss.detach(), batch["position"]))
+            metrics.add({"loss": loss, **values}, micro_batches=accumulation)
         learning_rate = _learning_rate(config, seen)
         applied, norm = engine.step(learning_rate, config.max_norm)
         seen = run.images_seen = seen + batch_size
-        skipped.count(applied, parts, seen)
+        skipped.count(applied, losses, seen)
         metrics.add({"gradient_norm": norm, **(after_step(applied, learning_rate, seen) if after_step else {})})
         if applied and ema:
             ema.update(seen, batch_size)
@@ -207,31 +188,27 @@ def fit(
             late, counted = agreement.collect()
             stop = stop or late
             loader.count_bad(counted)
-            state = {"data": loader.state_dict(), "engine": engine.counters(), "skipped_steps": skipped.total}
-            checkpoints.save(seen, _tensors(engine, ema), state | facts | {"evaluation_owed": owed})
+            state = CheckpointState(
+                images_seen=seen,
+                data=loader.state_dict(),
+                optimizer_steps=engine.optimizer_steps,
+                skipped_steps=skipped.total,
+                world_size=topology.world_size,
+                strategy=topology.strategy,
+                config=fingerprint(config),
+                model=description,
+                evaluation_owed=owed,
+            )
+            checkpoints.save(engine.as_checkpoint_tensors(averages), state)
     bar.close()
     checkpoints.wait()
     if seen < config.total_images or owed:
         run.stop(f"asked to, after {seen - resumed_from:,} images, at {seen:,} of {config.total_images:,}")
 
 
-def _tensors(engine: Engine, ema: WeightEMA | None) -> dict[str, Tensor]:
-    averages = engine.like_weights(ema.averages) if ema else {}
-    return engine.tensors() | {f"ema.{name}": value for name, value in averages.items()}
-
-
-def _load(latest: Checkpoint, engine: Engine, ema: WeightEMA | None) -> None:
-    tensors = _tensors(engine, ema)
-    latest.load_into(tensors)
-    engine.load_tensors(tensors)
-    if ema:
-        averages = {name: tensors[f"ema.{name}"] for name in ema.averages}
-        engine.unlike_weights(averages, ema.averages)
-
-
 def _refuse_other_model(latest: Checkpoint, description: Mapping[str, Any]) -> None:
-    saved, now = dict(flatten(latest.state["model"])), dict(flatten(dict(description)))
-    for key in sorted(saved):  # what the description has learned to say since is held by the run's config
+    saved, now = dict(flatten(dict(latest.state.model))), dict(flatten(dict(description)))
+    for key in sorted(saved):  # the run's config answers for keys that are newer than the checkpoint
         if saved[key] != now.get(key):
             raise ValueError(f"{latest.folder}: {key} is {saved.get(key)} in the checkpoint and {now.get(key)} now")
 
@@ -253,19 +230,30 @@ def _due(every: int, seen: int, batch_size: int) -> bool:
 
 
 def _evaluate(
-    engine: Engine, ema: WeightEMA | None, evaluators: Sequence[Evaluator], seen: int
+    engine: Engine, run: Run, precision: str, averages: Tensors, evaluators: Sequence[Evaluator]
 ) -> dict[str, float] | None:
     """Figures by name, or None when the evaluators were left."""
     engine.module.eval()
-    averaged = ema.swapped_in() if ema else contextlib.nullcontext()
-    with contextlib.suppress(Leave), averaged, engine.autocast(), torch.no_grad():
-        return {name: value for evaluator in evaluators for name, value in evaluator.run(engine.module, seen)}
+    with contextlib.suppress(Leave), _averaged(engine, averages), autocast(run.topology, precision), torch.no_grad():
+        return {name: value for e in evaluators for name, value in e.run(engine.module, run.images_seen)}
     return None
 
 
+@contextlib.contextmanager
+def _averaged(engine: Engine, averages: Tensors) -> Iterator[None]:
+    """The model with the weight EMA, if there is one, in place of its weights, which come back unchanged."""
+    if averages:
+        engine.exchange_weights(averages)
+    try:
+        yield
+    finally:
+        if averages:
+            engine.exchange_weights(averages)
+
+
 def _bytes_per_rank(engine: Engine, run: Run) -> dict[str, list[int]]:
-    held = run.topology.gather(engine.bytes_here())
-    return {what: [rank[what] for rank in held] for what in held[0]}
+    ranks = run.topology.gather(engine.bytes_on_this_rank())
+    return {what: [rank[what] for rank in ranks] for what in ranks[0]}
 
 
 def _on_device(batches: Iterator[Batch], device: torch.device) -> Generator[Batch, None, None]:

@@ -5,8 +5,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
+Tensors = dict[str, Tensor]  # by name
+Scalar = Float[Tensor, ""]
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -35,7 +38,7 @@ def adamw_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> lis
     return [group for group in groups if group["params"]]
 
 
-def fresh_state(parameter: Tensor) -> dict[str, Tensor]:
+def fresh_state(parameter: Tensor) -> Tensors:
     """Adam's state of a parameter before the first step."""
     step = torch.zeros((), dtype=torch.float32, device=parameter.device)
     return {"step": step} | {moment: torch.zeros_like(parameter) for moment in MOMENTS}
@@ -46,7 +49,7 @@ def build_adamw(
 ) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter 2019) whose two moments exist before the first step.
 
-    So what a rank holds is known, and refused, at start-up, and a checkpoint has the same tensors at any time.
+    So memory runs out at start-up if at all, and a checkpoint has the same tensors at any time.
     """
     groups = adamw_groups(parameters, weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
@@ -55,12 +58,16 @@ def build_adamw(
     return optimizer
 
 
+def total_bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = value
 
 
-def moments(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str]) -> dict[str, Tensor]:
+def moments(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str]) -> Tensors:
     """The two moments under `exp_avg.<parameter>` and `exp_avg_sq.<parameter>`."""
     return {
         f"{moment}.{name}": optimizer.state[parameter][moment]

@@ -19,34 +19,34 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
-from vqscale.engine.optim import build_adamw, moments, set_learning_rate
+from vqscale.engine.ema import exchange
+from vqscale.engine.optim import Scalar, Tensors, build_adamw, moments, set_learning_rate, total_bytes
 from vqscale.engine.zero import ZeroEngine
 from vqscale.topology import Topology
 
 Initialise = Callable[[nn.Module], None]
-SHARDED = ("fsdp", "hsdp")  # the strategies that cut parameters here
+SHARDED = ("fsdp", "hsdp")  # the strategies that shard parameters here
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}  # of parameters and inputs
 
 
 class Engine(Protocol):
-    """What `fit` asks of a strategy. `module` is the plain model, `model` what a training step calls."""
+    """What `fit` asks of a strategy. `module` is the plain model, `model` what a training step calls.
+
+    `averages` is the weight EMA, laid out as `local_weights`, or empty.
+    """
 
     module: nn.Module
     model: Any
+    optimizer_steps: int
 
-    def autocast(self) -> contextlib.AbstractContextManager[Any]: ...
-    def begin(self, last: bool) -> None: ...
-    def backward(self, loss: Tensor) -> None: ...
-    def step(self, learning_rate: float, max_norm: float) -> tuple[bool, Tensor]: ...
-    def local_weights(self) -> dict[str, Tensor]: ...
-    def weights_changed(self) -> None: ...
-    def like_weights(self, local: dict[str, Tensor]) -> dict[str, Tensor]: ...
-    def unlike_weights(self, tensors: dict[str, Tensor], local: dict[str, Tensor]) -> None: ...
-    def tensors(self) -> dict[str, Tensor]: ...
-    def load_tensors(self, tensors: dict[str, Tensor]) -> None: ...
-    def counters(self) -> dict[str, Any]: ...
-    def load_counters(self, counters: dict[str, Any]) -> None: ...
-    def bytes_here(self) -> dict[str, int]: ...
+    def begin_micro_batch(self, last: bool) -> None: ...
+    def backward(self, loss: Scalar) -> None: ...
+    def step(self, learning_rate: float, max_norm: float) -> tuple[bool, Scalar]: ...
+    def local_weights(self) -> Tensors: ...
+    def exchange_weights(self, values: Tensors) -> None: ...
+    def as_checkpoint_tensors(self, averages: Tensors) -> Tensors: ...
+    def from_checkpoint_tensors(self, fill: Callable[[Tensors], None], averages: Tensors) -> None: ...
+    def bytes_on_this_rank(self) -> dict[str, int]: ...
 
 
 class TorchEngine:
@@ -69,19 +69,23 @@ class TorchEngine:
         """
         if precision not in DTYPES:
             raise ValueError(f"precision={precision}: choose {', '.join(DTYPES)}")
-        self._topology = topology
-        self._precision = precision
         self._accumulation = accumulation
         self.module = module.to(dtype=DTYPES[precision]) if precision == "fp64" else module
-        self.model = _spread(self.module, topology, precision, initialise)
+        self.model = _distribute(self.module, topology, precision, initialise)
         self._names = {parameter: name for name, parameter in self.module.named_parameters()}
         self._optimizer = build_adamw(self._names, **optimizer)
 
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """bf16 arithmetic over fp32 parameters, or nothing."""
-        return torch.autocast(self._topology.device.type, torch.bfloat16, enabled=self._precision == "bf16")
+    @property
+    def optimizer_steps(self) -> int:
+        """Adam's step count, the same for every parameter."""
+        return int(next(iter(self._optimizer.state.values()))["step"])
 
-    def begin(self, last: bool) -> None:
+    @optimizer_steps.setter
+    def optimizer_steps(self, count: int) -> None:
+        for state in self._optimizer.state.values():
+            state["step"].fill_(count)
+
+    def begin_micro_batch(self, last: bool) -> None:
         """Before each micro-batch's forward: gradients are reduced over ranks after the last one only."""
         if isinstance(self.model, DistributedDataParallel):
             self.model.require_backward_grad_sync = last
@@ -89,11 +93,11 @@ class TorchEngine:
             self.model.set_requires_gradient_sync(last)
             self.model.set_is_last_backward(last)
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Scalar) -> None:
         """`loss`: the mean over this micro-batch, undivided."""
         (loss / self._accumulation).backward()
 
-    def step(self, learning_rate: float, max_norm: float) -> tuple[bool, Tensor]:
+    def step(self, learning_rate: float, max_norm: float) -> tuple[bool, Scalar]:
         """Clip, check and apply. Returns (applied, global gradient norm before clipping).
 
         The norm is reduced over all ranks, so that a gradient that is not finite on one of them skips the step on all.
@@ -109,56 +113,52 @@ class TorchEngine:
         self._optimizer.zero_grad(set_to_none=True)
         return applied, norm
 
-    def local_weights(self) -> dict[str, Tensor]:
+    def local_weights(self) -> Tensors:
         """This rank's part of every trained parameter, by name; views, not copies."""
         return {name: _local(parameter.detach()) for parameter, name in self._names.items()}
 
-    def weights_changed(self) -> None:
-        """After somebody wrote to `local_weights`: they are what the model computes with, so there is nothing to do."""
+    def exchange_weights(self, values: Tensors) -> None:
+        """Swap the model's weights with `values`, laid out as `local_weights`."""
+        exchange(self.local_weights(), values)
 
-    def like_weights(self, local: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Local parts laid out as `local_weights`, as tensors that a checkpoint can reshard; views, not copies."""
-        return {name: _as_sharded(local[name], parameter) for parameter, name in self._names.items()}
+    def as_checkpoint_tensors(self, averages: Tensors) -> Tensors:
+        """Parameters, persistent buffers, optimizer moments and averages under the model's own names, as tensors that
+        any sharding can read; views, not copies."""
+        tensors = {f"model.{name}": value.detach() for name, value in self.module.state_dict().items()}
+        tensors |= {f"optimizer.{key}": value for key, value in moments(self._optimizer, self._names).items()}
+        sharded = {name: parameter for parameter, name in self._names.items() if name in averages}
+        return tensors | {f"ema.{name}": _sharded_as(p, averages[name]) for name, p in sharded.items()}
 
-    def unlike_weights(self, tensors: dict[str, Tensor], local: dict[str, Tensor]) -> None:
-        """Back into `local` what `like_weights(local)` returned and a load has filled: they are the same memory."""
+    def from_checkpoint_tensors(self, fill: Callable[[Tensors], None], averages: Tensors) -> None:
+        """`fill` writes a checkpoint's values into the tensors of `as_checkpoint_tensors`: the engine's own memory."""
+        fill(self.as_checkpoint_tensors(averages))
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Parameters, persistent buffers and optimizer moments under the model's own names."""
-        weights = {f"model.{name}": value.detach() for name, value in self.module.state_dict().items()}
-        return weights | {f"optimizer.{key}": value for key, value in moments(self._optimizer, self._names).items()}
-
-    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Back into the engine what `tensors()` returned and a load has filled: they are the same memory."""
-
-    def counters(self) -> dict[str, Any]:
-        """Adam's step count, the same for every parameter."""
-        return {"optimizer_steps": int(next(iter(self._optimizer.state.values()))["step"])}
-
-    def load_counters(self, counters: dict[str, Any]) -> None:
-        for state in self._optimizer.state.values():
-            state["step"].fill_(counters["optimizer_steps"])
-
-    def bytes_here(self) -> dict[str, int]:
-        """Bytes this rank holds between steps."""
+    def bytes_on_this_rank(self) -> dict[str, int]:
+        """Bytes kept between steps, by what they are for."""
         adam = [_local(moment) for moment in moments(self._optimizer, self._names).values()]
-        held = {"parameters": list(self.local_weights().values()), "optimizer": adam}
-        return {what: sum(t.numel() * t.element_size() for t in tensors) for what, tensors in held.items()}
+        return {"parameters": total_bytes(self.local_weights().values()), "optimizer": total_bytes(adam)}
+
+
+def autocast(topology: Topology, precision: str) -> contextlib.AbstractContextManager[Any]:
+    """bf16 arithmetic over fp32 parameters, or nothing."""
+    return torch.autocast(topology.device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _as_sharded(local: Tensor, like: Tensor) -> Tensor:
-    if not isinstance(like, DTensor):
+def _sharded_as(parameter: Tensor, local: Tensor) -> Tensor:
+    """`local`, this rank's part of some tensor, as that tensor, sharded as `parameter` is."""
+    if not isinstance(parameter, DTensor):
         return local
-    return DTensor.from_local(local, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return DTensor.from_local(local, mesh, placements, shape=parameter.shape, stride=parameter.stride())
 
 
 def materialise(module: nn.Module, topology: Topology, initialise: Initialise | None) -> None:
-    """Onto the rank's device. What was on the meta device is filled with NaN first: a parameter that `initialise`
-    forgets shows at the first step."""
+    """Move the module to the rank's device. Memory for what was on the meta device is filled with NaN first, so that a
+    parameter which `initialise` forgets shows at the first step."""
     if not any(parameter.is_meta for parameter in module.parameters()):
         module.to(topology.device)
         return
@@ -170,7 +170,7 @@ def materialise(module: nn.Module, topology: Topology, initialise: Initialise | 
         initialise(module)
 
 
-def _spread(module: nn.Module, topology: Topology, precision: str, initialise: Initialise | None) -> Any:
+def _distribute(module: nn.Module, topology: Topology, precision: str, initialise: Initialise | None) -> Any:
     if topology.strategy in SHARDED:
         _shard(module, topology, precision)
         materialise(module, topology, initialise)
@@ -179,43 +179,43 @@ def _spread(module: nn.Module, topology: Topology, precision: str, initialise: I
     if topology.strategy == "single":
         return module
     on_gpu = [topology.local_rank] if topology.device.type == "cuda" else None
-    with warnings.catch_warnings():  # the word's successor does not exist in every torch that we support
+    with warnings.catch_warnings():  # its successor does not exist in every torch that we support
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         return DistributedDataParallel(module, device_ids=on_gpu, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def _shard(module: Any, topology: Topology, precision: str) -> None:
     mesh = _mesh(topology)
-    # In bf16 autocast would make and keep a copy of all weights; so they come as bf16 from the other ranks. The
-    # residual stream stays as autocast has it.
+    # In bf16 autocast would make and keep a copy of all weights; instead they are gathered as bf16. The residual stream
+    # stays as autocast has it.
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     if precision == "bf16":
         policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     shards = shard_count(topology.strategy, topology.world_size, topology.nodes)
 
-    def cut(parameter: nn.Parameter) -> Shard:
+    def placement(parameter: nn.Parameter) -> Shard:
         return Shard(shard_dim(parameter.shape, shards))
 
-    # Torch warns whenever a model returns a view, as a prior's logits are, lest somebody write into it; nobody does.
+    # Torch warns whenever a model returns a view, such as a prior's logits, because writing into it is unsafe.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     for unit in [*module.wrap_units(), module]:
-        fully_shard(unit, mesh=mesh, shard_placement_fn=cut, mp_policy=policy)
+        fully_shard(unit, mesh=mesh, shard_placement_fn=placement, mp_policy=policy)
     for method in getattr(module, "public_methods", ()):
         register_fsdp_forward_method(module, method)
 
 
 def shard_dim(shape: Sequence[int], shards: int) -> int:
-    """The dimension along which FSDP2 cuts a parameter: the first that divides evenly, else 0.
+    """The dimension along which FSDP2 shards a parameter: the first that divides evenly, else 0.
 
-    Cutting along 0 always, as is the default, gives the first ranks a whole row of every tensor that has fewer rows
-    than there are ranks, and the last ranks nothing.
+    FSDP2's default is always 0: where a tensor has fewer rows than there are ranks, the first ranks then hold a whole
+    row each and the last ranks nothing.
     """
     return next((dim for dim, size in enumerate(shape) if size % shards == 0), 0)
 
 
 def shard_count(strategy: str, world_size: int, nodes: int) -> int:
-    """Into how many parts fsdp and hsdp cut a parameter: hsdp cuts within a node (on one node: among half the ranks)
-    and replicates across."""
+    """The number of shards of a parameter under fsdp and hsdp: hsdp shards within a node (on one node: among half the
+    ranks) and replicates across nodes."""
     if strategy == "fsdp":
         return world_size
     return world_size // nodes if nodes > 1 else world_size // 2

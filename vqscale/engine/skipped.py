@@ -5,10 +5,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
+from vqscale.engine.optim import Scalar
+
 log = logging.getLogger("vqscale")
-Part = tuple[Tensor, Tensor]  # loss and positions int64 [b] of one micro-batch
+MicroBatch = tuple[Scalar, Int[Tensor, "b"]]  # its loss and positions
 
 
 class SkippedSteps:
@@ -19,16 +22,16 @@ class SkippedSteps:
         self.total = self.in_a_row = 0
         self._limit, self._sample_at = limit, sample_at
 
-    def count(self, applied: bool, parts: Sequence[Part], images_seen: int) -> None:
-        """After every step, with this rank's micro-batches of it. Names the samples in each rank's log where the step
-        was left out: of the micro-batches whose loss is not finite, or of all if only the gradient was not."""
+    def count(self, applied: bool, micro_batches: Sequence[MicroBatch], images_seen: int) -> None:
+        """Called after every step with this rank's micro-batches. If the step was skipped, names samples in the log: of
+        the micro-batches whose loss is not finite, or all of them if only the gradient was not."""
         if applied:
             self.in_a_row = 0
             return
         self.total, self.in_a_row = self.total + 1, self.in_a_row + 1
-        at_fault = [part for part in parts if not torch.isfinite(part[0])]
+        at_fault = [one for one in micro_batches if not torch.isfinite(one[0])]
         what = "a loss that is not finite" if at_fault else "finite losses here"
-        samples = [self._sample_at(p) for _, positions in at_fault or parts for p in positions.tolist()]
+        samples = [self._sample_at(p) for _, positions in at_fault or micro_batches for p in positions.tolist()]
         named = ", ".join(f"{sample['shard']}:{sample['key']}" for sample in samples)
         log.warning("the step to %d images is left out (no finite gradient); %s: %s", images_seen, what, named)
 

@@ -1,16 +1,15 @@
 """DeepSpeed's ZeRO stages 1, 2 and 3 behind the same interface as the torch engine, and their state in and out.
 
 Under ZeRO a rank holds, of every parameter, a contiguous flat range of the fp32 master copy and of Adam's two moments:
-a `Fragment`. Everything here goes through those ranges: the weight EMA averages them where they lie, and a checkpoint
-gets each tensor whole, one at a time, cut into rows as FSDP2 would cut it. So a checkpoint knows no ZeRO, and every
-strategy reads every other's. Source: Rajbhandari et al. 2020, "ZeRO".
+a `Fragment`. Everything here goes through those ranges: the weight EMA averages them in place, and a checkpoint
+gets each tensor whole, one at a time, sharded by rows as FSDP2 shards it. So a checkpoint knows nothing of ZeRO, and
+every strategy reads every other's. Source: Rajbhandari et al. 2020, "ZeRO".
 """
 
-import contextlib
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +19,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from vqscale.engine.optim import MOMENTS, adamw_groups, fresh_state, set_learning_rate
+from vqscale.engine.ema import exchange
+from vqscale.engine.optim import MOMENTS, Scalar, Tensors, adamw_groups, fresh_state, set_learning_rate, total_bytes
 from vqscale.topology import Topology
 
 
@@ -35,7 +35,7 @@ class Fragment:
 
 
 class ZeroEngine:
-    """zero1: optimizer state is spread over ranks; zero2: gradients too; zero3: parameters too."""
+    """zero1 shards optimizer state over ranks, zero2 gradients too, zero3 parameters too."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class ZeroEngine:
         """
         if precision not in ("fp32", "bf16"):
             raise ValueError(f"precision={precision} under strategy={topology.strategy}: choose fp32 or bf16")
-        self._topology, self._precision = topology, precision
+        self._topology = topology
         self.module = module
         self._shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
         self._parameters = dict(module.named_parameters())
@@ -76,24 +76,30 @@ class ZeroEngine:
         self._mesh = init_device_mesh(topology.device.type, (topology.world_size,), mesh_dim_names=("shard",))
         self._last = True
 
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """bf16 arithmetic over fp32 parameters, or nothing."""
-        return torch.autocast(self._topology.device.type, torch.bfloat16, enabled=self._precision == "bf16")
+    @property
+    def optimizer_steps(self) -> int:
+        """Adam's step count, the same for every parameter."""
+        return int(self._adam.state[self._ranges.flats[0]]["step"])
 
-    def begin(self, last: bool) -> None:
-        """Before each micro-batch's forward. DeepSpeed counts micro-batches by itself."""
+    @optimizer_steps.setter
+    def optimizer_steps(self, count: int) -> None:
+        for flat in self._ranges.flats:
+            self._adam.state[flat]["step"].fill_(count)
+
+    def begin_micro_batch(self, last: bool) -> None:
+        """Before each micro-batch's forward; DeepSpeed counts micro-batches by itself."""
         self._last = last
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Scalar) -> None:
         """`loss`: the mean over this micro-batch, undivided."""
         self.model.backward(loss)
         if not self._last:
             self.model.step()  # no update: it counts the micro-batch
 
-    def step(self, learning_rate: float, max_norm: float) -> tuple[bool, Tensor]:
+    def step(self, learning_rate: float, max_norm: float) -> tuple[bool, Scalar]:
         """Clip, check and apply. Returns (applied, global gradient norm before clipping); see TorchEngine.step.
 
-        `max_norm` is DeepSpeed's since the beginning of the run.
+        DeepSpeed clips at the `max_norm` that it was built with.
         """
         set_learning_rate(self._adam, learning_rate)
         self.model.step()
@@ -101,65 +107,56 @@ class ZeroEngine:
         norm = self.model.get_global_grad_norm() if applied else math.inf
         return applied, torch.as_tensor(norm, dtype=torch.float32, device=self._topology.device)
 
-    def local_weights(self) -> dict[str, Tensor]:
+    def local_weights(self) -> Tensors:
         """This rank's range of every trained parameter's fp32 master copy, by name, flat; views, not copies."""
         return {name: fragment.master for name, fragment in self._fragments.items()}
 
-    def weights_changed(self) -> None:
-        """The working copies from the master copies, after somebody wrote to `local_weights`."""
+    def exchange_weights(self, values: Tensors) -> None:
+        """Swap the model's weights with `values`, laid out as `local_weights`; the working copies follow."""
+        exchange(self.local_weights(), values)
         self._ranges.publish()
 
-    def like_weights(self, local: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Local parts laid out as `local_weights`, as tensors that a checkpoint can reshard: copies. Collective."""
-        return {name: self._whole(name, local[name]) for name in self._fragments}
+    def as_checkpoint_tensors(self, averages: Tensors) -> Tensors:
+        """Parameters, persistent buffers, optimizer moments and averages under the model's own names, as tensors that
+        any sharding can read; copies, except for the buffers. Collective."""
+        tensors = {f"model.{name}": buffer for name, buffer in self._buffers()}
+        for prefix, local in self._local_ranges(averages):
+            tensors |= {f"{prefix}{name}": self._as_rows(name, values) for name, values in local.items()}
+        return tensors
 
-    def unlike_weights(self, tensors: dict[str, Tensor], local: dict[str, Tensor]) -> None:
-        """Back into `local` what `like_weights(local)` returned and a load has filled. Collective."""
-        for name, fragment in self._fragments.items():
-            sharded = tensors[name]
-            assert isinstance(sharded, DTensor)
-            local[name].copy_(sharded.full_tensor().flatten()[fragment.start :][: local[name].numel()])
+    def from_checkpoint_tensors(self, fill: Callable[[Tensors], None], averages: Tensors) -> None:
+        """`fill` writes a checkpoint's values into the tensors of `as_checkpoint_tensors`; this engine and `averages`
+        take them from there. Collective."""
+        tensors = self.as_checkpoint_tensors(averages)
+        fill(tensors)
+        for prefix, local in self._local_ranges(averages):
+            for name, values in local.items():
+                rows = tensors[f"{prefix}{name}"]
+                assert isinstance(rows, DTensor)
+                values.copy_(rows.full_tensor().flatten()[self._fragments[name].start :][: values.numel()])
+        self._ranges.publish()
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Parameters, persistent buffers and optimizer moments under the model's own names: parameters and moments are
-        copies, which `load_tensors` takes back. Collective."""
-        named = {f"model.{name}": buffer for name, buffer in self._buffers()}
-        for prefix, local in self._spread():
-            named |= {f"{prefix}{name}": tensor for name, tensor in self.like_weights(local).items()}
-        return named
-
-    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Back into the engine what `tensors()` returned and a load has filled. Collective."""
-        for prefix, local in self._spread():
-            self.unlike_weights({name: tensors[f"{prefix}{name}"] for name in local}, local)
-        self.weights_changed()
-
-    def counters(self) -> dict[str, Any]:
-        """Adam's step count, the same for every parameter."""
-        return {"optimizer_steps": int(self._adam.state[self._ranges.flats[0]]["step"])}
-
-    def load_counters(self, counters: dict[str, Any]) -> None:
-        for flat in self._ranges.flats:
-            self._adam.state[flat]["step"].fill_(counters["optimizer_steps"])
-
-    def bytes_here(self) -> dict[str, int]:
-        """Bytes this rank holds between steps; `master` is ZeRO's second copy of the weights."""
+    def bytes_on_this_rank(self) -> dict[str, int]:
+        """Bytes kept between steps, by what they are for; `master` is ZeRO's second copy of the weights."""
         moments = [self._adam.state[flat][moment] for flat in self._ranges.flats for moment in MOMENTS]
-        held = {"parameters": self._ranges.working_copies(self._parameters.values()), "optimizer": moments}
-        held["master"] = self._ranges.flats
-        return {what: sum(t.numel() * t.element_size() for t in tensors) for what, tensors in held.items()}
+        return {
+            "parameters": total_bytes(self._ranges.working_copies(self._parameters.values())),
+            "optimizer": total_bytes(moments),
+            "master": total_bytes(self._ranges.flats),
+        }
 
-    def _spread(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """(prefix of the names in a checkpoint, this rank's ranges) of the weights and of either moment."""
+    def _local_ranges(self, averages: Tensors) -> Iterator[tuple[str, Tensors]]:
+        """(prefix of the names in a checkpoint, this rank's ranges) of weights, either moment, and averages."""
         yield "model.", self.local_weights()
         for moment in MOMENTS:
             yield f"optimizer.{moment}.", {name: getattr(f, moment) for name, f in self._fragments.items()}
+        yield "ema.", averages
 
     def _buffers(self) -> Iterator[tuple[str, Tensor]]:
         return ((name, value) for name, value in self.module.state_dict().items() if name not in self._parameters)
 
-    def _whole(self, name: str, local: Tensor) -> Tensor:
-        """The whole tensor out of all ranks' ranges; this rank keeps its rows of it."""
+    def _as_rows(self, name: str, local: Tensor) -> DTensor:
+        """The tensor of all ranks' ranges, sharded by rows."""
         whole = torch.zeros(self._shapes[name].numel(), dtype=local.dtype, device=local.device)
         start = self._fragments[name].start
         whole[start : start + local.numel()] = local
@@ -170,7 +167,7 @@ class ZeroEngine:
 
 
 class _Stage12:
-    """Where DeepSpeed's stages 1 and 2 keep a rank's ranges: one flat tensor per parameter group."""
+    """How DeepSpeed's stages 1 and 2 store a rank's ranges: one flat tensor per parameter group."""
 
     def __init__(self, optimizer: Any):
         self._optimizer = optimizer
@@ -178,7 +175,7 @@ class _Stage12:
 
     def fragment(self, parameter: Any) -> Fragment:
         mapping = parameter._hp_mapping
-        if mapping is None:  # all of it is on other ranks
+        if mapping is None:  # other ranks have all of it
             return Fragment(0, *(self.flats[0].detach()[:0] for _ in range(3)))
         where, flat = mapping.hp_fragment_address, self.flats[mapping.param_group_index]
         return _fragment(self._optimizer, flat, mapping.lp_fragment_address.start, where.start, where.numel)
@@ -191,7 +188,7 @@ class _Stage12:
 
 
 class _Stage3:
-    """Where stage 3 keeps them: parameter after parameter, each cut into equal padded parts, in one flat tensor per
+    """How stage 3 stores them: parameter after parameter, each split into equal padded parts, in one flat tensor per
     sub-group."""
 
     def __init__(self, optimizer: Any, topology: Topology):
@@ -205,7 +202,7 @@ class _Stage3:
         return _fragment(self._optimizer, self.flats[group], start, offset, count)
 
     def publish(self) -> None:
-        self._optimizer._partition_all_parameters()  # what a forward without a backward left gathered is stale
+        self._optimizer._partition_all_parameters()  # a forward without a backward leaves them gathered, and stale
         for group in range(len(self.flats)):
             self._optimizer._reassign_or_swap_out_partitioned_parameters(group)
 
@@ -220,13 +217,13 @@ def _fragment(optimizer: Any, flat: Tensor, start: int, offset: int, count: int)
 
 
 def _config(stage: int, precision: str, accumulation: int, max_norm: float) -> dict[str, Any]:
-    """DeepSpeed's config out of ours."""
+    """DeepSpeed's config from ours."""
     zero = {
         "stage": stage,
-        "stage3_param_persistence_threshold": 0,  # what a rank holds is its share, small tensors included
+        "stage3_param_persistence_threshold": 0,  # small tensors are sharded too
     }
     return {
-        "train_micro_batch_size_per_gpu": 1,  # read by DeepSpeed's own timers only
+        "train_micro_batch_size_per_gpu": 1,  # only DeepSpeed's own timers read it
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": max_norm,
         "zero_optimization": zero,
@@ -239,11 +236,11 @@ def _config(stage: int, precision: str, accumulation: int, max_norm: float) -> d
 
 
 def _import_deepspeed(topology: Topology) -> Any:
-    """The library, told to use the process group that is there. Raises ValueError where it is not installed."""
+    """The library, set up on the process group that exists. Raises ValueError where it is not installed."""
     if topology.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
-    os.environ.setdefault("LOCAL_RANK", str(topology.local_rank))  # it insists, even without a launcher
+    os.environ.setdefault("LOCAL_RANK", str(topology.local_rank))  # required even without a launcher
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -254,7 +251,7 @@ def _import_deepspeed(topology: Topology) -> Any:
             f"strategy={topology.strategy} needs DeepSpeed, which cannot be imported here ({error}): "
             "pip install deepspeed"
         ) from error
-    if topology.device.type == "cpu":  # an op that it would compile on import, for minutes
+    if topology.device.type == "cpu":  # it would compile this op on import, for minutes
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(
         dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False, dist_init_required=False

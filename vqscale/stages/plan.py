@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from vqscale import config as configs
 from vqscale.config import local_batching
 from vqscale.data.shards import Manifest, resolve
-from vqscale.engine.footprint import gathered_bytes, held_per_rank, profile_step, sent_per_step
+from vqscale.engine.footprint import bytes_per_rank, gathered_bytes, profile_step, sent_per_step
 from vqscale.engine.loop import FitConfig
 from vqscale.sources import build
 from vqscale.stages import pack, train_prior, train_vqvae
@@ -129,7 +129,7 @@ def column(request: Request, description: dict[str, Any], model: Any, world: int
     except ValueError as error:
         raise ValueError(f"{world} ranks: {error}") from None
     how: dict[str, Any] = {"precision": trainer.precision, "accumulation": accumulation}
-    held = held_per_rank(model, plan.strategy, world, nodes, average=bool(trainer.ema_halflife), **how)
+    held = bytes_per_rank(model, plan.strategy, world, nodes, average=bool(trainer.ema_halflife), **how)
     flops, kept = _profile(request, description, micro, checkpointing=False)
     _, recomputed = _profile(request, description, micro, checkpointing=True)
     numel = sum(parameter.numel() for parameter in model.parameters())
@@ -215,9 +215,9 @@ def describe(request: Request) -> tuple[dict[str, Any], str]:
     trainer: Any = request.trainer
     try:
         if request.stage == "train_vqvae":
-            return train_vqvae.describe(trainer, Manifest.load(resolve(trainer.data, "train"))), ""
+            return train_vqvae.model_description(trainer, Manifest.load(resolve(trainer.data, "train"))), ""
         folder = resolve(trainer.data, "train", made_by="extract_codes")
-        return train_prior.describe(trainer, Manifest.load(folder)), ""
+        return train_prior.model_description(trainer, Manifest.load(folder)), ""
     except FileNotFoundError:
         return _assume(request)
 

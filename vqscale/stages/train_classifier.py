@@ -4,9 +4,8 @@ Trained on samples alone and tested on real images it gives the classification a
 Razavi et al. 2019, section 4.2.2); trained on real images it is what rejection sampling asks (section 3.4).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,18 +15,14 @@ from torch import Tensor, nn
 from vqscale import runtime
 from vqscale.batch import Batch
 from vqscale.config import as_dict, run_of
-from vqscale.data.cache import Cache
 from vqscale.data.images import ImageReader
-from vqscale.data.loader import build_loader
-from vqscale.data.sequential import SequentialBatches, sequential_batches
 from vqscale.data.shards import Manifest, resolve
-from vqscale.engine.loop import FitConfig, fit, loader_options
-from vqscale.engine.parallel import compile_units, make_engine
+from vqscale.engine.loop import FitConfig, StepFn
 from vqscale.evaluation.classify import accuracy, hits, network_input, reconstructed
 from vqscale.evaluation.features import WIDTHS, Extractor, load_extractor
 from vqscale.models.classifier import ClassifierConfig
-from vqscale.models.init import initialise
 from vqscale.sources import Source, build, load_vqvae
+from vqscale.training import dry_run_text, held_out_batches, train
 
 
 @dataclass(frozen=True)
@@ -52,28 +47,19 @@ Config = TrainClassifierConfig
 def main(config: TrainClassifierConfig) -> None:
     """Train, or go on training, in `config.run_dir`. Raises ValueError for anything that does not fit before step 1."""
     with runtime.run(config, "train_classifier") as run:
-        topology = run.topology
+        device = run.topology.device
         folder = resolve(config.data, "train", made_by="pack or sample")
-        extractor = _extractor(config, topology.device)
-        vqvae = None if config.vqvae == "none" else load_vqvae(config.vqvae, device=topology.device)
-        description = describe(config, Manifest.load(folder), extractor, vqvae)
-        held_out = HeldOutAccuracy(config, description, extractor, run)
-        reader = ImageReader(description["resolution"], flip=config.flip, crop=config.crop, seed=config.seed)
-        loader = build_loader(folder, read=reader, cache=Cache.of(config), **loader_options(config, run))
-        with torch.device("meta"):
-            model: Any = build(description)
-        if config.compile:
-            compile_units(model)
-        accumulation = loader.micro_batches_per_step
-        engine = make_engine(model, topology, config, accumulation, partial(initialise, seed=config.seed))
-        fit(
-            engine,
-            loader,
-            training_step(config, extractor, vqvae),
-            config=config,
-            run=run,
+        extractor = _extractor(config, device)
+        vqvae = None if config.vqvae == "none" else load_vqvae(config.vqvae, device=device)
+        description = model_description(config, Manifest.load(folder), extractor, vqvae)
+        train(
+            config,
+            run,
+            folder=folder,
+            read=ImageReader(description["resolution"], flip=config.flip, crop=config.crop, seed=config.seed),
             description=description,
-            evaluators=[held_out],
+            step_fn=training_step(config, extractor, vqvae),
+            evaluator=HeldOutAccuracy(config, description, extractor, run),
         )
 
 
@@ -87,10 +73,10 @@ def _extractor(config: TrainClassifierConfig, device: torch.device) -> Extractor
     return load_extractor(config.features, weights=config.weights, allow_unverified_weights=True, device=device)
 
 
-def describe(
+def model_description(
     config: TrainClassifierConfig, manifest: Manifest, extractor: Extractor | None, vqvae: Source | None
 ) -> dict[str, Any]:
-    """What it takes to build this classifier again, and what it learned from."""
+    """All that is needed to build this classifier again, and what it learned from."""
     resolution = manifest.transform.get("resolution")
     if manifest.kind not in ("images", "samples") or not resolution:
         raise ValueError(f"data={config.data}: images or samples of one size are needed, this is {manifest.kind}")
@@ -113,9 +99,7 @@ def describe(
     }
 
 
-def training_step(
-    config: TrainClassifierConfig, extractor: Extractor | None, vqvae: Source | None
-) -> Callable[[Any, Batch], tuple[Tensor, dict[str, Tensor]]]:
+def training_step(config: TrainClassifierConfig, extractor: Extractor | None, vqvae: Source | None) -> StepFn:
     """Cross-entropy in nats, and how often the likeliest class is the right one."""
 
     def step(model: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -151,38 +135,22 @@ class HeldOutAccuracy:
 
     def run(self, model: nn.Module, images_seen: int) -> Iterator[tuple[str, float]]:
         """Yields held_out/accuracy_top1 and _top5."""
+        batches = held_out_batches(
+            self._config, self._run, self._folder, ImageReader(self._resolution), self._config.evaluate_images
+        )
         top_1, top_5, _ = accuracy(
-            lambda images: model(network_input(images, self._extractor)),
-            self._run.watched(self._batches()),
-            self._run.topology,
+            lambda images: model(network_input(images, self._extractor)), batches, self._run.topology
         )
         yield "held_out/accuracy_top1", top_1
         yield "held_out/accuracy_top5", top_5
-
-    def _batches(self) -> SequentialBatches:
-        topology = self._run.topology
-        return sequential_batches(
-            self._folder,
-            read=ImageReader(self._resolution),
-            batch=64,
-            rank=topology.rank,
-            world_size=topology.world_size,
-            workers=0,
-            limit=self._config.evaluate_images,
-            cache=Cache.of(self._config),
-        )
 
 
 def plan(config: TrainClassifierConfig) -> str:
     """Sizes and steps, for --dry-run."""
     manifest = Manifest.load(resolve(config.data, "train", made_by="pack or sample"))
     vqvae = None if config.vqvae == "none" else load_vqvae(config.vqvae)
-    description = describe(config, manifest, _extractor(config, torch.device("cpu")), vqvae)
+    description = model_description(config, manifest, _extractor(config, torch.device("cpu")), vqvae)
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in build(description).parameters())
-    return (
-        f"\ndata: {manifest.num_samples:,} {description['learned_from']}, {len(manifest.classes)} classes"
-        f"\nmodel: {config.model.network}, {parameters:,} parameters"
-        f"\nsteps: {-(-config.total_images // config.global_batch):,} of {config.global_batch} images"
-        f" ({config.total_images / manifest.num_samples:.1f} epochs)"
-    )
+    line = f"{config.model.network}, {parameters:,} parameters"
+    return dry_run_text(config, manifest, description["learned_from"], line)

@@ -1,8 +1,7 @@
 """Code shards -> a class-conditional prior of one level, conditioned on the codes of all levels above it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,17 +10,13 @@ from torch import Tensor, nn
 from vqscale import runtime
 from vqscale.batch import Batch, codes_of, to_device
 from vqscale.config import as_dict, run_of
-from vqscale.data.cache import Cache
 from vqscale.data.codes import CodeReader
-from vqscale.data.loader import build_loader
-from vqscale.data.sequential import sequential_batches
 from vqscale.data.shards import Manifest, resolve
-from vqscale.engine.loop import FitConfig, fit, loader_options
-from vqscale.engine.parallel import compile_units, make_engine
+from vqscale.engine.loop import FitConfig, StepFn
 from vqscale.models.dropout import dropout_key
-from vqscale.models.init import initialise
 from vqscale.models.prior import PriorConfig, code_nll, nll
 from vqscale.sources import build
+from vqscale.training import dry_run_text, held_out_batches, train
 
 
 @dataclass(frozen=True)
@@ -42,29 +37,16 @@ Config = TrainPriorConfig
 def main(config: TrainPriorConfig) -> None:
     """Train, or go on training, in `config.run_dir`. Raises ValueError for anything that does not fit before step 1."""
     with runtime.run(config, "train_prior") as run:
-        topology = run.topology
         folder = resolve(config.data, "train", made_by="extract_codes")
-        description = describe(config, Manifest.load(folder))
-        loader = build_loader(
-            folder,
-            read=reader(config, Manifest.load(folder), flip=config.flip),
-            cache=Cache.of(config),
-            **loader_options(config, run),
-        )
-        with torch.device("meta"):
-            model: Any = build(description)
-        if config.compile:
-            compile_units(model)
-        accumulation = loader.micro_batches_per_step
-        engine = make_engine(model, topology, config, accumulation, partial(initialise, seed=config.seed))
-        fit(
-            engine,
-            loader,
-            training_step(config),
-            config=config,
-            run=run,
-            description=description,
-            evaluators=[HeldOutNLL(config, run)],
+        manifest = Manifest.load(folder)
+        train(
+            config,
+            run,
+            folder=folder,
+            read=reader(config, manifest, flip=config.flip),
+            description=model_description(config, manifest),
+            step_fn=training_step(config),
+            evaluator=HeldOutNLL(config, run),
         )
 
 
@@ -79,8 +61,9 @@ def levels_of(config: TrainPriorConfig, manifest: Manifest) -> tuple[list[str], 
     return names, [list(levels[name]) for name in names]
 
 
-def describe(config: TrainPriorConfig, manifest: Manifest) -> dict[str, Any]:
-    """What it takes to build this prior again. Raises ValueError for collapsed codes, or such as their K denies."""
+def model_description(config: TrainPriorConfig, manifest: Manifest) -> dict[str, Any]:
+    """All that is needed to build this prior again. Raises ValueError for collapsed codes, or usage counts that do not
+    match num_codes."""
     names, grids = levels_of(config, manifest)
     for name in names:
         if (counted := len(manifest.extra["usage"][name])) != manifest.extra["num_codes"]:
@@ -121,7 +104,7 @@ def inputs(batch: Batch, level: str) -> tuple[Tensor, list[Tensor]]:
     return codes_of(batch, level).long(), above
 
 
-def training_step(config: TrainPriorConfig) -> Callable[[Any, Batch], tuple[Tensor, dict[str, Tensor]]]:
+def training_step(config: TrainPriorConfig) -> StepFn:
     """Teacher forcing: mean negative log-likelihood in nats per code."""
 
     def step(model: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -144,18 +127,9 @@ class HeldOutNLL:
         """Yields held_out/nll/<level>."""
         topology, config = self._run.topology, self._config
         folder = resolve(config.data, "holdout", made_by="extract_codes")
+        read = reader(config, Manifest.load(folder), flip=False)
         sums = torch.zeros(2, dtype=torch.float64, device=topology.device)
-        batches = sequential_batches(
-            folder,
-            read=reader(config, Manifest.load(folder), flip=False),
-            batch=min(64, config.evaluate_images),
-            rank=topology.rank,
-            world_size=topology.world_size,
-            workers=0,
-            limit=config.evaluate_images,
-            cache=Cache.of(config),
-        )
-        for batch in self._run.watched(batches):
+        for batch in held_out_batches(config, self._run, folder, read, config.evaluate_images):
             moved = to_device(batch, topology.device)
             codes, above = inputs(moved, config.level)
             each = code_nll(model(codes, moved["label"], above), codes).flatten(1).mean(1).double()
@@ -169,12 +143,10 @@ def plan(config: TrainPriorConfig) -> str:
     """Sizes and steps, for --dry-run."""
     manifest = Manifest.load(resolve(config.data, "train", made_by="extract_codes"))
     with torch.device("meta"):
-        model: Any = build(describe(config, manifest))
+        model: Any = build(model_description(config, manifest))
     counts = model.num_parameters()
-    return (
-        f"\ndata: {manifest.num_samples:,} samples in {len(manifest.shards)} shards, {len(manifest.classes)} classes"
-        f"\nmodel: {config.level} {model.grid[0]}x{model.grid[1]}, K = {model.num_codes}; parameters: "
+    line = (
+        f"{config.level} {model.grid[0]}x{model.grid[1]}, K = {model.num_codes}; parameters: "
         f"{counts['layers']:,} in convolutions and linear layers, {counts['embeddings']:,} in embeddings"
-        f"\nsteps: {-(-config.total_images // config.global_batch):,} of {config.global_batch} images"
-        f" ({config.total_images / manifest.num_samples:.1f} epochs)"
     )
+    return dry_run_text(config, manifest, "samples", line)

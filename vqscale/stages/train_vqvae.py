@@ -1,7 +1,8 @@
 """Image shards -> a trained VQ-VAE (1 level: 2017; 2 or 3 levels: VQ-VAE-2), in checkpoints."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,15 @@ from vqscale.config import as_dict, level_names, run_of
 from vqscale.data.cache import Cache
 from vqscale.data.images import ImageReader, to_float
 from vqscale.data.loader import build_loader
-from vqscale.data.sequential import sequential_batches
 from vqscale.data.shards import Manifest, resolve
-from vqscale.engine.checkpoint import has_checkpoint
-from vqscale.engine.loop import FitConfig, fit, loader_options
-from vqscale.engine.parallel import assert_same_everywhere, compile_units, make_engine
+from vqscale.engine.loop import FitConfig
+from vqscale.engine.parallel import assert_same_everywhere
 from vqscale.evaluation.metrics import psnr_of
 from vqscale.models.codebook import perplexity
-from vqscale.models.init import initialise
 from vqscale.models.vqvae import VQVAE, VQVAEConfig, VQVAEOutput
 from vqscale.sources import build
+from vqscale.topology import Topology
+from vqscale.training import dry_run_text, held_out_batches, train
 
 
 @dataclass(frozen=True)
@@ -47,50 +47,24 @@ Config = TrainVQVAEConfig
 def main(config: TrainVQVAEConfig) -> None:
     """Train, or go on training, in `config.run_dir`. Raises ValueError for anything that does not fit before step 1."""
     with runtime.run(config, "train_vqvae") as run:
-        topology = run.topology
         folder = resolve(config.data, "train")
-        description = describe(config, Manifest.load(folder))
+        description = model_description(config, Manifest.load(folder))
         reader = ImageReader(description["resolution"], flip=config.flip, crop=config.crop, seed=config.seed)
-        loader = build_loader(
-            folder,
+        train(
+            config,
+            run,
+            folder=folder,
             read=reader,
-            cache=Cache.of(config),
-            **loader_options(config, run),
-        )
-        model: Any = build(description)
-        initialise(model, config.seed)
-        if not topology.gather(has_checkpoint(run.run_dir / "checkpoints"))[0]:
-            _init_codebooks(model, folder, reader, config, run)
-        if config.compile:
-            compile_units(model)
-        engine = make_engine(model, topology, config, loader.micro_batches_per_step)
-
-        def after_step(applied: bool, learning_rate: float, images_seen: int) -> dict[str, Tensor]:
-            return model.update_codebooks(
-                topology.all_reduce_,
-                rank=topology.rank,
-                world_size=topology.world_size,
-                seed=config.seed,
-                images_seen=images_seen,
-                applied=applied,
-                learning_rate=learning_rate,
-            )
-
-        evaluator = HeldOutReconstruction(config, description["resolution"], run)
-        fit(
-            engine,
-            loader,
-            training_step,
-            config=config,
-            run=run,
             description=description,
-            after_step=after_step,
-            evaluators=[evaluator],
+            step_fn=training_step,
+            evaluator=HeldOutReconstruction(config, description["resolution"], run),
+            prepare=lambda model: _init_codebooks(model, folder, reader, config, run),
+            after_step=partial(_update_codebooks, config.seed, run.topology),
         )
 
 
-def describe(config: TrainVQVAEConfig, manifest: Manifest) -> dict[str, Any]:
-    """What it takes to build this model again. Raises ValueError for a data set without a fixed image size."""
+def model_description(config: TrainVQVAEConfig, manifest: Manifest) -> dict[str, Any]:
+    """All that is needed to build this model again. Raises ValueError for a data set without a fixed image size."""
     resolution = manifest.transform.get("resolution")
     if manifest.kind != "images":
         raise ValueError(f"data={config.data}: a data set of images is needed, this is one of {manifest.kind}")
@@ -115,20 +89,34 @@ def training_step(model: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     return error + output.commitment, losses
 
 
+def _update_codebooks(
+    seed: int, topology: Topology, model: VQVAE, applied: bool, learning_rate: float, images_seen: int
+) -> dict[str, Tensor]:
+    return model.update_codebooks(
+        topology.all_reduce_,
+        rank=topology.rank,
+        world_size=topology.world_size,
+        seed=seed,
+        images_seen=images_seen,
+        applied=applied,
+        learning_rate=learning_rate,
+    )
+
+
 def _init_codebooks(
     model: VQVAE, folder: Path, reader: ImageReader, config: TrainVQVAEConfig, run: runtime.Run
 ) -> None:
     """Codebooks from the first images of the order, which stay unconsumed: rank 0 computes, all ranks receive."""
     topology = run.topology
     model.to(topology.device)
-    left = False
+    stopped = False
     if topology.is_main:
         images = _first_images(folder, reader, config, topology.device)
         try:
             model.init_codebooks(images, seed=config.seed, between=run.poll_signals)
         except runtime.Leave:
-            left = True
-    if topology.gather(left)[0]:
+            stopped = True
+    if topology.gather(stopped)[0]:
         run.stop("asked to, before the first step")
     for _, buffer in model.named_buffers():
         topology.broadcast_(buffer)
@@ -170,8 +158,8 @@ class HeldOutReconstruction:
         names = level_names(len(vqvae.grids))
         used = torch.zeros(len(names), vqvae.num_codes, dtype=torch.float64, device=topology.device)
         sums = torch.zeros(3, dtype=torch.float64, device=topology.device)  # squared error, PSNR, images
-        shown = False
-        for batch in self._run.watched(self._batches()):
+        pictured = False
+        for batch in self._batches():
             image, weight = to_float(batch["image"].to(topology.device)), batch["weight"].to(topology.device).double()
             output = vqvae(image)
             error = (output.reconstruction.float().clamp(-1, 1) - image).square().flatten(1).mean(1).double()
@@ -179,9 +167,9 @@ class HeldOutReconstruction:
             sums += torch.stack([(error * weight).sum(), (psnr * weight).sum(), weight.sum()])
             for level, codes in enumerate(output.codes):
                 used[level] += torch.bincount(codes[weight > 0].flatten(), minlength=vqvae.num_codes)
-            if not shown:
+            if not pictured:
                 self._picture(vqvae, image, output, images_seen)
-                shown = True
+                pictured = True
         topology.all_reduce_(sums)
         topology.all_reduce_(used)
         yield "held_out/reconstruction_mse", float(sums[0] / sums[2])
@@ -190,24 +178,13 @@ class HeldOutReconstruction:
             yield f"held_out/used_codes/{name}", float((used[level] > 0).sum())
             yield f"held_out/perplexity/{name}", float(perplexity(used[level]))
 
-    def _batches(self) -> Iterable[Batch]:
-        topology, config = self._run.topology, self._config
-        return sequential_batches(
-            resolve(config.data, "holdout"),
-            read=ImageReader(self._resolution, flip=False, crop="center", seed=config.seed),
-            batch=min(64, config.evaluate_images),
-            rank=topology.rank,
-            world_size=topology.world_size,
-            workers=0,
-            limit=config.evaluate_images,
-            cache=Cache.of(config),
-        )
+    def _batches(self) -> Iterator[Batch]:
+        config = self._config
+        read = ImageReader(self._resolution, flip=False, crop="center", seed=config.seed)
+        return held_out_batches(config, self._run, resolve(config.data, "holdout"), read, config.evaluate_images)
 
     def _picture(self, vqvae: VQVAE, image: Tensor, output: VQVAEOutput, images_seen: int) -> None:
-        """Originals, below them their reconstructions, below those what the top level alone says.
-
-        Called by all ranks.
-        """
+        """Three rows: originals, reconstructions, and what the top level alone decodes to. Called by all ranks."""
         count = min(self._config.grid_images, len(image))
         rows = [image[:count], output.reconstruction[:count].float()]
         if len(output.codes) > 1:
@@ -227,14 +204,8 @@ class HeldOutReconstruction:
 def plan(config: TrainVQVAEConfig) -> str:
     """Sizes and steps, for --dry-run."""
     manifest = Manifest.load(resolve(config.data, "train"))
-    description = describe(config, manifest)
     with torch.device("meta"):
-        model: Any = build(description)
+        model: Any = build(model_description(config, manifest))
     parameters = sum(p.numel() for p in model.parameters())
     grids = ", ".join(f"{name} {h}x{w}" for name, (h, w) in zip(model.level_names, model.grids, strict=True))
-    return (
-        f"\ndata: {manifest.num_samples:,} images in {len(manifest.shards)} shards, {len(manifest.classes)} classes"
-        f"\nmodel: {parameters:,} parameters; codes: {grids}, K = {model.num_codes}"
-        f"\nsteps: {-(-config.total_images // config.global_batch):,} of {config.global_batch} images"
-        f" ({config.total_images / manifest.num_samples:.1f} epochs)"
-    )
+    return dry_run_text(config, manifest, "images", f"{parameters:,} parameters; codes: {grids}, K = {model.num_codes}")

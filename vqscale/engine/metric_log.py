@@ -1,4 +1,4 @@
-"""Metrics: tensors until flush, then one line of metrics.jsonl, then trackers.
+"""Training metrics: tensors until flush, then one line of metrics.jsonl, then trackers.
 
 In: tensors by name, added every step without host synchronisation.  Out: means over the steps since the last flush
 and over all ranks.
@@ -9,17 +9,18 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from vqscale.files import write_atomically
+from vqscale.files import read_jsonl, write_atomically
 from vqscale.topology import Topology
 
 log = logging.getLogger("vqscale")
 
 
-class Metrics:
+class MetricLog:
     """Accumulates on every rank; rank 0 writes."""
 
     def __init__(self, path: Path, topology: Topology, track: Callable[[dict[str, float], int], None]):
@@ -29,11 +30,12 @@ class Metrics:
         self._precision = torch.float64 if topology.device.type == "cpu" else torch.float32
         self._sums: dict[str, Tensor] = {}
 
-    def add(self, values: Mapping[str, Tensor], parts: int = 1) -> None:
-        """Add one step's values, or one of its `parts` micro-batches'."""
+    def add(self, values: Mapping[str, Tensor], micro_batches: int = 1) -> None:
+        """Add one step's values, or those of one of its `micro_batches`."""
+        # All on one device and in one precision, so that a flush is a single reduction.
+        where: dict[str, Any] = {"device": self._topology.device, "dtype": self._precision, "non_blocking": True}
         for name, value in values.items():
-            # All on one device and in one precision, so that a flush is a single reduction.
-            share = value.detach().to(device=self._topology.device, dtype=self._precision, non_blocking=True) / parts
+            share = value.detach().to(**where) / micro_batches
             self._sums[name] = self._sums[name] + share if name in self._sums else share
 
     def flush(self, images_seen: int, steps: int, host_values: Mapping[str, float]) -> dict[str, float]:
@@ -67,11 +69,5 @@ def drop_lines_beyond(path: Path, images_seen: int) -> None:
     """Keep the lines up to `images_seen`, so that the file stays monotone after a resume. A torn last line goes too."""
     if not path.is_file():
         return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["images_seen"] <= images_seen:
-                kept.append(line + "\n")
-        except (ValueError, KeyError):
-            continue
-    write_atomically(path, "".join(kept))
+    lines = [line for line in read_jsonl(path) if line.get("images_seen", math.inf) <= images_seen]
+    write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))

@@ -6,13 +6,13 @@ import torch
 from support.distributed import run_ranks
 
 from vqscale.config import StageConfig
-from vqscale.engine.metrics import Metrics, drop_lines_beyond
+from vqscale.engine.metric_log import MetricLog, drop_lines_beyond
 from vqscale.topology import Topology, bring_up, take_down
 
 
-def collect(path: Path, topology: Topology) -> tuple[Metrics, list[tuple[dict[str, float], int]]]:
+def collect(path: Path, topology: Topology) -> tuple[MetricLog, list[tuple[dict[str, float], int]]]:
     tracked: list[tuple[dict[str, float], int]] = []
-    return Metrics(path, topology, lambda values, seen: tracked.append((values, seen))), tracked
+    return MetricLog(path, topology, lambda values, seen: tracked.append((values, seen))), tracked
 
 
 def lines(path: Path) -> list[dict[str, float]]:
@@ -23,7 +23,7 @@ def test_means_over_steps_and_micro_batches(tmp_path: Path, topology: Topology) 
     metrics, tracked = collect(tmp_path / "m.jsonl", topology)
     for values in ([1.0, 3.0], [5.0, 11.0]):
         for value in values:
-            metrics.add({"loss": torch.tensor(value, requires_grad=True)}, parts=2)
+            metrics.add({"loss": torch.tensor(value, requires_grad=True)}, micro_batches=2)
         metrics.add({"norm": torch.tensor(values[0], dtype=torch.float64)})
     flushed = metrics.flush(16, 2, {"rate": 0.5})
     assert flushed == {"loss": 5.0, "norm": 3.0, "rate": 0.5}

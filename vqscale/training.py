@@ -1,0 +1,103 @@
+"""What trainers share: a config, a data set and a model's description -> a run of `fit`, or the text of a dry run."""
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vqscale.batch import Batch
+from vqscale.data.cache import Cache
+from vqscale.data.loader import Read, build_loader
+from vqscale.data.sequential import sequential_batches
+from vqscale.data.shards import Manifest
+from vqscale.engine.checkpoint import has_checkpoint
+from vqscale.engine.loop import Evaluator, FitConfig, StepFn, fit
+from vqscale.engine.parallel import compile_units, make_engine
+from vqscale.models.init import initialise
+from vqscale.runtime import Run
+from vqscale.sources import build
+
+_HELD_OUT_BATCH = 64  # images per rank
+
+
+def train(
+    config: FitConfig,
+    run: Run,
+    *,
+    folder: Path,
+    read: Read,
+    description: dict[str, Any],
+    step_fn: StepFn,
+    evaluator: Evaluator,
+    prepare: Callable[[Any], None] | None = None,
+    after_step: Callable[[Any, bool, float, int], Mapping[str, Tensor]] | None = None,
+) -> None:
+    """Build the model of `description` and fit it to the data set in `folder`, or go on where the run ended.
+
+    `prepare(model)`: called on all ranks with the initialised, unwrapped model, unless there is a checkpoint; without
+    it the model is built on the meta device. `after_step(model, …)`: see `fit`.
+    """
+    topology = run.topology
+    loader = build_loader(
+        folder,
+        read=read,
+        global_batch=config.global_batch,
+        micro_batch=config.micro_batch,
+        rank=topology.rank,
+        world_size=topology.world_size,
+        seed=config.seed,
+        shuffle_window=config.shuffle_window,
+        workers=config.workers,
+        max_bad_fraction=config.max_bad_fraction,
+        pin_memory=topology.device.type == "cuda",
+        bad_path=run.run_dir / "bad.jsonl",
+        cache=Cache.of(config),
+    )
+    with torch.device("cpu" if prepare else "meta"):
+        model: Any = build(description)
+    if prepare:
+        initialise(model, config.seed)
+        if not topology.gather(has_checkpoint(run.run_dir / "checkpoints"))[0]:
+            prepare(model)
+    if config.compile:
+        compile_units(model)
+    accumulation = loader.micro_batches_per_step
+    engine = make_engine(model, topology, config, accumulation, partial(initialise, seed=config.seed))
+    fit(
+        engine,
+        loader,
+        step_fn,
+        config=config,
+        run=run,
+        description=description,
+        after_step=partial(after_step, model) if after_step else None,
+        evaluators=[evaluator],
+    )
+
+
+def held_out_batches(config: FitConfig, run: Run, folder: Path, read: Read, limit: int) -> Iterator[Batch]:
+    """The first `limit` samples (0 = all) over all ranks, each once; left when the run is asked to stop."""
+    batches = sequential_batches(
+        folder,
+        read=read,
+        batch=min(_HELD_OUT_BATCH, limit or _HELD_OUT_BATCH),
+        rank=run.topology.rank,
+        world_size=run.topology.world_size,
+        workers=0,
+        limit=limit,
+        cache=Cache.of(config),
+    )
+    return run.watched(batches)
+
+
+def dry_run_text(config: FitConfig, manifest: Manifest, samples: str, model: str) -> str:
+    """Sizes and steps; `samples`: what the data set has; `model`: a line on the model."""
+    return (
+        f"\ndata: {manifest.num_samples:,} {samples} in {len(manifest.shards)} shards, {len(manifest.classes)} classes"
+        f"\nmodel: {model}"
+        f"\nsteps: {-(-config.total_images // config.global_batch):,} of {config.global_batch} images"
+        f" ({config.total_images / manifest.num_samples:.1f} epochs)"
+    )
