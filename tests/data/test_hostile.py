@@ -2,11 +2,13 @@
 
 import ctypes
 import io
+import os
 import pickle
 import struct
 import tarfile
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from vqscale.data.loader import build_loader
 from vqscale.data.parts import DecodeError, read_samples
 from vqscale.data.sequential import sequential_batches
 from vqscale.data.shards import Manifest
+from vqscale.data.tarindex import index_tar
 from vqscale.evaluation.gallery import first_of_each_class
 from vqscale.stages import index
 from vqscale.stages.index import IndexConfig
@@ -204,3 +207,23 @@ def test_a_bomb_in_a_data_set_is_one_counted_sample(tmp_path: Path) -> None:
     flags: list[int] = []
     assert grown(lambda: flags.extend(next(iter(loader))["bad"].tolist())) < 200
     assert sorted(flags) == [0] * 5 + [1]
+
+
+def test_a_sample_of_gigabytes_is_not_read(tmp_path: Path) -> None:
+    """A picture of 4 GB of zeros, which a sparse file stores in a few blocks."""
+    good = [entry for n in range(5) for entry in ((f"{n}.png", png(n)), (f"{n}.cls", b"0"))]
+    path = tar_of(tmp_path / "x.tar", [("huge.cls", b"0"), *good])
+    head = tarfile.TarInfo("huge.png")
+    head.size = 4 << 30
+    index_file = tmp_path / "data" / "000000.index.safetensors"
+    index_file.parent.mkdir()
+    info, rows = index_tar(path)
+    rows.parts[0]["png"] = (info.bytes, head.size, 0)
+    os.truncate(path, info.bytes + head.size)
+    info = replace(info, bytes=info.bytes + head.size, index=index_file.name)
+    info = replace(info, index_sha256=rows.save(index_file, info))
+    Manifest.of("images", [info], ["all"]).save(index_file.parent)
+    loader = build_loader(index_file.parent, read=ImageReader(8), global_batch=6, max_bad_fraction=0.2)
+    flags: list[int] = []
+    assert grown(lambda: flags.extend(next(iter(loader))["bad"].tolist())) < 200
+    assert sorted(flags) == [0] * 5 + [2]

@@ -1,14 +1,17 @@
 import hashlib
 import json
 import os
+import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from vqscale.data.parts import read_samples
-from vqscale.data.shards import Manifest, ShardIndex, ShardInfo, ShardWriter, resolve, shard_info
+from vqscale.data.shards import IndexRows, Manifest, ShardIndex, ShardInfo, ShardWriter, resolve, shard_info
+from vqscale.data.verify import verify_shard
 
 SAMPLES = {
     "a/0001": {"jpg": b"x" * 700, "cls": b"3", "json": b"{}"},
@@ -94,6 +97,8 @@ def test_a_kill_at_any_moment_leaves_no_tar_without_its_index(tmp_path: Path, mo
         ("a", {"jpg": b""}, "no label"),
         ("a", {"cls": b"cat"}, "'cat' is not a number"),
         ("a", {"cls": b"-1"}, "negative"),
+        ("a", {"cls": b"1" * 41}, "too large"),
+        ("a", {"cls": b"1" * 65}, "longer than 64 bytes"),
         ("twice", {"cls": b"0"}, "written twice"),
     ],
 )
@@ -136,10 +141,11 @@ def test_manifest_round_trip_and_tampering(images: Path, tmp_path: Path) -> None
         (["/a/x.tar", "/b/x.tar"], ["000000.tar", "000001.tar"]),
         (["https://host/x.tar?sign=a/b", "pipe:cat y | zcat"], ["000000.tar", "000001.tar"]),
         (["..", "a/.tar"], ["000000.tar", "000001.tar"]),
+        (["../x.tar", "/a/x.tar"], ["000000.tar", "000001.tar"]),
     ],
 )
 def test_results_have_names_of_their_own(names: list[str], results: list[str]) -> None:
-    shards = [ShardInfo(name, 1, 1, "", f"{n:06d}.index.safetensors") for n, name in enumerate(names)]
+    shards = [ShardInfo(name, 1, 1, "", f"../{n:06d}.index.safetensors") for n, name in enumerate(names)]
     assert Manifest.of("images", shards, ["all"]).names_of_results() == results
 
 
@@ -149,13 +155,49 @@ def test_an_index_of_another_tar_is_refused(own_images: Path) -> None:
         Manifest.load(own_images).index(own_images, 0)
 
 
-def test_resolve(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_flipped_bit_of_an_index_is_silent(own_images: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path, rng = own_images / "000002.index.safetensors", random.Random(3)
+    whole = path.read_bytes()
+    for at in rng.sample(range(len(whole)), 200):
+        flip(path, at)
+        with pytest.raises(ValueError, match="000002.index.safetensors"):
+            Manifest.load(own_images).index(own_images, 2)
+        path.write_bytes(whole)
+    flip(path, len(whole) - 1)
+    assert "000002.index.safetensors" in verify_shard((own_images, 2, False))[0]
+    with pytest.raises(ValueError, match=r"000002.index.safetensors: was damaged or changed: its sha256 is"):
+        list(read_samples(own_images, ["png"]))
+
+
+def test_edited_labels_are_seen_and_data_sets_without_a_checksum_still_read(own_images: Path) -> None:
+    manifest = Manifest.load(own_images)
+    path = own_images / "000002.index.safetensors"
+    index = ShardIndex.load(path)
+    rows = IndexRows(index.keys, [0] * len(index), [{} for _ in index.keys])
+    rows.save(path, manifest.shards[2])
+    with pytest.raises(ValueError, match="was damaged or changed"):
+        manifest.index(own_images, 2)
+    earlier = [replace(shard, index_sha256="") for shard in manifest.shards]
+    Manifest.of("images", earlier, manifest.classes).save(own_images)
+    assert "index_sha256" not in (own_images / "dataset.json").read_text()
+    assert Manifest.load(own_images).fingerprint == manifest.fingerprint
+    assert Manifest.load(own_images).index(own_images, 2).labels.tolist() == [0] * 13
+
+
+def test_labels_outside_the_classes_are_refused(own_images: Path) -> None:
+    manifest = Manifest.load(own_images)
+    Manifest.of("images", manifest.shards, manifest.classes[:2]).save(own_images)
+    with pytest.raises(ValueError, match=r"000002.index.*: label \d of key '.*' is outside the 2 classes"):
+        Manifest.load(own_images).index(own_images, 2)
+
+
+def test_resolve(images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "train").symlink_to(images)
     assert resolve(images) == resolve(images, "holdout") == images
     assert resolve(tmp_path / "run") == tmp_path / "run" / "train"
     assert resolve(tmp_path / "run", "holdout") == tmp_path / "run" / "train"
-    assert "no holdout" in capsys.readouterr().out
+    assert "no holdout" in caplog.text
     with pytest.raises(FileNotFoundError, match="does not exist; `vqscale extract_codes` makes it"):
         resolve(tmp_path / "nowhere", made_by="extract_codes")
 

@@ -1,4 +1,6 @@
 import io
+import logging
+import shutil
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -93,6 +95,44 @@ def test_changed_tars_are_refused(tmp_path: Path, tars: Path) -> None:
     others_tar(tars / "data-003.tar", 21, 7)
     with pytest.raises(ValueError, match=r"tars have changed .* 3 with 21 samples then, 4 with 28 now"):
         index.main(config(tmp_path, str(tars)))
+
+
+def test_a_tar_in_both_splits_is_refused(tmp_path: Path, tars: Path) -> None:
+    (tmp_path / "link.tar").symlink_to(tars / "data-001.tar")
+    (tmp_path / "hard.tar").hardlink_to(tars / "data-001.tar")
+    shutil.copy(tars / "data-001.tar", tmp_path / "copy.tar")
+    for holdout in (str(tars / "data-001.tar"), str(tmp_path / "link.tar"), str(tmp_path / "hard.tar")):
+        with pytest.raises(ValueError, match="is a training tar too"):
+            index.main(config(tmp_path, str(tars), holdout=holdout))
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match=r"copy.tar has the same bytes as .*data-001.tar in train"):
+        index.main(config(tmp_path, str(tars), holdout=str(tmp_path / "copy.tar")))
+    assert not list((tmp_path / "run").rglob("dataset.json"))
+
+
+def test_samples_without_a_picture_are_counted(
+    tmp_path: Path, tars: Path, caplog: pytest.LogCaptureFixture, program_log: logging.Logger
+) -> None:
+    with tarfile.open(tars / "data-001.tar", "a") as tar:
+        for name in ("odd.image.jpg", "odd.cls"):
+            info = tarfile.TarInfo(name)
+            info.size = 1
+            tar.addfile(info, io.BytesIO(b"1"))
+    program_log.addHandler(caplog.handler)
+    index.main(config(tmp_path, str(tars)))
+    program_log.removeHandler(caplog.handler)
+    assert "1 of 22 samples have no picture" in caplog.text and "data-001.tar: key 'odd'" in caplog.text
+
+
+def test_a_damaged_index_is_made_again(tmp_path: Path, tars: Path) -> None:
+    index.main(config(tmp_path, str(tars)))
+    path = tmp_path / "run" / "train" / "000001.index.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(ValueError, match="000001.index.safetensors: was damaged or changed"):
+        index.main(config(tmp_path, str(tmp_path / "run"), verify=True, run_dir=str(tmp_path / "verify")))
+    index.main(config(tmp_path, str(tars)))
+    assert path.read_bytes() == whole
 
 
 def test_mistakes(tmp_path: Path, tars: Path) -> None:

@@ -26,6 +26,7 @@ from vqscale.data.shards import Manifest, ShardIndex
 
 DECODE, IO, CRC = 1, 2, 3  # why a sample is bad; 0 = it is not
 BAD_KINDS = ("decode", "io", "crc")
+MAX_SAMPLE_BYTES = 512 << 20  # read for one sample; 150 megapixels of raw RGB fit
 _SLOW_SECONDS = 0.5e-3  # a page-cache hit takes microseconds, a seek or a network round trip milliseconds
 _IN_FLIGHT = 32
 _FETCHES = 4  # shards that a process fetches in the background at a time
@@ -304,8 +305,11 @@ class _TarReads:
         offset, size, crc32 = (np.stack([t[n][rows] for n in names]) for t in (index.offset, index.size, index.crc32))
         start = np.where(offset < 0, _MAX_OFFSET, offset).min(0)
         width = np.where(offset < 0, 0, offset + size).max(0) - start
+        too_large = width > MAX_SAMPLE_BYTES
+        for i in np.flatnonzero(too_large).tolist():
+            _fail([samples[i]], IO, f"its parts take {width[i]} bytes, above the limit of {MAX_SAMPLE_BYTES}")
         order = np.argsort(start)
-        order = order[width[order] >= 0]  # without samples that have none of the parts
+        order = order[(width >= 0)[order] & ~too_large[order]]  # of samples that have any of the parts
         columns = zip(names, offset[:, order].tolist(), size[:, order].tolist(), crc32[:, order].tolist(), strict=True)
         spans = [(shard, at, length) for at, length in zip(start[order].tolist(), width[order].tolist(), strict=True)]
         return cls([samples[i] for i in order.tolist()], spans, list(columns))

@@ -1,7 +1,7 @@
 """A data set on disk: tars, one index beside each, one `dataset.json`.
 
-In: samples (key, named parts as bytes).  Out: `000000.tar` + `000000.index.safetensors` written so that a tar that
-is there is whole, and the facts about a data set that every consumer reads instead of being told.
+In: samples (key, named parts as bytes).  Out: `000000.tar` and `000000.index.safetensors`, whole or absent, and the
+facts about a data set that every reader takes from its `dataset.json`.
 """
 
 import contextlib
@@ -9,11 +9,11 @@ import dataclasses
 import hashlib
 import io
 import json
-import os
+import logging
 import re
 import tarfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -21,16 +21,27 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import safetensors
+import safetensors.numpy
 from safetensors.numpy import save as safetensors_bytes
 from webdataset.writer import TarWriter
 
 from vqscale.data.remote import is_url
-from vqscale.files import check_seal, fsync_folder, sealed, write_atomically, write_json
+from vqscale.files import check_seal, replacing, sealed, write_atomically, write_json
+
+log = logging.getLogger("vqscale")
 
 MANIFEST = "dataset.json"
+INDEX_SUFFIX = ".index.safetensors"
+MAX_LABEL_BYTES = 64
+MAX_CLASSES = 1 << 31  # no label may reach it
 _KINDS = ("images", "codes", "samples")
 _FIELDS = ("offset", "size", "crc32")
 _PLAIN = re.compile(r"[\w-][\w.-]*\.tar")
+# What parsing a damaged file raises, whatever the damage.
+_MALFORMED = (
+    *(KeyError, TypeError, AttributeError, AssertionError, RecursionError, OverflowError),
+    *(json.JSONDecodeError, UnicodeDecodeError, safetensors.SafetensorError),
+)
 
 
 @dataclass(frozen=True)
@@ -42,16 +53,17 @@ class ShardInfo:
     bytes: int
     sha256: str  # of the tar, hexadecimal
     index: str = ""  # the index's file name; "" = the tar's own name with .index.safetensors
+    index_sha256: str = ""  # of the index; "" in data sets of earlier versions
 
     @property
     def index_name(self) -> str:
         """File name of the index inside the data set's folder."""
-        return self.index or Path(self.name).with_suffix(".index.safetensors").name
+        return self.index or Path(self.name).with_suffix(INDEX_SUFFIX).name
 
 
 @dataclass
 class IndexRows:
-    """A shard's index while it grows: one row per sample."""
+    """A shard's index while it is built: one row per sample."""
 
     keys: list[str] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
@@ -63,8 +75,8 @@ class IndexRows:
         self.labels.append(label)
         self.parts.append(parts)
 
-    def save(self, path: Path, info: ShardInfo) -> None:
-        """Write the index atomically; it remembers the tar's size and sha256."""
+    def save(self, path: Path, info: ShardInfo) -> str:
+        """Write the index, with the tar's size and sha256 in it. Returns the index's own sha256."""
         names = sorted({name for row in self.parts for name in row})
         table = {
             f"{name}.{column}": np.array([row.get(name, (-1, 0, 0))[i] for row in self.parts], np.int64)
@@ -77,18 +89,20 @@ class IndexRows:
         table["label"] = np.array(self.labels, np.int64)
         # One metadata entry: safetensors writes several in an arbitrary order, and our bytes are reproducible.
         shard = json.dumps({"name": Path(info.name).name, "bytes": info.bytes, "sha256": info.sha256})
-        write_atomically(path, safetensors_bytes(table, {"shard": shard}))
+        data = safetensors_bytes(table, {"shard": shard})
+        write_atomically(path, data)
+        return hashlib.sha256(data).hexdigest()
 
 
 class ShardIndex:
     """Where every part of every sample of one tar is.
 
     `labels`: int64 [n]; `offset[part]`, `size[part]`, `crc32[part]`: int64 [n], an offset of -1 where a sample lacks
-    the part; `name`, `bytes`, `sha256`: of the tar that was indexed.
+    the part; `name`, `bytes`, `sha256`: of the tar that was indexed; `index_sha256`: of the index itself.
     """
 
-    def __init__(self, table: Mapping[str, np.ndarray], shard: Mapping[str, Any], where: str):
-        self.where = where
+    def __init__(self, table: Mapping[str, np.ndarray], shard: Mapping[str, Any], where: str, index_sha256: str = ""):
+        self.where, self.index_sha256 = where, index_sha256
         self.name, self.bytes, self.sha256 = str(shard["name"]), int(shard["bytes"]), str(shard["sha256"])
         self.labels = table["label"]
         self._blob, self._ends = table["keys"].tobytes(), table["key_ends"]
@@ -105,12 +119,12 @@ class ShardIndex:
         """Read an index file. Raises FileNotFoundError, or ValueError when it is damaged."""
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path}: this shard's index is missing")
+        data = Path(path).read_bytes()
         try:
-            with safetensors.safe_open(str(path), framework="np") as file:
-                shard = json.loads((file.metadata() or {})["shard"])
-                table = {name: file.get_tensor(name) for name in file.keys()}
-            return cls(table, shard, str(path))
-        except (safetensors.SafetensorError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            table = safetensors.numpy.load(data)
+            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+            return cls(table, json.loads(header["__metadata__"]["shard"]), str(path), hashlib.sha256(data).hexdigest())
+        except _MALFORMED as error:
             raise ValueError(f"{path}: not a whole shard index ({error})") from None
 
     def _check(self) -> None:
@@ -120,7 +134,7 @@ class ShardIndex:
             raise ValueError(f"{self.where}: not a whole shard index (columns of unequal length or type)")
         ends = np.concatenate([[0], self._ends])
         if (np.diff(ends) < 0).any() or ends[-1] != len(self._blob):
-            raise ValueError(f"{self.where}: not a whole shard index (keys do not fit)")
+            raise ValueError(f"{self.where}: not a whole shard index (the ends of the keys do not fit the keys)")
         for name in self.part_names:
             offset, size = self.offset[name], self.size[name]
             if (offset < -1).any() or (size < 0).any() or (size > self.bytes - np.maximum(offset, 0)).any():
@@ -141,7 +155,7 @@ class ShardIndex:
 
 
 class _HashingFile:
-    """A binary file that knows the sha256 and the count of what was written."""
+    """A binary file that counts and hashes what is written."""
 
     def __init__(self, raw: BinaryIO):
         self._raw = raw
@@ -157,25 +171,44 @@ class _HashingFile:
 class ShardWriter:
     """Context manager that writes one tar and its index, both or neither.
 
-    `path`: the tar's final path. The index is renamed into place before the tar: a tar that can be seen has its index.
+    `path`: the tar's final path. The index is renamed into place before the tar, so a tar never lacks its index.
     After a clean exit `info` describes the shard; after an error nothing remains.
     The same samples give the same bytes, on any day and for any user.
     """
 
     def __init__(self, path: Path):
         self.path = Path(path)
-        self.index_path = self.path.with_suffix(".index.safetensors")
         self.info: ShardInfo | None = None
-        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         self._rows = IndexRows()
-        self._seen: set[str] = set()
+        self._keys: set[str] = set()
 
     def __enter__(self) -> "ShardWriter":
-        self._raw = open(self._temporary, "wb")
-        self._file = _HashingFile(self._raw)
-        # mtime must be the integer 0: a float adds a PAX header per member and makes bytes differ between runs.
-        self._tar = TarWriter(self._file, encoder=False, user="vqscale", group="vqscale", mode=0o444, mtime=0)
+        self._block = self._writing()
+        self._block.__enter__()
         return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._block.__exit__(kind, error, trace)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        with replacing(self.path) as temporary:
+            with open(temporary, "wb") as raw:
+                file = _HashingFile(raw)
+                # mtime must be the integer 0: a float adds a PAX header per member and makes bytes differ between runs.
+                self._tar = TarWriter(file, encoder=False, user="vqscale", group="vqscale", mode=0o444, mtime=0)
+                try:
+                    yield
+                    self._tar.close()
+                finally:
+                    with contextlib.suppress(Exception):  # closed already, or its file is thrown away
+                        self._tar.close()
+            info = ShardInfo(self.path.name, len(self._rows.keys), file.count, file.sha256.hexdigest())
+            self.path.unlink(missing_ok=True)  # an older tar must never be seen beside the new index
+            index_sha256 = self._rows.save(self.path.with_suffix(INDEX_SUFFIX), info)
+        self.info = dataclasses.replace(info, index_sha256=index_sha256)
 
     def write(self, key: str, parts: dict[str, bytes]) -> None:
         """Append a sample. `parts`: extension -> bytes, stored in this order; `cls` must hold the label.
@@ -183,7 +216,7 @@ class ShardWriter:
         Raises ValueError for a duplicate or unusable key or a missing or malformed label.
         """
         check_key(key, str(self.path))
-        if key in self._seen:
+        if key in self._keys:
             raise ValueError(f"{self.path}: key {key!r} is written twice")
         label = parse_label(parts.get("cls"), f"{self.path}: key {key!r}")
         rows = {}
@@ -191,49 +224,26 @@ class ShardWriter:
             self._tar.write({"__key__": key, name: data})
             start = self._tar.tarstream.offset - -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
             rows[name] = (start, len(data), zlib.crc32(data))
-        self._seen.add(key)
+        self._keys.add(key)
         self._rows.add(key, label, rows)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if kind is None:
-                self._commit()
-        finally:
-            with contextlib.suppress(Exception):  # already closed, or closing what is thrown away
-                self._tar.close()
-            self._raw.close()
-            self._temporary.unlink(missing_ok=True)
-
-    def _commit(self) -> None:
-        self._tar.close()
-        self._raw.flush()
-        os.fsync(self._raw.fileno())
-        info = ShardInfo(self.path.name, len(self._rows.keys), self._file.count, self._file.sha256.hexdigest())
-        self.path.unlink(missing_ok=True)  # an older tar must never stand beside the new index
-        self._rows.save(self.index_path, info)
-        os.replace(self._temporary, self.path)
-        fsync_folder(self.path.parent)
-        self.info = info
 
 
 def shard_info(tar: Path) -> ShardInfo | None:
-    """What a finished `ShardWriter` said of this tar, from its index; None if the pair is not there or not whole."""
+    """The description of a tar and its index as `ShardWriter` left them; None if either is missing or not whole."""
     try:
-        index = ShardIndex.load(tar.with_suffix(".index.safetensors"))
+        index = ShardIndex.load(tar.with_suffix(INDEX_SUFFIX))
         if tar.stat().st_size != index.bytes:
             return None
     except (OSError, ValueError):
         return None
-    return ShardInfo(tar.name, len(index), index.bytes, index.sha256)
+    return ShardInfo(tar.name, len(index), index.bytes, index.sha256, index_sha256=index.index_sha256)
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """`dataset.json`: what a data set holds. Make one with `Manifest.of`, which computes the fingerprint.
+    """`dataset.json`: what is in a data set. Make one with `Manifest.of`, which computes the fingerprint.
 
-    `kind`: images | codes | samples. `transform`: how the stored form was made. `extra`: what the kind needs (codes:
+    `kind`: images | codes | samples. `transform`: how images were stored. `extra`: facts that the kind needs (codes:
     tokenizer, `num_codes`, `levels` top first, views, …).
     """
 
@@ -274,7 +284,7 @@ class Manifest:
             raw = check_seal(path, raw)
             shards = tuple(ShardInfo(**shard) for shard in raw["shards"])
             made = cls.of(raw["kind"], shards, raw["classes"], raw["transform"], raw["extra"])
-        except (KeyError, TypeError, AttributeError, AssertionError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        except _MALFORMED as error:
             raise ValueError(f"{path}: not a data set's description ({type(error).__name__}: {error})") from None
         if (made.num_samples, made.fingerprint) != (raw["num_samples"], raw["fingerprint"]):
             raise ValueError(f"{path}: was edited: its shards give {made.fingerprint}, not {raw['fingerprint']}")
@@ -282,33 +292,46 @@ class Manifest:
 
     def save(self, folder: str | Path) -> None:
         """Write `<folder>/dataset.json` atomically: the last step of making a data set."""
-        shards = [{k: v for k, v in dataclasses.asdict(shard).items() if k != "index" or v} for shard in self.shards]
+        optional = ("index", "index_sha256")
+        shards = [
+            {k: v for k, v in dataclasses.asdict(shard).items() if v or k not in optional} for shard in self.shards
+        ]
         raw = {"version": 1, **dataclasses.asdict(self), "shards": shards}
         write_json(Path(folder) / MANIFEST, sealed(raw))
 
     def tar(self, folder: str | Path, shard: int) -> Path | str:
-        """Where a shard's tar is: a path, or the URL of a remote one, which is read through `data.cache`."""
+        """A shard's tar: a path, or the URL of a remote one, which is read through `data.cache`."""
         name = self.shards[shard].name
         return name if is_url(name) else Path(folder) / name  # an absolute name replaces the folder
 
     def names_of_results(self) -> list[str]:
-        """A file name for what is made of each shard: the tar's own, or the index's where those are not different."""
+        """A file name for the result of each shard: the tar's own, or a number where those repeat or are not plain."""
         names = [Path(shard.name).name for shard in self.shards]
         if len(set(names)) == len(names) and all(_PLAIN.fullmatch(name) for name in names):
             return names
-        return [shard.index_name.removesuffix(".index.safetensors") + ".tar" for shard in self.shards]
+        return [f"{n:06d}.tar" for n in range(len(self.shards))]
 
     def index(self, folder: str | Path, shard: int) -> ShardIndex:
-        """A shard's index. Raises ValueError when it belongs to another tar than the manifest names."""
+        """A shard's index. Raises ValueError when it was changed, belongs to another tar, or has impossible labels."""
         info = self.shards[shard]
         index = ShardIndex.load(Path(folder) / info.index_name)
         if (len(index), index.bytes, index.sha256) != (info.num_samples, info.bytes, info.sha256):
             raise ValueError(f"{index.where}: indexes another tar than {MANIFEST} names (sha256 or counts differ)")
+        if info.index_sha256 and index.index_sha256 != info.index_sha256:
+            raise ValueError(
+                f"{index.where}: was damaged or changed: its sha256 is {index.index_sha256[:12]}…, {MANIFEST} has "
+                f"{info.index_sha256[:12]}…"
+            )
+        for row in np.flatnonzero((index.labels < 0) | (index.labels >= len(self.classes)))[:1].tolist():
+            raise ValueError(
+                f"{index.where}: label {index.labels[row]} of key {index.key(row)!r} is outside the "
+                f"{len(self.classes)} classes of {MANIFEST}"
+            )
         return index
 
 
 def resolve(folder: str | Path, split: str = "train", *, made_by: str = "pack") -> Path:
-    """The data set at `folder`: itself, or its `train`/`holdout` part. A missing holdout becomes train, and says so.
+    """The data set at `folder`: itself, or its `train` or `holdout` split. Without a holdout, train, with a log line.
 
     Raises FileNotFoundError naming the stage that makes such a folder.
     """
@@ -317,14 +340,14 @@ def resolve(folder: str | Path, split: str = "train", *, made_by: str = "pack") 
         if (candidate / MANIFEST).is_file():
             return candidate
     if split == "holdout" and (folder / "train" / MANIFEST).is_file():
-        print(f"{folder} has no holdout part: using {folder / 'train'}")
+        log.warning("%s has no holdout split: using %s", folder, folder / "train")
         return folder / "train"
     state = "has no dataset.json (unfinished?)" if folder.exists() else "does not exist"
     raise FileNotFoundError(f"data set {folder} {state}; `vqscale {made_by}` makes it")
 
 
 def check_key(key: str, where: str) -> None:
-    """Raises ValueError for a key that could not be a member's name or would lead out of a folder."""
+    """Raises ValueError for a key that cannot be a member's name or would lead out of a folder."""
     base = key.rsplit("/", 1)[-1]
     if key.startswith("/") or ".." in key.split("/") or "\0" in key or "\\..\\" in key:
         raise ValueError(f"{where}: key {key!r} leads out of the data set")
@@ -332,17 +355,20 @@ def check_key(key: str, where: str) -> None:
         raise ValueError(f"{where}: key {key!r} must end in a name without dots")
 
 
-def parse_label(data: bytes | None, where: str, num_classes: int | None = None) -> int:
+def parse_label(data: bytes | None, where: str, num_classes: int = MAX_CLASSES) -> int:
     """The class number in a `cls` part. Raises ValueError naming `where`."""
     if data is None:
         raise ValueError(f"{where} has no label (no .cls part)")
-    text = bytes(data[:32]).strip()
+    if len(data) > MAX_LABEL_BYTES:
+        raise ValueError(f"{where}: the label is longer than {MAX_LABEL_BYTES} bytes: {bytes(data[:20])!r}…")
+    text = bytes(data).strip()
     if not text.removeprefix(b"-").isdigit():
         raise ValueError(f"{where}: label {text.decode('utf-8', 'replace')!r} is not a number")
     label = int(text)
-    if label < 0 or (num_classes is not None and label >= num_classes):
-        known = "" if num_classes is None else f", outside the {num_classes} classes"
-        raise ValueError(f"{where}: label {label} is {'negative' if label < 0 else 'too large'}{known}")
+    if label < 0:
+        raise ValueError(f"{where}: label {label} is negative")
+    if label >= num_classes:
+        raise ValueError(f"{where}: label {label} is too large, outside the {num_classes} classes")
     return label
 
 

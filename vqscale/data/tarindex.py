@@ -8,13 +8,15 @@ webdataset does it. Nothing is extracted, decoded or run.
 import hashlib
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from vqscale.data.images import SUFFIXES
 from vqscale.data.remote import RemoteFile, open_tar
-from vqscale.data.shards import IndexRows, ShardInfo, check_key, parse_label
+from vqscale.data.shards import MAX_CLASSES, MAX_LABEL_BYTES, IndexRows, ShardInfo, check_key, parse_label
 
 _BLOCK = 512
 _ZERO = bytes(_BLOCK)
@@ -23,10 +25,34 @@ _MAX_PARTS = 256  # different part names in one tar
 _CHUNK = 1 << 20
 _REGULAR = (b"0", b"\0", b"7")
 _DIRECTORY = b"5"
-_REFUSED = {b"1": "a hard link", b"2": "a symbolic link", b"3": "a device", b"4": "a device", b"6": "a pipe"}
+_VOLUME_LABEL = b"V"
+_EXTENSIONS = (b"x", b"X", b"g", b"L", b"K")
+_REFUSED = {
+    b"1": "a hard link",
+    b"2": "a symbolic link",
+    b"3": "a device",
+    b"4": "a device",
+    b"6": "a pipe",
+    b"S": "a sparse file",
+}
+_OTHER_FORMATS = {
+    b"\x1f\x8b": "compressed with gzip, not a plain tar: unpack it with gunzip",
+    b"\x1f\x9d": "compressed with compress, not a plain tar: unpack it with uncompress",
+    b"BZh": "compressed with bzip2, not a plain tar: unpack it with bunzip2",
+    b"\xfd7zXZ\0": "compressed with xz, not a plain tar: unpack it with unxz",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd, not a plain tar: unpack it with unzstd",
+    b"\x04\x22\x4d\x18": "compressed with lz4, not a plain tar: unpack it with unlz4",
+    b"PK": "compressed into a zip archive, not a tar: unzip it and pack the files as a tar",
+    b"7z\xbc\xaf\x27\x1c": "compressed into a 7-Zip archive, not a tar: unpack it and pack the files as a tar",
+    b"Rar!": "compressed into a RAR archive, not a tar: unpack it and pack the files as a tar",
+    b"version https://git-lfs": "a Git LFS pointer, not the tar itself: fetch it with `git lfs pull`",
+    b"<": "a web page, not a tar: the download went wrong",
+}
 # As in webdataset: the part's name begins at the first dot of the last path component.
 _SPLIT = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$", re.DOTALL)
 _META = re.compile(r"__[^/]*__($|/)")
+_CLUTTER = ("Thumbs.db", "desktop.ini")
+_FIRST_DOT = "a part's name begins at the first dot of the file name"
 
 
 @dataclass(frozen=True)
@@ -37,39 +63,50 @@ class Member:
     offset: int
     size: int
     crc32: int
-    label: bytes  # the first bytes, for a label
+    start: bytes  # the first bytes, enough for a label
 
 
 class _Stream:
-    """A tar read front to back, hashed on the way."""
+    """A tar read once from front to back and hashed on the way."""
 
     def __init__(self, file: BinaryIO | RemoteFile):
         self._file, self.path = file, file.name
         self.sha256 = hashlib.sha256()
         self.at = 0
 
-    def take(self, size: int, what: str) -> bytes:
-        """The next bytes. Raises ValueError when the tar ends before them."""
+    def read(self, size: int) -> bytes:
+        """The next bytes, fewer where the tar ends."""
         data = self._file.read(size)
         self.sha256.update(data)
         self.at += len(data)
+        return data
+
+    def take(self, size: int, what: str) -> bytes:
+        """The next bytes. Raises ValueError when the tar ends before them."""
+        data = self.read(size)
         if len(data) < size:
             raise ValueError(f"{self.path}: cut short at byte {self.at}, inside {what}")
         return data
 
     def contents(self, size: int, name: str) -> Iterator[bytes]:
-        """A member's contents in chunks, and its padding passed over."""
+        """A member's contents in chunks; its padding is skipped."""
         what = f"member {name!r}"
         for done in range(0, size, _CHUNK):
             yield self.take(min(_CHUNK, size - done), what)
         self.take(-size % _BLOCK, what)
 
-    def rest(self) -> Iterator[bytes]:
-        """What follows, to the end of the file."""
-        while data := self._file.read(_CHUNK):
-            self.sha256.update(data)
-            self.at += len(data)
-            yield data
+    def header(self) -> bytes:
+        """The next header block, or zeros at the end mark. Raises ValueError for a file that is no tar at all."""
+        at, header = self.at, self.read(_BLOCK)
+        if not at and (len(header) < _BLOCK or (header != _ZERO and not _checksum_holds(header))):
+            for prefix, what in _OTHER_FORMATS.items():
+                if header.startswith(prefix):
+                    raise ValueError(f"{self.path}: {what}")
+        if not self.at:
+            raise ValueError(f"{self.path}: empty, 0 bytes")
+        if len(header) < _BLOCK:
+            raise ValueError(f"{self.path}: cut short at byte {self.at}, inside a header; its end mark is missing")
+        return header
 
 
 def index_tar(
@@ -80,61 +117,90 @@ def index_tar(
     num_classes: labels must be below it. labels: `cls` = from each sample's .cls part; `none` = all 0.
     Raises FileNotFoundError, OSError for a URL that cannot be read to its end, or ValueError naming tar, member or key
     and offset: cut short anywhere, damaged header, link, device, key that leads out of the folder, duplicate key or
-    part, label missing or not in [0, num_classes).
+    part, label missing or not in [0, num_classes), no sample with a picture.
     """
     with open_tar(tar, allow_pipe) as file:
         stream = _Stream(file)
-        rows = _Rows(stream.path, num_classes, labels)
+        grouper = _Grouper(stream.path, num_classes or MAX_CLASSES, labels)
         for member in members(stream):
-            rows.add(member)
-    rows.finish()
-    if not rows.rows.keys:
-        raise ValueError(f"{stream.path}: holds no samples")
-    return ShardInfo(str(tar), len(rows.rows.keys), stream.at, stream.sha256.hexdigest()), rows.rows
+            grouper.add(member)
+    rows = grouper.finish()
+    return ShardInfo(str(tar), len(rows.keys), stream.at, stream.sha256.hexdigest()), rows
 
 
-class _Rows:
+class _Grouper:
     """Groups consecutive members of one key into samples."""
 
-    def __init__(self, path: str, num_classes: int | None, labels: str):
-        self.rows = IndexRows()
+    def __init__(self, path: str, num_classes: int, labels: str):
+        self._rows = IndexRows()
         self._path, self._num_classes, self._labels = path, num_classes, labels
         self._key = ""
         self._parts: dict[str, Member] = {}
-        self._seen: set[str] = set()
-        self._names: set[str] = set()
+        self._keys: set[str] = set()
+        self._part_names: Counter[str] = Counter()
 
     def add(self, member: Member) -> None:
         where = f"{self._path} at byte {member.offset}"
         _check_name(member.name, where)
         split = _SPLIT.match(member.name)
-        if split is None or _META.match(member.name):
-            return  # a README, a hidden file, webdataset's own notes: not part of any sample
+        if split is None or _META.match(member.name) or _is_clutter(member.name):
+            return  # a README, webdataset's own notes: not part of any sample
         key, part = split[1], split[2].lower()
         check_key(key, where)
         if key != self._key:
-            self.finish()
-            if key in self._seen:
-                raise ValueError(f"{where}: key {key!r} comes a second time")
+            self._close_sample()
+            if key in self._keys:
+                raise ValueError(
+                    f"{where}: key {key!r} comes a second time; keys must be unique, and a sample's parts adjacent "
+                    "(tar --sort=name)"
+                )
             self._key = key
         if part in self._parts:
             raise ValueError(f"{where}: key {key!r} has two parts {part!r}")
         self._parts[part] = member
-        self._names.add(part)
-        if len(self._names) > _MAX_PARTS:
-            raise ValueError(f"{where}: more than {_MAX_PARTS} different part names; are there dots in the keys?")
+        self._part_names[part] += 1
+        if len(self._part_names) > _MAX_PARTS:
+            raise ValueError(
+                f"{where}: more than {_MAX_PARTS} different part names; are there dots in the keys? {_FIRST_DOT}"
+            )
 
-    def finish(self) -> None:
-        """Close the sample at hand."""
+    def finish(self) -> IndexRows:
+        """All rows. Raises ValueError when there are none, or none with a picture."""
+        self._close_sample()
+        if not self._rows.keys:
+            raise ValueError(f"{self._path}: there are no samples in it")
+        if self._part_names.keys().isdisjoint(SUFFIXES):
+            listed = ", ".join(f"{name!r}" for name, _ in self._part_names.most_common(8))
+            raise ValueError(
+                f"{self._path}: none of its {len(self._rows.keys)} samples has a picture ({', '.join(SUFFIXES)}); "
+                f"their parts are {listed}, and {_FIRST_DOT}"
+            )
+        return self._rows
+
+    def _close_sample(self) -> None:
         if not self._parts:
             return
-        label = self._parts["cls"].label if "cls" in self._parts else None
-        number = 0
-        if self._labels == "cls":
-            number = parse_label(label, f"{self._path}: key {self._key!r}", self._num_classes)
-        self.rows.add(self._key, number, {n: (m.offset, m.size, m.crc32) for n, m in self._parts.items()})
-        self._seen.add(self._key)
+        self._rows.add(self._key, self._label(), {n: (m.offset, m.size, m.crc32) for n, m in self._parts.items()})
+        self._keys.add(self._key)
         self._parts = {}
+
+    def _label(self) -> int:
+        where = f"{self._path}: key {self._key!r}"
+        if self._labels == "none":
+            return 0
+        if "cls" not in self._parts:
+            listed = ", ".join(f"{name!r}" for name in list(self._parts)[:8])
+            raise ValueError(
+                f"{where} has no label: its parts are {listed}, and .cls is not among them ({_FIRST_DOT}); labels=none "
+                "reads all samples as one class"
+            )
+        return parse_label(self._parts["cls"].start, where, self._num_classes)
+
+
+def _is_clutter(name: str) -> bool:
+    """Whether an operating system left this file there: a hidden file, a Mac's resource fork, a folder's thumbnails."""
+    components = name.split("/")
+    return components[-1].startswith(".") or components[-1] in _CLUTTER or "__MACOSX" in components
 
 
 def _check_name(name: str, where: str) -> None:
@@ -146,10 +212,10 @@ def members(stream: _Stream) -> Iterator[Member]:
     """The regular files of a tar, with its extension headers applied. Raises ValueError as `index_tar` says."""
     common: dict[str, str] = {}
     special: dict[str, str] = {}
-    while (header := stream.take(_BLOCK, "a header; its end mark is missing")) != _ZERO:
+    while (header := stream.header()) != _ZERO:
         at = stream.at - _BLOCK
         kind, name, size = _parse_header(header, stream.path, at)
-        if kind in (b"x", b"g", b"L", b"K"):
+        if kind in _EXTENSIONS:
             target = common if kind == b"g" else special
             target.update(_extension(stream, kind, size, at))
             continue
@@ -165,9 +231,11 @@ def _member(
     name = attributes.get("path", name)
     where = f"{stream.path} at byte {at}: member {name!r}"
     if kind in _REFUSED:
-        raise ValueError(f"{where} is {_REFUSED[kind]}, which a data set must not hold")
-    if any(key.startswith("GNU.sparse") for key in attributes) or kind not in (*_REGULAR, _DIRECTORY):
-        raise ValueError(f"{where} is of a type (sparse or {kind!r}) that is not read here")
+        raise ValueError(f"{where} is {_REFUSED[kind]}; a data set may have regular files only")
+    if any(key.startswith("GNU.sparse") for key in attributes):
+        raise ValueError(f"{where} is a sparse file; a data set may have regular files only (no tar --sparse)")
+    if kind not in (*_REGULAR, _DIRECTORY, _VOLUME_LABEL):
+        raise ValueError(f"{where} is of the unknown type {kind!r}; a data set may have regular files only")
     if "size" in attributes:
         if not attributes["size"].isascii() or not attributes["size"].isdigit():
             raise ValueError(f"{where} has the size {attributes['size']!r}")
@@ -175,12 +243,12 @@ def _member(
     if kind == _DIRECTORY:
         _check_name(name, where)
         size = 0
-    offset, crc32, first = stream.at, 0, b""
+    offset, crc32, start = stream.at, 0, b""
     for chunk in stream.contents(size, name):
-        first = first or chunk[:64]
+        start = start or chunk[: MAX_LABEL_BYTES + 1]
         crc32 = zlib.crc32(chunk, crc32)
-    if kind != _DIRECTORY:
-        yield Member(name, offset, size, crc32, first)
+    if kind in _REGULAR:
+        yield Member(name, offset, size, crc32, start)
 
 
 def _parse_header(header: bytes, path: str, at: int) -> tuple[bytes, str, int]:
@@ -216,14 +284,14 @@ def _number(data: bytes) -> int | None:
 
 
 def _extension(stream: _Stream, kind: bytes, size: int, at: int) -> dict[str, str]:
-    """What a GNU long-name or PAX header says of the next member (POSIX.1-2001)."""
+    """The attributes that a GNU long-name or PAX header gives to the next member (POSIX.1-2001)."""
     if size > _MAX_EXTENSION:
         raise ValueError(f"{stream.path}: the extension header at byte {at} claims {size} bytes")
     data = b"".join(stream.contents(size, "an extension header"))
     if kind in (b"L", b"K"):
         text = data.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
         return {"path" if kind == b"L" else "linkpath": text}
-    found = {}
+    attributes = {}
     while data.strip(b"\0"):
         digits, _, _ = data.partition(b" ")
         length = int(digits) if digits.isdigit() and len(digits) < 8 else 0
@@ -231,18 +299,18 @@ def _extension(stream: _Stream, kind: bytes, size: int, at: int) -> dict[str, st
         if length <= len(digits) + 1 or length > len(data) or not record.endswith(b"\n") or b"=" not in record:
             raise ValueError(f"{stream.path}: the PAX header at byte {at} is malformed")
         key, _, value = record[:-1].partition(b"=")
-        found[key.decode("utf-8", "surrogateescape")] = value.decode("utf-8", "surrogateescape")
+        attributes[key.decode("utf-8", "surrogateescape")] = value.decode("utf-8", "surrogateescape")
         data = data[length:]
-    return found
+    return attributes
 
 
 def _finish(stream: _Stream) -> None:
     """After the first zero block: another one, then nothing but zeros, in whole blocks."""
     at = stream.at - _BLOCK
     zeros = _BLOCK
-    for data in stream.rest():
+    while data := stream.read(_CHUNK):
         if data.count(0) != len(data):
-            raise ValueError(f"{stream.path}: there is data behind the end mark at byte {at}; are these tars joined?")
+            raise ValueError(f"{stream.path}: there is data after the end mark at byte {at}; are these tars joined?")
         zeros += len(data)
     if zeros < 2 * _BLOCK or zeros % _BLOCK:
         raise ValueError(f"{stream.path}: cut short at byte {stream.at}, inside the end mark at byte {at}")

@@ -1,29 +1,34 @@
 """WebDataset tars that others wrote -> an indexed data set in `<run_dir>/{train,holdout}/`; the tars stay in place.
 
 In: paths or URLs such as `data-{000000..000128}.tar`, a glob or a folder.  Out: one index per tar and a `dataset.json`
-that names the tars by their absolute paths or URLs; remote ones are streamed once and not kept. With `verify=true`
-every byte is read again and compared; then `source` may also be a data set, which is left as it is.
+that names the tars by their absolute paths or URLs; remote ones are streamed once and not stored. With `verify=true`
+every byte is read again and compared; then `source` may also be a data set, which is not changed.
 """
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from vqscale import runtime
 from vqscale.config import StageConfig
+from vqscale.data.images import SUFFIXES
 from vqscale.data.processes import run_jobs
 from vqscale.data.remote import is_url
-from vqscale.data.shards import Manifest, ShardIndex, ShardInfo, resolve
+from vqscale.data.shards import INDEX_SUFFIX, MANIFEST, Manifest, ShardIndex, ShardInfo, resolve
 from vqscale.data.specs import expand_spec
 from vqscale.data.tarindex import index_tar
 from vqscale.data.verify import verify_shard
+from vqscale.files import sha256_of
+from vqscale.text import redact_url
 
 log = logging.getLogger("vqscale")
-_MOST_CLASSES = 100_000  # without class names, a larger label is a mistake
+_MAX_UNNAMED_CLASSES = 100_000  # without class names, a larger label is a mistake
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class IndexConfig(StageConfig):
     holdout: str = ""  # the same, for held-out tars
     labels: str = "cls"  # cls: the number in each sample's .cls part; none: one class for all
     classes_from: str = ""  # a data set whose class names to use; else the classes are named by their numbers
-    resolution: int = 0  # size at which readers shall crop and resize the images; 0 = unknown, and trainers refuse it
+    resolution: int = 0  # readers crop and resize the images to this size; 0 = unknown, and trainers refuse it
     verify: bool = False  # read everything again and compare sha256 and crc32
     allow_pipe: bool = False  # let a source `pipe:COMMAND` run the command
     workers: int = 0  # processes; 0 = one per core; remote tars may take more
@@ -62,7 +67,7 @@ def main(config: IndexConfig) -> None:
         with runtime.run(config, stage="index") as run:
             _verify(config, folders, run)
         return
-    tars = {split: expand_spec(spec, config.allow_pipe) for split, spec in _splits(config)}
+    tars = _tars(config)
     classes = Manifest.load(resolve(config.classes_from)).classes if config.classes_from else ()
     with runtime.run(config, stage="index") as run:
         if run.topology.is_main:
@@ -78,12 +83,25 @@ def main(config: IndexConfig) -> None:
             _verify(config, [run.run_dir / split for split in jobs], run)
 
 
-def _splits(config: IndexConfig) -> list[tuple[str, str]]:
-    return [(split, spec) for split, spec in (("train", config.source), ("holdout", config.holdout)) if spec]
+def _tars(config: IndexConfig) -> dict[str, list[str]]:
+    """The tars of each split. Raises ValueError for one that is in both, under whatever name."""
+    specs = {"train": config.source, "holdout": config.holdout}
+    tars = {split: expand_spec(spec, config.allow_pipe) for split, spec in specs.items() if spec}
+    train = {_identity(tar) for tar in tars["train"]}
+    for tar in tars.get("holdout", []):
+        if _identity(tar) in train:
+            raise ValueError(
+                f"holdout={config.holdout}: {redact_url(tar)} is a training tar too (source={config.source})"
+            )
+    return tars
+
+
+def _identity(tar: str) -> tuple[int, int] | str:
+    return tar if is_url(tar) else (os.stat(tar).st_dev, os.stat(tar).st_ino)
 
 
 def _data_sets(folder: Path) -> list[Path]:
-    return [f for f in (folder, folder / "train", folder / "holdout") if (f / "dataset.json").is_file()]
+    return [f for f in (folder, folder / "train", folder / "holdout") if (f / MANIFEST).is_file()]
 
 
 def _clean(run_dir: Path, tars: dict[str, list[str]]) -> None:
@@ -91,40 +109,51 @@ def _clean(run_dir: Path, tars: dict[str, list[str]]) -> None:
         (run_dir / split).mkdir(exist_ok=True)
         for path in (run_dir / split).glob(".*.tmp"):
             path.unlink()
+        _remove_damaged(run_dir / split)
 
 
 def _jobs(config: IndexConfig, folder: Path, tars: Sequence[str], num_classes: int) -> list[_Job]:
-    most = num_classes or _MOST_CLASSES
+    limit = num_classes or _MAX_UNNAMED_CLASSES
     return [
-        _Job(tar, folder / f"{n:06d}.index.safetensors", most, config.labels, config.allow_pipe)
+        _Job(tar, folder / f"{n:06d}{INDEX_SUFFIX}", limit, config.labels, config.allow_pipe)
         for n, tar in enumerate(tars)
     ]
 
 
-def index_one(job: _Job) -> ShardInfo:
+def index_one(job: _Job) -> None:
     """One job: reads the tar, writes its index."""
     info, rows = index_tar(job.tar, job.num_classes, job.labels, job.allow_pipe)
     rows.save(job.index, info)
-    return info
 
 
 def _finished(job: _Job) -> ShardInfo | None:
-    """What an earlier run made of this job, if the tar is still as long as it was; a remote one is not asked."""
+    """The result of an earlier run, if it is whole and the tar still has its size; a remote one is not checked."""
     try:
         index = ShardIndex.load(job.index)
     except (OSError, ValueError):
         return None
     if index.name != Path(job.tar).name or (not is_url(job.tar) and index.bytes != Path(job.tar).stat().st_size):
         return None
-    return ShardInfo(job.tar, len(index), index.bytes, index.sha256, job.index.name)
+    return ShardInfo(job.tar, len(index), index.bytes, index.sha256, job.index.name, index.index_sha256)
+
+
+def _remove_damaged(folder: Path) -> None:
+    """Indexes that are no longer what dataset.json says are made again."""
+    if not (folder / MANIFEST).is_file():
+        return
+    for shard in Manifest.load(folder).shards:
+        path = folder / shard.index_name
+        if shard.index_sha256 and path.is_file() and sha256_of(path) != shard.index_sha256:
+            log.warning("%s was damaged or changed: it is made again", path)
+            path.unlink()
 
 
 def _work(config: IndexConfig, jobs: Sequence[_Job], run: Any) -> None:
     mine = jobs[run.topology.rank :: run.topology.world_size]
-    left = [job for job in mine if _finished(job) is None]
+    unfinished = [job for job in mine if _finished(job) is None]
     options: dict[str, Any] = {"unit": "tar", "desc": "index", "disable": not run.topology.is_main}
-    with tqdm(total=len(mine), initial=len(mine) - len(left), **options) as bar:
-        for _ in run_jobs(index_one, left, config.workers, run.stop_requested):
+    with tqdm(total=len(mine), initial=len(mine) - len(unfinished), **options) as bar:
+        for _ in run_jobs(index_one, unfinished, config.workers, run.stop_requested):
             bar.update()
     run.poll()
 
@@ -132,19 +161,50 @@ def _work(config: IndexConfig, jobs: Sequence[_Job], run: Any) -> None:
 def _finish(config: IndexConfig, jobs: dict[str, list[_Job]], classes: Sequence[str], run_dir: Path) -> None:
     if not classes:
         classes = _numbered([job for split in jobs.values() for job in split], config.labels)
+    infos = {split: [info for job in part if (info := _finished(job))] for split, part in jobs.items()}
+    _refuse_same_content(infos)
     for split, part in jobs.items():
-        infos = [info for job in part if (info := _finished(job)) is not None]
-        assert len(infos) == len(part), "a rank left a tar undone"
+        assert len(infos[split]) == len(part), "a rank did not finish a tar"
         transform = {"resolution": config.resolution} if config.resolution else {}
-        made = Manifest.of("images", infos, classes, transform, {"split": split, "source": config.source})
+        new = Manifest.of(
+            "images", infos[split], classes, transform, {"split": split, "source": redact_url(config.source)}
+        )
         folder = run_dir / split
-        if (folder / "dataset.json").is_file() and (was := Manifest.load(folder)).fingerprint != made.fingerprint:
+        if (folder / MANIFEST).is_file() and (old := Manifest.load(folder)).fingerprint != new.fingerprint:
             raise ValueError(
-                f"the tars have changed since {folder} was indexed: {len(was.shards)} with {was.num_samples} samples "
-                f"then, {len(made.shards)} with {made.num_samples} now, or other contents; use another run_dir"
+                f"the tars have changed since {folder} was indexed: {len(old.shards)} with {old.num_samples} samples "
+                f"then, {len(new.shards)} with {new.num_samples} now, or other contents; use another run_dir"
             )
-        made.save(folder)
-        log.info("%s: %d samples of %d classes in %d tars", folder, made.num_samples, len(classes), len(made.shards))
+        new.save(folder)
+        log.info("%s: %d samples of %d classes in %d tars", folder, new.num_samples, len(classes), len(new.shards))
+        _warn_of_missing_pictures(part)
+
+
+def _refuse_same_content(infos: dict[str, list[ShardInfo]]) -> None:
+    train = {info.sha256: info.name for info in infos["train"]}
+    for info in infos.get("holdout", []):
+        if info.sha256 in train:
+            raise ValueError(
+                f"holdout: {redact_url(info.name)} has the same bytes as {redact_url(train[info.sha256])} in train"
+            )
+
+
+def _warn_of_missing_pictures(jobs: Sequence[_Job]) -> None:
+    """Samples without a part that is read as a picture are bad samples later; say so now."""
+    total, missing, example = 0, 0, ""
+    for job in jobs:
+        index = ShardIndex.load(job.index)
+        columns = [index.offset[name] >= 0 for name in SUFFIXES if name in index.offset]
+        without = np.flatnonzero(~np.any(columns, axis=0)).tolist()
+        if without and not missing:
+            example = f"{redact_url(job.tar)}: key {index.key(without[0])!r}"
+        total, missing = total + len(index), missing + len(without)
+    if missing:
+        log.warning(
+            "%d of %d samples have no picture (%s), the first is %s; a part's name begins at the first dot of the file "
+            "name",
+            *(missing, total, ", ".join(SUFFIXES), example),
+        )
 
 
 def _numbered(jobs: Sequence[_Job], labels: str) -> list[str]:
@@ -154,27 +214,27 @@ def _numbered(jobs: Sequence[_Job], labels: str) -> list[str]:
 
 
 def _verify(config: IndexConfig, folders: Sequence[Path], run: Any) -> None:
-    """Raises ValueError naming the first difference."""
+    """Raises ValueError naming the first difference; the log has all."""
     shards = [(folder, n) for folder in folders for n in range(len(Manifest.load(folder).shards))]
     jobs = [(folder, n, config.allow_pipe) for folder, n in shards]
     mine = jobs[run.topology.rank :: run.topology.world_size]
-    wrong: list[str] = []
+    differences: list[str] = []
     with run.stoppable(), tqdm(total=len(mine), unit="tar", desc="verify", disable=not run.topology.is_main) as bar:
-        for _, found in run_jobs(verify_shard, mine, config.workers, run.stop_requested):
-            wrong += found
+        for _, of_shard in run_jobs(verify_shard, mine, config.workers, run.stop_requested):
+            differences += of_shard
             bar.update()
         run.poll()
-    wrong = [line for part in run.topology.gather(wrong) for line in part]
-    for line in wrong:
+    differences = [line for of_rank in run.topology.gather(differences) for line in of_rank]
+    for line in differences:
         log.warning("%s", line)
-    if wrong:
-        raise ValueError(f"{len(wrong)} differences in {len(jobs)} tars; the first: {wrong[0]}")
+    if differences:
+        raise ValueError(f"{len(differences)} differences in {len(jobs)} tars; the first: {differences[0]}")
     log.info("verified: %d tars are whole", len(jobs))
 
 
 def plan(config: IndexConfig) -> str:
-    """What `--dry-run` says."""
-    tars = {split: expand_spec(spec, config.allow_pipe) for split, spec in _splits(config)}
+    """Counts and sizes, for --dry-run."""
+    tars = _tars(config)
     local = [Path(tar) for split in tars.values() for tar in split if not is_url(tar)]
     total = f"{sum(path.stat().st_size for path in local) / 1e9:.2f} GB of local ones"
     return f"{len(tars['train'])} training and {len(tars.get('holdout', []))} held-out tars, {total}"
