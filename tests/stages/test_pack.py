@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vqscale import runtime
+from vqscale import runtime, stopping
 from vqscale.data.images import decode_image
 from vqscale.data.parts import read_samples
 from vqscale.data.shards import Manifest
@@ -101,7 +101,7 @@ def test_a_stop_request_ends_after_a_shard_and_the_rerun_goes_on(
         return pack_shard(job)
 
     monkeypatch.setattr(pack, "pack_shard", stop)
-    monkeypatch.setattr(runtime, "STOP_FILE_SECONDS", 0.0)
+    monkeypatch.setattr(stopping, "STOP_FILE_SECONDS", 0.0)
     with pytest.raises(runtime.Stopped):
         pack.main(config(tmp_path, source))
     assert not (tmp_path / "run" / "train" / "dataset.json").exists()

@@ -1,102 +1,110 @@
-"""The first bytes of an image file -> format, size, and whether anything is special about its pixels.
+"""The first bytes of an image file -> its format, size and orientation, without decoding.
 
-In: encoded bytes.  Out: `Header`, without decoding; too many pixels are refused here, before memory is taken.
+In: encoded bytes.  Out: `Header`. Other kinds of file and images of too many pixels are refused here, before memory is
+taken.
 """
 
 import struct
 from dataclasses import dataclass
 
+from vqscale.data.kinds import format_of
 from vqscale.data.parts import DecodeError
+from vqscale.data.png import Png
 
 MAX_PIXELS = 150_000_000
-_JPEG, _PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
+_EXIF_MARK = b"Exif\0\0"
+_EXIF_TYPES = {1: "B", 3: "H", 4: "I"}
+_ORIENTATION_TAG = 0x0112
+_JPEG_APP1, _JPEG_END, _JPEG_SCAN = 0xE1, 0xD9, 0xDA
+_JPEG_FRAMES = {marker for marker in range(0xC0, 0xD0) if marker not in (0xC4, 0xC8, 0xCC)}
+_JPEG_WITHOUT_LENGTH = {0x00, 0x01, *range(0xD0, 0xD9)}
 
 
 @dataclass(frozen=True)
 class Header:
-    """What the header says. `plain`: 8-bit grey or RGB without transparency or rotation."""
+    """What the header says; size and EXIF orientation (1 to 8) of JPEG and PNG alone.
 
-    format: str  # jpg | png | "" for others
-    width: int
-    height: int
-    plain: bool
+    `plain`: 8-bit grey or RGB without transparency or rotation, in a file that every reader accepts.
+    """
+
+    format: str  # jpg | png | gif | bmp | webp | tiff | ppm | avif
+    width: int = 0
+    height: int = 0
+    orientation: int = 1
+    plain: bool = False
+    png: Png | None = None
 
 
-def read_header(data: bytes) -> Header:
-    """Format and size without decoding. Raises DecodeError for a damaged JPEG or PNG header, or too many pixels."""
-    if data[:2] == _JPEG:
+def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Header:
+    """Raises DecodeError for what is no image (naming its kind), a damaged JPEG or PNG, or too many pixels."""
+    name = format_of(data)
+    if name == "jpg":
         header = _jpeg_header(data)
-    elif data[:8] == _PNG:
+    elif name == "png":
         header = _png_header(data)
     else:
-        return Header("", 0, 0, False)
-    check_size(header.width, header.height)
+        return Header(name)
+    check_size(header.width, header.height, max_pixels)
     return header
 
 
-def check_size(width: int, height: int) -> None:
+def check_size(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:
     """Raises DecodeError for an image without pixels, or with so many that decoding would exhaust memory."""
     if width < 1 or height < 1:
         raise DecodeError(f"an image of {width}×{height} pixels")
-    if width * height > MAX_PIXELS:
-        raise DecodeError(f"an image of {width}×{height} pixels is over the limit of {MAX_PIXELS}")
+    if width * height > max_pixels:
+        raise DecodeError(f"an image of {width}×{height} pixels is over the limit of {max_pixels} (max_pixels=)")
 
 
 def _png_header(data: bytes) -> Header:
-    if len(data) < 33 or data[12:16] != b"IHDR":
-        raise DecodeError("a PNG without a header")
-    if b"IEND" not in data[-64:] and data.rfind(b"IEND") < 0:
-        raise DecodeError("a PNG that is cut short: it has no end mark")
-    width, height, depth, colour = struct.unpack(">IIBB", data[16:26])
-    plain = depth == 8 and colour in (0, 2) and not _png_has_transparency(data)
-    return Header("png", width, height, plain)
-
-
-def _png_has_transparency(data: bytes) -> bool:
-    """A tRNS chunk, which stands before the first IDAT."""
-    offset = 8
-    while offset + 8 <= len(data):
-        length, kind = struct.unpack(">I4s", data[offset : offset + 8])
-        if kind in (b"tRNS", b"IDAT"):
-            return kind == b"tRNS"
-        offset += 12 + length
-    return False
+    png = Png.parse(data)
+    orientation = exif_orientation(png.exif)
+    return Header("png", png.width, png.height, orientation, png.simple and orientation == 1, png)
 
 
 def _jpeg_header(data: bytes) -> Header:
-    """Walk the markers (ITU T.81, annex B) to the frame header."""
-    offset, rotated = 2, False
-    while offset + 4 <= len(data):
-        if data[offset] != 0xFF:
-            break
-        marker = data[offset + 1]
-        if marker == 0xFF:  # a fill byte
+    """Walk the markers (ITU T.81, annex B) to the first scan. As in libjpeg, a marker begins at the next 0xFF and what
+    lies before it is skipped."""
+    frame, exif = b"", None
+    offset = 2
+    while (offset := data.find(b"\xff", offset)) >= 0:
+        while data[offset : offset + 1] == b"\xff":  # fill bytes
             offset += 1
+        marker = data[offset] if offset < len(data) else _JPEG_END
+        offset += 1
+        if marker in (_JPEG_SCAN, _JPEG_END):
+            break
+        if marker in _JPEG_WITHOUT_LENGTH:
             continue
-        length = int.from_bytes(data[offset + 2 : offset + 4], "big")
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            if offset + 10 > len(data):
-                break
-            depth, height, width, components = struct.unpack(">BHHB", data[offset + 4 : offset + 10])
-            return Header("jpg", width, height, depth == 8 and components in (1, 3) and not rotated)
-        if marker == 0xE1 and data[offset + 4 : offset + 10] == b"Exif\0\0":
-            rotated = rotated or _exif_orientation(data[offset + 10 : offset + 2 + length]) != 1
-        offset += 2 + length
-    raise DecodeError("a JPEG without a frame header")
+        end = offset + int.from_bytes(data[offset : offset + 2], "big")
+        body = data[offset + 2 : end]
+        if marker in _JPEG_FRAMES:
+            frame = frame or body
+        elif marker == _JPEG_APP1 and body.startswith(_EXIF_MARK) and exif is None:
+            exif = body
+        offset = max(end, offset + 2)
+    if len(frame) < 6:
+        raise DecodeError("a JPEG without a frame header")
+    depth, height, width, components = struct.unpack_from(">BHHB", frame)
+    orientation = exif_orientation(exif or b"")
+    plain = depth == 8 and components in (1, 3) and orientation == 1
+    return Header("jpg", width, height, orientation, plain)
 
 
-def _exif_orientation(tiff: bytes) -> int:
-    """The orientation tag of the first image directory; 1 (upright) where there is none, 0 where it is unreadable."""
+def exif_orientation(exif: bytes) -> int:
+    """The orientation, 1 to 8, in EXIF bytes; 1 (upright) where they hold none that can be read."""
+    tiff = exif.removeprefix(_EXIF_MARK)
     order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
+    if order is None:
+        return 1
     try:
-        if order is None:
-            return 0
         (start,) = struct.unpack_from(order + "I", tiff, 4)
         (count,) = struct.unpack_from(order + "H", tiff, start)
         for entry in range(start + 2, start + 2 + 12 * count, 12):
-            tag, _, _, value = struct.unpack_from(order + "HHIH", tiff, entry)
-            if tag == 0x0112:
-                return value
+            tag, kind = struct.unpack_from(order + "HH", tiff, entry)
+            if tag == _ORIENTATION_TAG and kind in _EXIF_TYPES:
+                (value,) = struct.unpack_from(order + _EXIF_TYPES[kind], tiff, entry + 8)
+                return value if 1 <= value <= 8 else 1
     except struct.error:
-        return 0
+        pass
     return 1

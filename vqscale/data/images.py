@@ -6,47 +6,61 @@ with its traps handled: 16-bit, alpha, EXIF rotation, CMYK, palettes, animations
 h w: the size of the file's image; r: the resolution asked for.
 """
 
+import contextlib
 import functools
 import io
+import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageOps
+from PIL import Image, TiffImagePlugin
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from vqscale.data.headers import check_size, read_header
+from vqscale.data.headers import MAX_PIXELS, Header, check_size, exif_orientation, read_header
 from vqscale.data.parts import DecodeError
 from vqscale.seeding import key_of, uniform
 
+SUFFIXES = (
+    *("jpg", "jpeg", "jpe", "jfif", "png", "apng", "gif", "bmp", "dib", "webp", "avif", "tif", "tiff"),
+    *("ppm", "pgm", "pbm", "pnm"),
+)
+_WHITE_IS_ZERO, _UNSIGNED = 0, 1
+_TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_SAMPLE_FORMAT = 258, 262, 339
 # What PIL may open: formats that hold pixels only. EPS would start a program.
-_PIL_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
-SUFFIXES = ("jpg", "jpeg", "png", "gif", "bmp", "webp", "tif", "tiff", "ppm", "pgm")
+_PIL_NAMES = {
+    **{name: name.upper() for name in ("png", "gif", "bmp", "webp", "tiff", "ppm", "avif")},
+    "jpg": "JPEG",
+}
+# Pillow reads this one in little-endian files alone.
+TiffImagePlugin.OPEN_INFO.setdefault((b"MM", _WHITE_IS_ZERO, (1,), 1, (16,), ()), ("I;16B", "I;16B"))
+_ADDRESS = re.compile(r" ?<[^<>]* at 0x[0-9a-f]+>")
 _CROP_LEFT, _CROP_TOP, _CROP_SIDE, _FLIP = (key_of(name) for name in ("left", "top", "side", "flip"))
 _SMALLEST_CROP = 0.8  # of the shorter side
 
 
-def decode_image(data: bytes) -> UInt8[Tensor, "3 h w"]:
+def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> UInt8[Tensor, "3 h w"]:
     """The bytes of an image file -> uint8 RGB [3, h, w].
 
-    Transparent pixels are composited on white, 16-bit values scaled, a JPEG's EXIF rotation applied; an animation
-    gives its first frame. Raises DecodeError (a ValueError) for anything that does not decode whole.
+    Transparent pixels are composited on white, 16-bit values scaled, an EXIF orientation applied; an animation gives
+    its first frame; colour profiles are ignored. Raises DecodeError (a ValueError) for anything that does not decode
+    whole, and for more than `max_pixels`.
     """
     data = bytes(data)
-    header = read_header(data)
+    header = read_header(data, max_pixels)
     # Not torchvision for PNG: its 0.29 ends the process (SIGSEGV) on about every damaged one.
     decode_jpeg = _jpeg_decoder() if header.format == "jpg" and header.plain else None
     if decode_jpeg is None:
-        return _decode_with_pil(data)
+        return _decode_with_pil(data, header, max_pixels)
     encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)  # a copy: torch needs writable memory
     try:
         return decode_jpeg(encoded)
     except RuntimeError as error:
-        raise DecodeError(str(error).splitlines()[0]) from None
+        raise DecodeError(f"JPEG image does not decode: {str(error).splitlines()[0].split(', ')[-1]}") from None
 
 
 @functools.cache
@@ -63,29 +77,61 @@ def _jpeg_decoder() -> Callable[[Tensor], Tensor] | None:
     return lambda encoded: operator(encoded, ImageReadMode.RGB.value)
 
 
-def _decode_with_pil(data: bytes) -> UInt8[Tensor, "3 h w"]:
+def _decode_with_pil(data: bytes, header: Header, max_pixels: int) -> UInt8[Tensor, "3 h w"]:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PIL warns of bombs (checked here) and of odd metadata
-            with Image.open(io.BytesIO(data), formats=_PIL_FORMATS) as image:
-                check_size(*image.size)
-                image.load()
-                array = np.array(to_rgb(image))
+        with _without_limits_of_pil():
+            if header.png is not None:
+                pixels = _upright(header.png.decode(), header.orientation)
+            else:
+                pixels = _open_with_pil(data, header.format, max_pixels)
     except DecodeError:
         raise
     except Exception as error:  # PIL raises many kinds: OSError, SyntaxError, struct.error, EOFError, …
-        raise DecodeError(f"{type(error).__name__}: {error}") from None
-    return torch.from_numpy(array).permute(2, 0, 1).contiguous()
+        reason = _ADDRESS.sub("", str(error)) or type(error).__name__
+        raise DecodeError(f"{_PIL_NAMES[header.format]} image does not decode: {reason}") from None
+    return torch.from_numpy(np.array(pixels.transpose(2, 0, 1), order="C"))
+
+
+@contextlib.contextmanager
+def _without_limits_of_pil() -> Iterator[None]:
+    """PIL's own limit of pixels gives way to `max_pixels`; its warnings are of that, and of odd metadata."""
+    limit = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def _open_with_pil(data: bytes, name: str, max_pixels: int) -> UInt8[np.ndarray, "h w 3"]:
+    if name == "jpg":
+        data = data[:2] + data[data.index(0xFF, 2) :]  # PIL takes no bytes between the first two markers
+    with Image.open(io.BytesIO(data), formats=(_PIL_NAMES[name],)) as image:
+        check_size(*image.size, max_pixels)
+        image.load()  # turns a TIFF upright
+        orientation = 1 if name == "tiff" else exif_orientation(image.info.get("exif", b""))
+        return _upright(np.asarray(to_rgb(image)), orientation)
+
+
+def _upright(pixels: UInt8[np.ndarray, "h w 3"], orientation: int) -> UInt8[np.ndarray, "h2 w2 3"]:
+    """The stored pixels turned as EXIF (2.32, section 4.6.4) says."""
+    if orientation >= 5:
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return pixels[:, ::-1] if orientation in (2, 3, 6, 7) else pixels
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any PIL image -> mode RGB."""
-    if image.format in ("JPEG", "MPO", "WEBP"):
-        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         image = _scale_16_bit(image)
     elif image.mode == "F":
         raise DecodeError("an image of floating-point pixels has no defined brightness")
+    if image.format == "BMP" and image.mode == "RGBA" and image.getchannel("A").getextrema() == (0, 0):
+        return image.convert("RGB")  # Windows writes zeros where there is no transparency
     if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
         layer = image.convert("RGBA")
         white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
@@ -95,9 +141,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def _scale_16_bit(image: Image.Image) -> Image.Image:
     values = np.asarray(image).astype(np.int64)
-    if values.min() < 0 or values.max() > 65535:
-        raise DecodeError("an image of 32-bit pixels has no defined brightness")
-    return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+    tags = getattr(image, "tag_v2", {})  # of a TIFF
+    bits = tags.get(_TIFF_BITS, (16,))[0]
+    if bits > 16 or tags.get(_TIFF_SAMPLE_FORMAT, (_UNSIGNED,))[0] != _UNSIGNED or values.min() < 0:
+        raise DecodeError("an image of 32-bit or signed pixels has no defined brightness")
+    most = 2**bits - 1
+    if tags.get(_TIFF_PHOTOMETRIC) == _WHITE_IS_ZERO:
+        values = most - values
+    return Image.fromarray(((values * 255 + most // 2) // most).astype(np.uint8))
 
 
 def _resize(image: UInt8[Tensor, "3 h w"], resolution: int) -> UInt8[Tensor, "3 r r"]:
