@@ -25,7 +25,7 @@ RUNS = Path("runs")
 _FREE_ON_RESUME = {
     *("total_images", "micro_batch", "strategy", "device", "workers", "threads", "run_dir", "trackers"),
     *("max_bad_fraction", "verify", "cache_dir", "cache_gigabytes", "allow_pipe"),
-    *("watchdog_seconds", "keep_checkpoints", "max_skipped_steps"),
+    *("watchdog_seconds", "fresh", "keep_checkpoints", "max_skipped_steps"),
     *("evaluate_images", "grid_images"),
 }
 
@@ -41,12 +41,14 @@ class StageConfig:
 
     recomputes: ClassVar[bool] = False  # whether a rerun with another config replaces the results, not refuses
     knobs: ClassVar[frozenset[str]] = frozenset()  # fields that a resumed run may change, with a warning
+    outputs: ClassVar[tuple[str, ...]] = ()  # glob patterns: what the stage makes in its run directory
 
     run_dir: str = ""  # where this stage writes; default runs/<experiment>/<config file's stem>
     seed: int = 0  # addresses all randomness of the stage
     device: str = "auto"  # auto (cuda if there is one) | cpu | cuda
     strategy: str = ""  # single | ddp | fsdp | hsdp | zero1 | zero2 | zero3; "" = what the launcher says
     threads: int = 0  # CPU threads per rank; 0 = the machine's cores shared by its ranks
+    fresh: bool = False  # start over: what an earlier run of this stage made in run_dir is removed first
     watchdog_seconds: int = 3_600  # without progress for so long, the run ends with its stacks in the log; 0 = never
 
 

@@ -11,7 +11,7 @@ import socket
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,16 @@ from vqscale import config as configs
 from vqscale.config import StageConfig
 from vqscale.files import read_json, write_json
 from vqscale.lock import FolderLock
+from vqscale.rundir import (
+    INPUTS,
+    holds_outputs,
+    read_status,
+    refuse_strange_entries,
+    remove_outputs,
+    stale_inputs,
+)
 from vqscale.stopping import Leave, Stoppable, Stopped
-from vqscale.topology import Topology, bring_up, is_first_rank, take_down, under_launcher, world_size
+from vqscale.topology import Topology, bring_up, env_int, is_first_rank, take_down, under_launcher, world_size
 from vqscale.versions import git_commit, versions
 from vqscale.watchdog import Watchdog
 
@@ -39,7 +47,6 @@ __all__ = [
 ]
 
 log = logging.getLogger("vqscale")
-_BOOKKEEPING = {"config.yaml", "command.json", "status.json", "log", ".lock", "metrics.jsonl", "tensorboard", "STOP"}
 
 
 class _LogFile(logging.FileHandler):
@@ -56,7 +63,8 @@ class _LogFile(logging.FileHandler):
 class Run(Stoppable):
     """A stage's run directory, and what this process does for it.
 
-    `was_done`: an earlier run of the same config finished here. `resumed`: there was an earlier run.
+    `was_done`: an earlier run of the same config finished here. `resumed`: there was an earlier run; `previous_status`
+    is the status.json that it left, {} without one.
     """
 
     def __init__(self, config: StageConfig, stage: str, topology: Topology):
@@ -70,6 +78,7 @@ class Run(Stoppable):
         self._facts: dict[str, Any] = {}
         self.was_done = False
         self.resumed = False
+        self.previous_status: dict[str, Any] = {}
         self.trackers: list[Any] = []
         self.at_exit = contextlib.ExitStack()  # what must still be done, however the run ends, in the process group
         self._handlers: list[logging.Handler] = []
@@ -78,15 +87,7 @@ class Run(Stoppable):
 
     def _open(self) -> None:
         """Take the folder: lock it, refuse another config's run, write config.yaml and command.json."""
-        failure = ""
-        if self.topology.is_main:
-            try:
-                self._take_folder()
-            except (ValueError, OSError) as error:
-                failure = str(error)
-        failure, self.was_done, self.resumed = self.topology.gather((failure, self.was_done, self.resumed))[0]
-        if failure:
-            raise ValueError(failure)
+        self._on_main(self._take_folder)
         self._start_log()
         for kind, change in self._changes:
             level = logging.WARNING if kind == "warned" else logging.INFO
@@ -97,35 +98,94 @@ class Run(Stoppable):
         self.record_facts()
         self.write_status("running")
 
+    def _on_main(self, action: Callable[[], None]) -> None:
+        """Let rank 0 act on the folder, and all ranks know what it found. Raises its error, as a ValueError, on all."""
+        failure = ""
+        if self.topology.is_main:
+            try:
+                action()
+            except (ValueError, OSError) as error:
+                failure = str(error)
+        found = (failure, self.was_done, self.resumed, self.previous_status)
+        failure, self.was_done, self.resumed, self.previous_status = self.topology.gather(found)[0]
+        if failure:
+            raise ValueError(failure)
+
     def _take_folder(self) -> None:
         try:
-            (self.run_dir / "log").mkdir(parents=True, exist_ok=True)
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            refuse_strange_entries(self.run_dir, self.config.outputs)
+            (self.run_dir / "log").mkdir(exist_ok=True)
             self._lock = FolderLock(self.run_dir / ".lock")
             self._lock.take()
         except OSError as error:
             raise ValueError(f"run directory {self.run_dir} cannot be written: {error.strerror}") from None
         saved = self.run_dir / "config.yaml"
+        changes = configs.changes(self.config, saved) if saved.is_file() else {"refused": []}
+        if self.config.fresh and not self._goes_on(changes["refused"]):
+            self._remove_outputs()
+        elif changes["refused"]:
+            raise ValueError(
+                f"{saved}: this run was started with another config ({'; '.join(changes['refused'])}); "
+                "use those values again, or another run_dir, or fresh=true, which removes this stage's outputs"
+            )
         if saved.is_file():
-            changes = configs.changes(self.config, saved)
-            if changes["refused"]:
-                raise ValueError(
-                    f"{saved}: this run was started with another config ({'; '.join(changes['refused'])}); "
-                    "use those values again, or another run_dir"
-                )
             self._changes = [(kind, change) for kind in ("warned", "allowed") for change in changes[kind]]
             self.resumed = True
-            self.was_done = read_status(self.run_dir).get("state") == "done"
+            self.previous_status = read_json(self.run_dir / "status.json")
+            self.was_done = self.previous_status.get("state") == "done"
         configs.save(self.config, saved)
+
+    def _goes_on(self, refused: list[str]) -> bool:
+        """Whether a run that was itself begun with `fresh` is to be resumed: it was interrupted, or is restarted by
+        Slurm or torchrun, and not started anew by its user."""
+        restarted = any(env_int(name, 0) for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
+        interrupted = read_status(self.run_dir).get("state") == "stopped"
+        return (
+            bool(read_json(self.run_dir / "command.json").get("fresh")) and not refused and (interrupted or restarted)
+        )
+
+    def _remove_outputs(self) -> None:
+        try:
+            remove_outputs(self.run_dir, self.stage, self.config.outputs)
+        except OSError as error:
+            raise ValueError(f"fresh=true: {error.filename} cannot be removed: {error.strerror}") from None
+        self.was_done, self.resumed, self.previous_status = False, False, {}
+
+    def check_inputs(self, inputs: Mapping[str, str]) -> None:
+        """Hold this run to the inputs of its first start, which are recorded in inputs.json. Collective.
+
+        inputs: config key -> fingerprint. Raises ValueError naming each input that has changed since. With `fresh` the
+        stage's outputs are removed instead, and the run starts over: `was_done` and `resumed` are False afterwards.
+        """
+        was_resumed = self.resumed
+        self._on_main(lambda: self._check_inputs(dict(inputs)))
+        if was_resumed and not self.resumed:
+            self.images_seen = 0
+            self._facts.pop("restarts", None)
+            self.record_facts()
+            self.write_status("running")
+
+    def _check_inputs(self, inputs: dict[str, str]) -> None:
+        stale = stale_inputs(self.run_dir, inputs) if self.resumed and holds_outputs(self.run_dir) else []
+        if stale and not self.config.fresh:
+            raise ValueError(
+                f"{self.run_dir}: made of other inputs: {'; '.join(stale)}; "
+                "fresh=true removes this stage's outputs and starts over, another run_dir keeps them"
+            )
+        if stale:
+            log.warning("inputs have changed, starting over: %s", "; ".join(stale))
+            self._remove_outputs()
+            configs.save(self.config, self.run_dir / "config.yaml")
+        if read_json(self.run_dir / INPUTS) != inputs:
+            write_json(self.run_dir / INPUTS, inputs)
 
     def _give_back(self) -> None:
         """After an error before anything was made: a corrected config may use the folder."""
-        if self.topology.is_main and not self.resumed:
-            files = (path.relative_to(self.run_dir) for path in self.run_dir.rglob("*") if path.is_file())
-            if all(path.parts[0] in _BOOKKEEPING for path in files):
-                (self.run_dir / "config.yaml").unlink()
+        if self.topology.is_main and not self.resumed and not holds_outputs(self.run_dir):
+            (self.run_dir / "config.yaml").unlink(missing_ok=True)
 
     def _start_log(self) -> None:
-        (self.run_dir / "log").mkdir(parents=True, exist_ok=True)
         log.setLevel(logging.DEBUG)
         log.propagate = False
         file = _LogFile(self.run_dir / "log" / f"{self.topology.rank}.log")
@@ -166,6 +226,7 @@ class Run(Stoppable):
             {
                 "argv": sys.argv,
                 "stage": self.stage,
+                "fresh": self.config.fresh,
                 "strategy": topology.strategy,
                 "engine": topology.engine,
                 "world_size": topology.world_size,
@@ -186,7 +247,7 @@ class Run(Stoppable):
     def _write_status(self, state: str, reason: str) -> None:
         status = {
             "state": state,
-            "images_seen": self.images_seen,
+            "images_seen": self.images_seen or self.previous_status.get("images_seen", 0),
             "reason": reason,
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -195,6 +256,17 @@ class Run(Stoppable):
         }
         with contextlib.suppress(OSError):  # a full disk must not hide the error that is being reported
             write_json(self.run_dir / "status.json", status)
+
+    def _write_failure(self, error: BaseException) -> None:
+        """A finished run that is started again and cannot begin stays `done`, say where its data are away."""
+        asked_for_more = self.config.recomputes or any(
+            change.startswith("total_images:") for _, change in self._changes
+        )
+        if self.was_done and self.images_seen in (0, self.previous_status.get("images_seen")) and not asked_for_more:
+            self.images_seen = self.previous_status.get("images_seen", 0)
+            self.write_status("done", self.previous_status.get("reason", ""))
+        else:
+            self.write_status("failed", f"{type(error).__name__}: {' '.join(str(error).split())}")
 
     def _report_standstill(self, reason: str) -> None:
         """Called by the rank that notices first; rank 0 may be the one that hangs."""
@@ -282,7 +354,7 @@ def run(config: StageConfig, stage: str) -> Iterator[Run]:
                 orderly = True
                 raise
             except BaseException as error:
-                current.write_status("failed", f"{type(error).__name__}: {' '.join(str(error).split())}")
+                current._write_failure(error)
                 current._give_back()
                 log.debug("failed", exc_info=True)  # the traceback, for the log file alone
                 raise
@@ -291,17 +363,6 @@ def run(config: StageConfig, stage: str) -> Iterator[Run]:
     finally:
         current._close()
         take_down(orderly)
-
-
-def read_status(run_dir: Path) -> dict[str, Any]:
-    """status.json, or {} where there is none. `running` whose process is gone on this host reads as `stopped`."""
-    status = read_json(run_dir / "status.json")
-    if status.get("state") == "running" and status.get("host") == socket.gethostname():
-        try:
-            os.kill(int(status["pid"]), 0)
-        except ProcessLookupError:
-            status.update(state="stopped", reason="its process is gone")
-    return status
 
 
 def leave(code: int) -> None:

@@ -30,6 +30,9 @@ class EvaluateConfig(ReadsShards):
     """What to evaluate; an input that is absent, or `none`, leaves out the metrics that need it."""
 
     recomputes: ClassVar[bool] = True
+    outputs: ClassVar[tuple[str, ...]] = (
+        *("scores.json", "report.html", "samples.png", "nll_by_class.json", "statistics", "bad.jsonl"),
+    )
     samples: str = run_of("sample")  # sample shards, or any data set of images
     reference: str = run_of("pack")  # real images (the holdout part), or ADM's reference .npz
     training: str = run_of("pack")  # training images (the train part), for `neighbours`

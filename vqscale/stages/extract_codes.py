@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -27,6 +27,8 @@ from vqscale.sources import Source, load_vqvae
 @dataclass(frozen=True)
 class ExtractCodesConfig(ReadsShards):
     """Codes of every split of a data set under one tokenizer."""
+
+    outputs: ClassVar[tuple[str, ...]] = ("train", "holdout", "bad.jsonl")
 
     data: str = run_of("pack")
     vqvae: str = run_of("train_vqvae")

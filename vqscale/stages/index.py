@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from tqdm import tqdm
@@ -34,6 +34,8 @@ _MAX_UNNAMED_CLASSES = 100_000  # without class names, a larger label is a mista
 @dataclass(frozen=True)
 class IndexConfig(StageConfig):
     """Which tars, and what their labels mean."""
+
+    outputs: ClassVar[tuple[str, ...]] = ("train", "holdout")
 
     source: str = ""  # data-{000000..000128}.tar, a URL of that form (http, https, s3, gs), a glob or a folder of tars
     holdout: str = ""  # the same, for held-out tars

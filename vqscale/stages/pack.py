@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from tqdm import tqdm
@@ -44,6 +44,8 @@ _MIN_FOR_PROCESSES, _MIN_FOR_PROCESSES_DRAWN = 2_000, 25_000
 @dataclass(frozen=True)
 class PackConfig(StageConfig):
     """What to pack and how."""
+
+    outputs: ClassVar[tuple[str, ...]] = ("train", "holdout", "bad", "bad.jsonl", "source.json")
 
     source: str = "drawn"  # a folder of images (classes in sub-folders), of IDX files or CIFAR-10 batches | drawn
     labels: str = ""  # a file of lines `filename class`, for a flat folder (of source, or of holdout)
@@ -126,7 +128,7 @@ def _check(config: PackConfig) -> None:
 
 
 def _is_done(config: PackConfig) -> bool:
-    return runtime.read_status(Path(config.run_dir)).get("state") == "done"
+    return not config.fresh and runtime.read_status(Path(config.run_dir)).get("state") == "done"
 
 
 def _source_exists(config: PackConfig) -> bool:

@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ from vqscale.sources import Source, build, load_prior, load_vqvae
 @dataclass(frozen=True)
 class SampleConfig(StageConfig):
     """Class-conditional samples as a data set of kind `samples`."""
+
+    outputs: ClassVar[tuple[str, ...]] = ("[0-9]*.tar", "[0-9]*.index.safetensors", "dataset.json", "grid.png")
 
     vqvae: str = run_of("train_vqvae")
     prior_top: str = run_of("train_prior_top")

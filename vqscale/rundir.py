@@ -1,0 +1,102 @@
+"""What a run directory holds: how its run stands, the inputs that it was made of, and which files are its stage's own.
+
+In: a run directory.  Out: its status; a refusal of entries that lead elsewhere, and of stale inputs; a clean start.
+"""
+
+import os
+import shutil
+import socket
+import stat
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from vqscale.files import read_json
+
+INPUTS = "inputs.json"
+# What every run writes, besides its stage's `outputs`.
+BOOKKEEPING = (
+    "config.yaml",
+    "command.json",
+    "status.json",
+    INPUTS,
+    "log",
+    ".lock",
+    "metrics.jsonl",
+    "tensorboard",
+    "STOP",
+)
+_START = "sha256:"
+
+
+def read_status(run_dir: Path) -> dict[str, Any]:
+    """status.json, or {} where there is none. `running` whose process is gone on this host reads as `stopped`."""
+    status = read_json(run_dir / "status.json")
+    if status.get("state") == "running" and status.get("host") == socket.gethostname():
+        if not process_exists(status.get("pid")):
+            status.update(state="stopped", reason="its process is gone")
+    return status
+
+
+def process_exists(pid: Any) -> bool:
+    """Whether a process of this machine has that number, any user's; True for what is no number."""
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except (PermissionError, TypeError, ValueError):
+        return True
+    return True
+
+
+def refuse_strange_entries(run_dir: Path, outputs: Iterable[str]) -> None:
+    """Raises ValueError for a link, a pipe or a device where the run would write: it would change other files."""
+    own = [*BOOKKEEPING, *outputs]
+    entries = [path for path in run_dir.iterdir() if any(fnmatch(path.name, pattern) for pattern in own)]
+    if (run_dir / "log").is_dir() and not (run_dir / "log").is_symlink():
+        entries += (run_dir / "log").iterdir()
+    for path in sorted(entries):
+        mode = path.lstat().st_mode
+        if stat.S_ISLNK(mode):
+            raise ValueError(f"{path} is a link: a run writes only into its own directory (which may be a link itself)")
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise ValueError(f"{path} is neither a file nor a folder: a run cannot write there")
+
+
+def holds_outputs(run_dir: Path) -> bool:
+    """Whether there are files besides the bookkeeping."""
+    files = (path.relative_to(run_dir) for path in run_dir.rglob("*") if path.is_file())
+    return any(path.parts[0] not in BOOKKEEPING for path in files)
+
+
+def remove_outputs(run_dir: Path, stage: str, outputs: Iterable[str]) -> None:
+    """Remove what an earlier run of this stage wrote, and nothing else; logs stay. Nothing happens where no run was.
+
+    outputs: glob patterns. Raises ValueError where the run is another stage's, OSError where a removal fails.
+    """
+    if not (run_dir / "config.yaml").is_file():
+        return
+    writer = read_json(run_dir / "command.json").get("stage", stage)
+    if writer != stage:
+        raise ValueError(f"fresh=true: {run_dir} is a run of {writer}, not of {stage}; nothing was removed")
+    # In this order, a removal that is cut short leaves a run that is not done and still refuses another config.
+    for pattern in ("status.json", *outputs, "metrics.jsonl", "tensorboard", INPUTS, "command.json", "config.yaml"):
+        for path in sorted(run_dir.glob(pattern)):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def stale_inputs(run_dir: Path, inputs: Mapping[str, str]) -> list[str]:
+    """A line for each input whose fingerprint is not the recorded one; older runs have no record."""
+    recorded = read_json(run_dir / INPUTS)
+    lines = [
+        f"{key} was {_short(recorded[key])} and is {_short(now)} now"
+        for key, now in inputs.items()
+        if recorded.get(key, now) != now
+    ]
+    return lines + [f"{key} was {_short(recorded[key])} and is not given now" for key in recorded if key not in inputs]
+
+
+def _short(fingerprint: Any) -> str:
+    text = str(fingerprint)
+    return text[: len(_START) + 12] if text.startswith(_START) else text
