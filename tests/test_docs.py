@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from support.reduced import REDUCED
 
 import vqscale
-from vqscale import cli, config
+from vqscale import cli, config, fields
 from vqscale.topology import STRATEGIES
 
 ROOT = Path(__file__).parents[1]
@@ -94,7 +94,7 @@ def shown(command: Command) -> str:
 
 
 def keys_of(cls: type) -> set[str]:
-    return {line.split("=")[0].strip() for line in config.help_lines(cls)}
+    return {line.split("=")[0].strip() for line in fields.help_lines(cls)}
 
 
 def known(key: str, keys: set[str]) -> bool:

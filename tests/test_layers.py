@@ -6,6 +6,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "vqscale"
 BASE = {
+    "fields",
     "files",
     "text",
     "batch",
@@ -32,7 +33,8 @@ MAY_IMPORT |= {
     "batch": set(),
     "rundir": {"files"},
     "stopping": {"topology"},
-    "config": {"text"},
+    "fields": set(),
+    "config": {"fields", "text"},
     "seeding": set(),
     "topology": {"config", "text"},
     "lock": {"text"},

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from support.code_lines import by_folder, code_lines
 
-from vqscale import cli, config, topology
+from vqscale import cli, config, fields, topology
 from vqscale.evaluation.inputs import CLASSIFIERS
 
 ROOT = Path(__file__).parents[1]
@@ -18,7 +18,7 @@ README = (ROOT / "README.md").read_text()
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
 MAX_LINES = 420  # of tests and benchmarks; the package has a budget per folder
 # Code lines without blanks, comments and docstrings. A new feature finds room here, or makes it.
-CODE_LINES = {".": 1_700, "data": 2_700, "engine": 1_250, "evaluation": 2_430, "models": 1_800, "stages": 2_620}
+CODE_LINES = {".": 1_950, "data": 2_700, "engine": 1_250, "evaluation": 2_280, "models": 1_800, "stages": 2_520}
 
 
 def fields_of(cls: Any) -> Iterator[tuple[str, str]]:
@@ -49,7 +49,7 @@ def test_every_config_field_is_read_somewhere() -> None:
 
 def test_every_config_field_is_explained_in_the_help() -> None:
     for stage in cli.STAGES | cli.TOOLS:
-        for line in config.help_lines(cli.stage_module(stage).Config):
+        for line in fields.help_lines(cli.stage_module(stage).Config):
             assert " " in line.strip() or "=runs/<experiment>/" in line, f"{stage}: no comment beside {line.strip()}"
 
 

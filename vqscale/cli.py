@@ -11,7 +11,7 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 
-from vqscale import __version__, config, runtime
+from vqscale import __version__, config, fields, runtime
 
 # Each stage module holds `Config` and `main`; the words are its line in the help.
 STAGES = {
@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _stage_help(stage: str) -> str:
     module = stage_module(stage)
-    keys = "\n".join(config.help_lines(module.Config))
+    keys = "\n".join(fields.help_lines(module.Config))
     usage = getattr(module, "USAGE", "CONFIG [key=value ...]")
     return f"vqscale {stage} {usage}\n\n{(STAGES | TOOLS)[stage]}\n\nkeys and defaults:\n{keys}"
 

@@ -1,30 +1,52 @@
 """Configs: a frozen dataclass per stage, filled from YAML and dotted overrides.
 
 In: a dataclass type, a YAML file, `key=value` words.  Out: a frozen instance, or one ValueError line that names the
-file, the key and what was expected.
+file, the key and what was expected. Types with ranges and choices are those of `fields`.
 """
 
 import dataclasses
 import difflib
 import hashlib
-import inspect
 import json
+import os
 import re
-from collections.abc import Iterable, Sequence
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, NamedTuple, TypeVar
 
-from omegaconf import DictConfig, OmegaConf
+import yaml
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from vqscale.fields import (
+    Choice,
+    Name,
+    NonNegativeInt,
+    PathText,
+    PositiveFloat,
+    convert,
+    field_names,
+    hints_of,
+    is_config,
+    keys_of,
+    read_text,
+    shown,
+    takes_yaml,
+    to_int,
+)
+
 RUNS = Path("runs")
+STRATEGIES = ("single", "ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3")
+_COMMAND_LINE = "command line"
+_LEFT_TO_YOU = "???"
 
 # Fields that a resumed run may change besides every `…_every` and the inputs, which are held by their fingerprints:
 # they say how the run is done, not what it learns.
 _FREE_ON_RESUME = {
     *("total_images", "micro_batch", "strategy", "device", "workers", "threads", "run_dir", "trackers"),
-    *("max_bad_fraction", "verify", "cache_dir", "cache_gigabytes", "allow_pipe"),
+    *("max_bad_fraction", "verify", "cache_dir", "cache_gigabytes", "allow_pipe", "experiment"),
     *("watchdog_seconds", "fresh", "keep_checkpoints", "max_skipped_steps"),
     *("evaluate_images", "grid_images"),
 }
@@ -43,168 +65,257 @@ class StageConfig:
     knobs: ClassVar[frozenset[str]] = frozenset()  # fields that a resumed run may change, with a warning
     outputs: ClassVar[tuple[str, ...]] = ()  # glob patterns: what the stage makes in its run directory
 
-    run_dir: str = ""  # where this stage writes; default runs/<experiment>/<config file's stem>
-    seed: int = 0  # addresses all randomness of the stage
-    device: str = "auto"  # auto (cuda if there is one) | cpu | cuda
-    strategy: str = ""  # single | ddp | fsdp | hsdp | zero1 | zero2 | zero3; "" = what the launcher says
-    threads: int = 0  # CPU threads per rank; 0 = the machine's cores shared by its ranks
+    run_dir: PathText = ""  # where this stage writes; default runs/<experiment>/<config file's stem>
+    experiment: Name = ""  # names the default run directories and inputs; default the name of the config's folder
+    seed: NonNegativeInt = 0  # addresses all randomness of the stage
+    device: Annotated[str, Choice("auto", "cpu", "cuda")] = "auto"  # auto: cuda if there is one
+    strategy: Annotated[str, Choice("", *STRATEGIES)] = ""  # "" = what the launcher says
+    threads: NonNegativeInt = 0  # CPU threads per rank; 0 = the machine's cores shared by its ranks
     fresh: bool = False  # start over: what an earlier run of this stage made in run_dir is removed first
-    watchdog_seconds: int = 3_600  # without progress for so long, the run ends with its stacks in the log; 0 = never
+    watchdog_seconds: NonNegativeInt = 3_600  # a run without progress for so long ends, stacks in its log; 0 = never
 
 
 @dataclass(frozen=True)
 class ReadsShards(StageConfig):
     """What a stage has that reads data sets, whose shards may be remote."""
 
-    cache_dir: str = ""  # this node's folder for remote shards, on a disk of its own; "" = one in $TMPDIR
-    cache_gigabytes: float = 100.0  # what it may hold; two windows of shards must fit
+    cache_dir: PathText = ""  # this node's folder for remote shards, on a disk of its own; "" = one in $TMPDIR
+    cache_gigabytes: PositiveFloat = 100.0  # what it may hold; two windows of shards must fit
     allow_pipe: bool = False  # let shards named `pipe:COMMAND` run the command
 
 
+T = TypeVar("T")
 C = TypeVar("C", bound=StageConfig)
+
+
+# --- from what was written --------------------------------------------------------------------------------------------
 
 
 def load(cls: type[C], path: str | Path, overrides: Sequence[str] = ()) -> C:
     """The stage's config from a YAML file and dotted overrides such as `model.hidden=64`.
 
-    Raises ValueError for an unknown key (naming the nearest known one), a wrong type or a malformed override, and
-    FileNotFoundError for a missing file.
+    Raises ValueError for an unknown key (naming the nearest known one), a wrong type, a value out of range or a
+    malformed override, and FileNotFoundError for a missing file.
     """
     path = Path(path)
-    written = _read_yaml(path)
-    dotted = _parse_overrides(overrides)
+    written, given = _read_yaml(path), _read_words(cls, overrides)
     _check_keys(cls, written, str(path))
-    _check_keys(cls, dotted, "command line")
-    _check_given(written, dotted, path)
-    merged = _merge(_merge(OmegaConf.structured(cls), written, str(path)), dotted, "command line")
-    _fill_paths(merged, cls, path)
+    texts = _resolved(cls, {"experiment": _folder_name(path)} | _merged(written, given), str(path))
+    _check_complete(texts, path)
+    values = _typed(cls, texts, lambda key: _COMMAND_LINE if _is_given(key, overrides) else str(path))
+    config = _made(cls, {**values, "experiment": values["experiment"] or _folder_name(path)}, str(path))
+    inputs = [(key.name, key.run_of) for key in keys_of(cls) if key.run_of]
+    runs: dict[str, Any] = {
+        key: str(_default_run(config.experiment, stage)) for key, stage in [("run_dir", path.stem), *inputs]
+    }
+    return dataclasses.replace(config, **{key: run for key, run in runs.items() if not getattr(config, key)})
+
+
+def from_dict(cls: type[Any], values: Mapping[str, Any], where: str) -> Any:
+    """A (nested) config dataclass back from `as_dict`; nothing in it is resolved. Raises ValueError as `load` does."""
+    _check_keys(cls, values, where)
+    return _made(cls, _typed(cls, values, lambda _: where), where)
+
+
+def from_words(cls: type[T], words: Sequence[str]) -> T:
+    """A config dataclass from `key=value` words alone. Raises ValueError as `load` does."""
+    return _made(cls, _typed(cls, _read_words(cls, words), lambda _: _COMMAND_LINE), _COMMAND_LINE)
+
+
+class Peeked(NamedTuple):
+    """What can be asked of a config whose stage is not known."""
+
+    run_dir: str
+    total_images: int
+
+
+def peek(path: str | Path, overrides: Sequence[str] = ()) -> Peeked:
+    """Raises ValueError and FileNotFoundError as `load` does, but knows no keys."""
+    path = Path(path)
+    given = {"experiment": _folder_name(path), **_read_yaml(path), **dict(map(_split_word, overrides))}
+    run_dir = os.path.expanduser(str(given.get("run_dir") or _default_run(given["experiment"], path.stem)))
     try:
-        config = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise ValueError(f"{path}: {_first_line(error)}") from None
-    except ValueError as error:  # a dataclass's own __post_init__
-        raise ValueError(f"{path}: {error}") from None
-    assert isinstance(config, cls)
-    return config
+        return Peeked(run_dir, to_int(given.get("total_images", 0)))
+    except ValueError as error:
+        raise ValueError(f"{path}: total_images={shown(given['total_images'])}: {error}") from None
 
 
-def _read_yaml(path: Path) -> DictConfig:
+def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"config file {path} does not exist")
     try:
-        written = OmegaConf.load(path)
-    except Exception as error:  # PyYAML's errors share no public base with OmegaConf's
-        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(written, DictConfig):
-        raise ValueError(f"{path}: expected keys and values, found a {type(written).__name__}")
-    return written
+        written = read_text(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if not isinstance(written or {}, dict):
+        raise ValueError(f"{path}: expected keys and values, not {type(written).__name__}")
+    return written or {}
 
 
-def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
-    for word in overrides:
-        if not re.match(r"^[\w.]+=", word):
-            raise ValueError(f"override {word!r} is not of the form key=value")
+def _split_word(word: str) -> tuple[str, str]:
+    key, equals, value = word.partition("=")
+    if not equals or not re.fullmatch(r"[\w.]+", key):
+        raise ValueError(f"override {word!r} is not of the form key=value")
+    return key, value
+
+
+def _is_given(key: str, overrides: Sequence[str]) -> bool:
+    """Whether a word of the command line is about this key, or a part of it."""
+    return any(word.startswith((f"{key}=", f"{key}.")) for word in overrides)
+
+
+def _read_words(cls: Any, words: Sequence[str]) -> dict[str, Any]:
+    """`model.hidden=64` as {"model": {"hidden": "64"}}; only lists and mappings are read as YAML."""
+    given: dict[str, Any] = {}
+    for key, text in map(_split_word, words):
+        try:
+            value = read_text(text) if takes_yaml(_hint_of(cls, key), text) else text
+        except ValueError as error:
+            raise ValueError(f"{_COMMAND_LINE}: {key}={shown(text)}: {error}") from None
+        tree = _nested(key.split("."), value)
+        _check_keys(cls, tree, _COMMAND_LINE)
+        given = _merged(given, tree)
+    return given
+
+
+def _nested(parts: Sequence[str], value: Any) -> dict[str, Any]:
+    return {parts[0]: _nested(parts[1:], value) if parts[1:] else value}
+
+
+def _hint_of(cls: Any, dotted: str) -> Any:
+    """The type of a field, or of a mapping's values; None for a key that does not exist."""
+    hint: Any = cls
+    for part in dotted.split("."):
+        inside = hints_of(hint) if is_config(hint) else {}
+        hint = typing.get_args(hint)[1] if typing.get_origin(hint) is dict else inside.get(part)
+    return hint
+
+
+def _merged(base: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """Mappings are merged, everything else is replaced."""
+    merged = dict(base)
+    for key, value in new.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged
+
+
+def _check_keys(cls: Any, tree: Mapping[str, Any], where: str, prefix: str = "") -> None:
+    known = hints_of(cls)
+    names = [f.name for f in dataclasses.fields(cls)]
+    for key, value in tree.items():
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.0)[0]
+            raise ValueError(f"{where}: unknown key {prefix}{shown(key)}; did you mean {prefix}{near}?")
+        if is_config(known[key]):
+            if not isinstance(value, dict):
+                raise ValueError(f"{where}: {prefix}{key} holds keys of its own, not {shown(value)}")
+            _check_keys(known[key], value, where, f"{prefix}{key}.")
+
+
+def _resolved(cls: Any, texts: dict[str, Any], where: str) -> dict[str, Any]:
+    """With `${key}` and `${oc.env:NAME}` replaced. Only for what the user wrote for this very run."""
+    if not any("${" in text for _, value in flatten(texts) for text in (value if isinstance(value, list) else [value])):
+        return texts
     try:
-        return OmegaConf.from_dotlist(list(overrides))
-    except Exception as error:
-        raise ValueError(f"overrides {list(overrides)}: {_first_line(error)}") from None
-
-
-def _merge(base: Any, new: DictConfig, where: str) -> Any:
-    try:
-        return OmegaConf.merge(base, new)
+        everything = OmegaConf.create(_merged(as_dict(cls), texts))
+        resolved: Any = OmegaConf.to_container(everything, resolve=True)
     except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None)
-        raise ValueError(f"{where}: {key + ': ' if key else ''}{_first_line(error)}") from None
+        raise ValueError(f"{where}: {str(error).splitlines()[0]}") from None
+    return _chosen(resolved, texts)
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _chosen(resolved: Mapping[str, Any], texts: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the resolved values those that were written, as text."""
+    return {
+        key: _chosen(resolved[key], value) if isinstance(value, dict) else _as_text(resolved[key])
+        for key, value in texts.items()
+    }
 
 
-def _check_keys(cls: Any, node: DictConfig, where: str, prefix: str = "") -> None:
-    known = {f.name: f for f in dataclasses.fields(cls)}
-    for key in node:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
-            raise ValueError(f"{where}: unknown key {prefix}{key!s}; did you mean {prefix}{near}?")
-        child = known[key].type
-        if dataclasses.is_dataclass(child):
-            value = node._get_node(key)
-            if not isinstance(value, DictConfig):
-                raise ValueError(f"{where}: {prefix}{key} holds keys of its own, found {node[key]!r}")
-            _check_keys(child, value, where, f"{prefix}{key}.")
+def _as_text(value: Any) -> Any:
+    return [_as_text(one) for one in value] if isinstance(value, list) else str(value)
 
 
-def _check_given(written: DictConfig, dotted: DictConfig, path: Path) -> None:
-    given = OmegaConf.to_container(dotted)
-    assert isinstance(given, dict)
-    for key in sorted(OmegaConf.missing_keys(written) - dict(flatten(given)).keys()):  # type: ignore[arg-type]
+def _check_complete(texts: dict[str, Any], path: Path) -> None:
+    for key in sorted(key for key, value in flatten(texts) if value == _LEFT_TO_YOU):
         raise ValueError(f"{path}: {key} is left to you: add {key}=… to the command")
 
 
-def _fill_paths(merged: DictConfig, cls: Any, path: Path) -> None:
-    OmegaConf.set_readonly(merged, False)  # frozen dataclasses make it so
-    if not merged.run_dir:
-        merged.run_dir = str(_default_run(path, path.stem))
-    for f in dataclasses.fields(cls):
-        if "run_of" in f.metadata and merged[f.name] == "":
-            merged[f.name] = str(_default_run(path, f.metadata["run_of"]))
+def _typed(cls: Any, tree: Mapping[str, Any], where: Callable[[str], str], prefix: str = "") -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key, value in tree.items():
+        hint, name = hints_of(cls)[key], f"{prefix}{key}"
+        try:
+            nested = is_config(hint)
+            values[key] = _typed(hint, value, where, f"{name}.") if nested else convert(hint, value)
+        except ValueError as error:
+            raise error if nested else ValueError(f"{where(name)}: {name}={shown(value)}: {error}") from None
+    return values
 
 
-def _default_run(path: Path, stage: str) -> Path:
-    return RUNS / path.resolve().parent.name / stage
+def _made(cls: type[T], values: Mapping[str, Any], where: str) -> T:
+    try:
+        return _replaced(cls(), values)
+    except ValueError as error:  # a dataclass's own __post_init__
+        raise ValueError(f"{where}: {error}") from None
 
 
-def peek(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """A stage's values as they are given, `run_dir` filled in, for who does not need to know the stage.
+def _replaced(config: Any, values: Mapping[str, Any]) -> Any:
+    nested = {key for key in values if is_config(getattr(config, key))}
+    changed = {key: _replaced(getattr(config, key), value) if key in nested else value for key, value in values.items()}
+    return dataclasses.replace(config, **changed)
 
-    Raises ValueError and FileNotFoundError as `load` does, but knows no keys.
-    """
-    path = Path(path)
-    given: dict[str, Any] = OmegaConf.to_container(OmegaConf.merge(_read_yaml(path), _parse_overrides(overrides)))  # type: ignore[assignment]
-    return {**given, "run_dir": given.get("run_dir") or str(_default_run(path, path.stem))}
+
+def _folder_name(path: Path) -> str:
+    """Of the path as it was given: a link does not lead to another experiment."""
+    return os.path.basename(os.path.dirname(os.path.abspath(path)))
+
+
+def _default_run(experiment: str, stage: str) -> Path:
+    return RUNS / experiment / stage
+
+
+# --- the words of a tool ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Request(Generic[T]):
+    """What a tool was asked: the paths, its own config, and the `key=value` words that are another config's."""
+
+    paths: list[Path]
+    config: T
+    others: list[str]
+
+
+def read_request(
+    cls: type[T], words: Sequence[str], usage: str, *, paths: int, takes_others: bool = False
+) -> Request[T]:
+    """From `PATH … key=value …`. Raises ValueError, showing the usage if paths are missing, and as `load` does."""
+    given, rest = list(words[:paths]), words[paths:]
+    if len(given) < paths or any(re.match(r"^[\w.]+=", path) for path in given):
+        raise ValueError(f"usage: vqscale {usage}")
+    others = [word for word in rest if takes_others and word.partition("=")[0] not in field_names(cls)]
+    own = [word for word in rest if word not in others]
+    return Request([Path(path) for path in given], from_words(cls, own), others)
+
+
+# --- what is kept, and compared on resume -----------------------------------------------------------------------------
 
 
 def save(config: Any, path: Path) -> None:
     """Write the resolved config as YAML."""
-    path.write_text(to_yaml(config))
+    path.write_text(to_yaml(config), encoding="utf-8")
 
 
 def to_yaml(config: Any) -> str:
     """The resolved config as YAML."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    return yaml.safe_dump(as_dict(config), sort_keys=False, allow_unicode=True)
 
 
 def as_dict(config: Any) -> dict[str, Any]:
-    """The config as plain JSON types."""
-    return OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[return-value]
-
-
-def from_dict(cls: type[Any], values: dict[str, Any], where: str) -> Any:
-    """A (nested) config dataclass back from `as_dict`. Raises ValueError for unknown keys or wrong types."""
-    node = OmegaConf.create(values)
-    _check_keys(cls, node, where)
-    return OmegaConf.to_object(_merge(OmegaConf.structured(cls), node, where))
-
-
-def from_words(cls: type[Any], words: Sequence[str]) -> Any:
-    """A config dataclass from `key=value` words alone. Raises ValueError as `load` does."""
-    given = _parse_overrides(words)
-    _check_keys(cls, given, "command line")
-    return OmegaConf.to_object(_merge(OmegaConf.structured(cls), given, "command line"))
-
-
-def split_paths(words: Sequence[str], usage: str, count: int) -> tuple[list[str], list[str]]:
-    """(the first `count` words, which are paths; the `key=value` rest). Raises ValueError showing the usage."""
-    paths, rest = list(words[:count]), list(words[count:])
-    if len(paths) < count or any(re.match(r"^[\w.]+=", path) for path in paths):
-        raise ValueError(f"usage: vqscale {usage}")
-    return paths, rest
-
-
-def field_names(cls: Any) -> set[str]:
-    return {f.name for f in dataclasses.fields(cls)}
+    """The config, or the defaults of its class, as plain JSON types."""
+    return dataclasses.asdict(config() if isinstance(config, type) else config)
 
 
 def fingerprint(config: Any) -> str:
@@ -213,7 +324,7 @@ def fingerprint(config: Any) -> str:
     return "sha256:" + hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
 
 
-def flatten(values: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
     """Dotted keys and leaf values."""
     for key, value in values.items():
         if isinstance(value, dict) and value:
@@ -233,43 +344,28 @@ def changes(config: StageConfig, path: Path) -> dict[str, list[str]]:
 
     A key that the saved config does not know yet was at its default then.
     """
-    saved = dict(flatten(OmegaConf.to_container(OmegaConf.load(path))))  # type: ignore[arg-type]
+    saved = {key: _as_saved(type(config), key, text) for key, text in flatten(_read_yaml(path))}
     now, defaults = dict(flatten(as_dict(config))), dict(flatten(as_dict(type(config))))
     saved = {key: defaults.get(key) for key in now} | saved
-    found: dict[str, list[str]] = {"refused": [], "warned": [], "allowed": []}
-    for key in sorted(saved.keys() | now.keys()):
+    differing: dict[str, list[str]] = {"refused": [], "warned": [], "allowed": []}
+    for key in sorted((saved.keys() | now.keys()) - {"experiment"}):  # it only names the default folders
         if saved.get(key) != now.get(key):
-            found[_on_resume(config, key)].append(f"{key}: was {saved.get(key)!r}, now {now.get(key)!r}")
-    return found
+            differing[_on_resume(config, key)].append(f"{key}: was {saved.get(key)!r}, now {now.get(key)!r}")
+    return differing
+
+
+def _as_saved(cls: Any, key: str, text: Any) -> Any:
+    hint = _hint_of(cls, key)
+    try:
+        return text if hint is None else convert(hint, text)
+    except ValueError:  # its range was another then
+        return text
 
 
 def _on_resume(config: StageConfig, key: str) -> str:
     if config.recomputes or _free(type(config), key):
         return "allowed"
     return "warned" if key in config.knobs else "refused"
-
-
-def help_lines(cls: Any, prefix: str = "") -> list[str]:
-    """One line per field: dotted key, default, and the comment beside it in the source."""
-    comments = _comments(cls)
-    lines: list[str] = []
-    for f in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(f.type):
-            lines += help_lines(f.type, f"{prefix}{f.name}.")
-            continue
-        default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default  # type: ignore
-        shown = f"runs/<experiment>/{f.metadata['run_of']}" if "run_of" in f.metadata else f"{default!r}"
-        lines.append(f"  {prefix + f.name + '=' + shown:<44} {comments.get(f.name, '')}".rstrip())
-    return lines
-
-
-def _comments(cls: type[Any]) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for base in reversed(cls.__mro__):
-        if dataclasses.is_dataclass(base):
-            source = inspect.getsource(base)  # type: ignore[arg-type]  # dataclasses are classes
-            found.update(re.findall(r"^    (\w+): [^#\n]*#\s*(.+)$", source, re.MULTILINE))
-    return found
 
 
 def level_names(levels: int) -> list[str]:

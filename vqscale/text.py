@@ -40,6 +40,12 @@ def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode() if acts else character
 
 
+def format_duration(seconds: float) -> str:
+    """2:05:09 for hours, minutes and seconds; 3d 04h from a day on."""
+    days, rest = divmod(int(seconds), 86_400)
+    return f"{days}d {rest // 3600:02d}h" if days else f"{rest // 3600}:{rest // 60 % 60:02d}:{rest % 60:02d}"
+
+
 def markdown(text: str) -> str:
     """As plain text in Markdown: no markup, HTML, link, table cell or line comes from it."""
     return _MARKUP.sub(r"\\\g<0>", printable(text))

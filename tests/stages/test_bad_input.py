@@ -9,6 +9,7 @@ from support.stages import CONFIGS, run_stage
 
 from vqscale import cli
 from vqscale.data.shards import Manifest
+from vqscale.files import SEAL, sealed, write_json
 
 
 def error_of(capsys: pytest.CaptureFixture[str], stage: str, name: str, *overrides: str) -> str:
@@ -105,7 +106,7 @@ def test_collapsed_codes_are_refused(chain: Path, capsys: pytest.CaptureFixture[
     path = chain / "extract_codes" / "train" / "dataset.json"
     found = json.loads(path.read_text())
     found["extra"]["perplexity"]["top"] = 1.2
-    path.write_text(json.dumps(found))
+    write_json(path, sealed({key: value for key, value in found.items() if key != SEAL}))
     line = error_of(capsys, "train_prior", "train_prior_top", "run_dir=again")
     assert "collapsed (perplexity 1.20 of 32)" in line
 
@@ -114,7 +115,7 @@ def test_codes_beyond_the_codebook_are_refused_before_step_0(chain: Path, capsys
     path = chain / "extract_codes" / "train" / "dataset.json"
     found = json.loads(path.read_text())
     found["extra"]["num_codes"] = 16
-    path.write_text(json.dumps(found))
+    write_json(path, sealed({key: value for key, value in found.items() if key != SEAL}))
     line = error_of(capsys, "train_prior", "train_prior_top", "run_dir=again")
     assert "num_codes is 16, but 32 different top codes were counted" in line
     assert not list(Path("again").glob("checkpoints/*"))

@@ -46,7 +46,7 @@ def test_a_prior_is_planned_from_the_experiments_other_configs(capsys: pytest.Ca
     ("words", "line"),
     [
         (["sample.yaml"], "plan takes a trainer's config"),
-        (["train_vqvae.yaml", "strategy=dpp"], "strategy=dpp: there is no such strategy"),
+        (["train_vqvae.yaml", "strategy=dpp"], "strategy=dpp: choose from single, ddp, fsdp"),
         (["train_vqvae.yaml", "world=0"], "world=0: at least 1"),
         (["train_vqvae.yaml", "world=many"], "world=many: a number of ranks"),
         (["train_vqvae.yaml", "world=512"], "512 ranks: global_batch=128 is not divisible by 512 ranks"),

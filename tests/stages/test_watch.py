@@ -49,7 +49,7 @@ def shown(run_dir: Path, *words: str, sleep=None) -> str:
 def test_a_run_at_a_glance(run_dir: Path) -> None:
     text = shown(run_dir, "once=true")
     assert "running" in text and "500 of 1,000 images (50%)" in text and "ddp, 2 x cpu" in text
-    assert "50 images/s" in text and "0 min to go" in text
+    assert "50 images/s" in text and "0:00:10 to go" in text
     rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line.strip()}
     assert rows["loss"] == ["█▁", "2", "4", "2"] and rows["held_out/nll/top"] == ["▁", "2.5", "2.5", "2.5"]
     assert list(rows).index("nll/top") < list(rows).index("held_out/nll/top") < list(rows).index("images_per_second")

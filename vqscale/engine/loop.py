@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +23,15 @@ from vqscale.engine.metric_log import MetricLog, drop_lines_beyond
 from vqscale.engine.optim import Tensors, learning_rate_at
 from vqscale.engine.parallel import Engine, autocast
 from vqscale.engine.skipped import SkippedSteps
+from vqscale.fields import Choice, Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt, Range
 from vqscale.runtime import Run
 from vqscale.stopping import Agreement, Leave
 
 log = logging.getLogger("vqscale")
+Tracker = Annotated[
+    str,
+    Choice("tensorboard", "wandb", "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "trackio"),
+]
 StepFn = Callable[[Any, Batch], tuple[Tensor, Mapping[str, Tensor]]]
 AfterStep = Callable[[bool, float, int], Mapping[str, Tensor]]  # (applied, learning rate, images seen) -> metrics
 
@@ -42,30 +47,30 @@ class FitConfig(ReadsShards):
         "ema_rampup precision compile".split()
     )
 
-    total_images: int = 100_000  # train until this many images were seen
-    global_batch: int = 64  # images per optimizer step, over all ranks
-    micro_batch: int = 0  # the most images a rank holds at once; 0 = no limit
-    precision: str = "fp32"  # fp32 | bf16 (autocast, fp32 weights) | fp64 (debugging)
-    learning_rate: float = 3e-4  # peak
-    warmup_images: int = 0  # linear warm-up
-    schedule: str = "constant"  # constant | cosine
-    final_learning_rate: float = 0.0  # end of the cosine, as a share of the peak
-    beta1: float = 0.9  # AdamW
-    beta2: float = 0.999  # AdamW
-    weight_decay: float = 0.0  # AdamW, on matrices and kernels only
-    max_norm: float = 1.0  # clip the global gradient norm; 0 = off
-    ema_halflife: int = 0  # half-life of the weight EMA in images; 0 = no EMA
-    ema_rampup: float = 0.05  # the half-life is at most this share of images seen
+    total_images: PositiveInt = 100_000  # train until this many images were seen
+    global_batch: PositiveInt = 64  # images per optimizer step, over all ranks
+    micro_batch: NonNegativeInt = 0  # the most images a rank holds at once; 0 = no limit
+    precision: Annotated[str, Choice("fp32", "bf16", "fp64")] = "fp32"  # bf16: autocast, fp32 weights; fp64: debugging
+    learning_rate: NonNegativeFloat = 3e-4  # peak
+    warmup_images: NonNegativeInt = 0  # linear warm-up
+    schedule: Annotated[str, Choice("constant", "cosine")] = "constant"  # of the learning rate
+    final_learning_rate: Fraction = 0.0  # end of the cosine, as a share of the peak
+    beta1: Annotated[float, Range(ge=0, lt=1)] = 0.9  # AdamW
+    beta2: Annotated[float, Range(ge=0, lt=1)] = 0.999  # AdamW
+    weight_decay: NonNegativeFloat = 0.0  # AdamW, on matrices and kernels only
+    max_norm: NonNegativeFloat = 1.0  # clip the global gradient norm; 0 = off
+    ema_halflife: NonNegativeInt = 0  # half-life of the weight EMA in images; 0 = no EMA
+    ema_rampup: NonNegativeFloat = 0.05  # the half-life is at most this share of images seen
     compile: bool = False  # torch.compile the model's units
-    max_skipped_steps: int = 10  # end the run after this many steps in a row without a finite gradient
-    log_every: int = 6_400  # metrics.jsonl and trackers
-    save_every: int = 64_000  # checkpoints
-    evaluate_every: int = 0  # held-out evaluation
-    keep_checkpoints: int = 2  # the newest ones; older are removed once a newer one is committed
-    workers: int = 1  # loader processes per rank
-    shuffle_window: int = 64  # shards that are mixed at a time
-    max_bad_fraction: float = 0.01  # unreadable samples tolerated, as a share of those consumed
-    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])  # names that accelerate knows
+    max_skipped_steps: NonNegativeInt = 10  # end the run after this many steps in a row without a finite gradient
+    log_every: NonNegativeInt = 6_400  # metrics.jsonl and trackers
+    save_every: NonNegativeInt = 64_000  # checkpoints
+    evaluate_every: NonNegativeInt = 0  # held-out evaluation
+    keep_checkpoints: PositiveInt = 2  # the newest ones; older are removed once a newer one is committed
+    workers: NonNegativeInt = 1  # loader processes per rank
+    shuffle_window: PositiveInt = 64  # shards that are mixed at a time
+    max_bad_fraction: Fraction = 0.01  # unreadable samples tolerated, as a share of those consumed
+    trackers: list[Tracker] = field(default_factory=lambda: ["tensorboard"])  # those of accelerate
 
 
 class Loader(Protocol):

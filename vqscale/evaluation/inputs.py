@@ -7,15 +7,17 @@ that names the two inputs that do not fit.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import torch
 
 from vqscale.config import ReadsShards, run_of
 from vqscale.data.shards import Manifest, resolve
 from vqscale.evaluation.classify import ImageClassifier
+from vqscale.evaluation.features import EXTRACTORS
 from vqscale.evaluation.scores import describe_set
 from vqscale.evaluation.statistics import PublishedReference, read_published
+from vqscale.fields import Choice, NonNegativeInt, PathText, PositiveFraction, PositiveInt
 from vqscale.sources import Source, load_prior, load_vqvae
 
 LEVELS = ("top", "middle", "bottom")
@@ -33,38 +35,38 @@ class EvaluateConfig(ReadsShards):
     outputs: ClassVar[tuple[str, ...]] = (
         *("scores.json", "report.html", "samples.png", "nll_by_class.json", "statistics", "bad.jsonl"),
     )
-    samples: str = run_of("sample")  # sample shards, or any data set of images
-    reference: str = run_of("pack")  # real images (the holdout part), or ADM's reference .npz
-    training: str = run_of("pack")  # training images (the train part), for `neighbours`
-    vqvae: str = run_of("train_vqvae")
-    codes: str = run_of("extract_codes")
-    prior_top: str = run_of("train_prior_top")
-    prior_middle: str = run_of("train_prior_middle")
-    prior_bottom: str = run_of("train_prior_bottom")
-    classifier_samples: str = run_of("train_classifier_samples")
-    classifier_reconstructions: str = run_of("train_classifier_reconstructions")
-    classifier_real: str = run_of("train_classifier_real")
+    samples: PathText = run_of("sample")  # sample shards, or any data set of images
+    reference: PathText = run_of("pack")  # real images (the holdout part), or ADM's reference .npz
+    training: PathText = run_of("pack")  # training images (the train part), for `neighbours`
+    vqvae: PathText = run_of("train_vqvae")  # the VQ-VAE: a run or an exported folder
+    codes: PathText = run_of("extract_codes")  # code shards of the VQ-VAE
+    prior_top: PathText = run_of("train_prior_top")  # the prior of the top level
+    prior_middle: PathText = run_of("train_prior_middle")  # the prior of the middle level
+    prior_bottom: PathText = run_of("train_prior_bottom")  # the prior of the bottom level
+    classifier_samples: PathText = run_of("train_classifier_samples")  # learned from samples, for CAS
+    classifier_reconstructions: PathText = run_of("train_classifier_reconstructions")  # learned from reconstructions
+    classifier_real: PathText = run_of("train_classifier_real")  # learned from real images, for CAS and rejection
     metrics: list[str] = field(default_factory=list)  # keys of scores.json without the level; [] = all possible
-    extractor: str = "lite0"  # lite0 | inception | vgg16 (precision and recall as first published)
-    weights: str = ""  # path of the extractor's weights; needed for inception and vgg16
-    vgg16_weights: str = ""  # path of torchvision's VGG16, for LPIPS
+    extractor: Annotated[str, Choice(*EXTRACTORS)] = "lite0"  # vgg16: for precision and recall as first published
+    weights: PathText = ""  # path of the extractor's weights; needed for inception and vgg16
+    vgg16_weights: PathText = ""  # path of torchvision's VGG16, for LPIPS
     allow_unverified_weights: bool = False  # use weights of unknown sha256, and mark every number
-    weights_kind: str = ""  # ema | raw; "" = ema if there is one
-    checkpoint: int = 0  # of the VQ-VAE, in images seen; 0 = the last checkpoint of a finished run
-    batch: int = 64  # images at a time and rank
-    workers: int = 1  # loader processes per rank
-    reference_images: int = 0  # at most so many reference images; 0 = all
-    neighbours: int = 0  # show so many samples beside their nearest training images, those that are closest
-    training_images: int = 0  # look among the first so many training images; 0 = all, at most 50,000
-    nll_images: int = 0  # at most so many held-out code samples; 0 = all
-    nll_train_images: int = 0  # also the NLL of so many training samples
+    weights_kind: Annotated[str, Choice("", "ema", "raw")] = ""  # "" = ema if there is one
+    checkpoint: NonNegativeInt = 0  # of the VQ-VAE, in images seen; 0 = the last checkpoint of a finished run
+    batch: PositiveInt = 64  # images at a time and rank
+    workers: NonNegativeInt = 1  # loader processes per rank
+    reference_images: NonNegativeInt = 0  # at most so many reference images; 0 = all
+    neighbours: NonNegativeInt = 0  # show so many samples beside their nearest training images, those that are closest
+    training_images: NonNegativeInt = 0  # look among the first so many training images; 0 = all, at most 50,000
+    nll_images: NonNegativeInt = 0  # at most so many held-out code samples; 0 = all
+    nll_train_images: NonNegativeInt = 0  # also the NLL of so many training samples
     shuffled_conditioning: bool = True  # also the NLL with shuffled classes and shuffled upper codes
-    acceptance: list[float] = field(default_factory=lambda: list(ACCEPTANCE_RATES))  # of rejection; [] = no curve
-    kid_subset_size: int = 1_000  # as in torch-fidelity; another size is not comparable with papers
-    num_reconstructions: int = 12  # shown in the report and the picture
-    samples_shown: int = 10  # per class, in the report and the picture
-    classes_shown: int = 20  # at most so many classes there
-    picture: str = ""  # also write the labelled grid here; "" = samples.png in the run directory
+    acceptance: list[PositiveFraction] = field(default_factory=lambda: list(ACCEPTANCE_RATES))  # of rejection
+    kid_subset_size: PositiveInt = 1_000  # as in torch-fidelity; another size is not comparable with papers
+    num_reconstructions: NonNegativeInt = 12  # shown in the report and the picture
+    samples_shown: NonNegativeInt = 10  # per class, in the report and the picture
+    classes_shown: NonNegativeInt = 20  # at most so many classes there
+    picture: PathText = ""  # also write the labelled grid here; "" = samples.png in the run directory
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,13 @@ Legend: b batch, f width of features, k classes, c channels, h w grid.
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from vqscale.fields import Choice, PositiveInt, Range
 
 NETWORKS = ("small", "resnet50", "linear")
 _RELU_GAIN = math.sqrt(2)  # He et al. 2015, equation 10
@@ -22,11 +25,11 @@ _GROUPS = 32  # of channels; Wu and He 2018
 
 @dataclass(frozen=True)
 class ClassifierConfig:
-    network: str = "small"  # small (to about 64 px) | resnet50 (256 px) | linear (on the features of `features=`)
-    hidden: int = 64  # small: channels of the first stage, doubled in each later one
-    stages: int = 3  # small: each halves the picture, the first excepted
-    blocks: int = 2  # small: residual blocks per stage
-    stem_stride: int = 1  # small: 2 halves the picture before the first stage
+    network: Annotated[str, Choice(*NETWORKS)] = "small"  # small: up to 64 px; resnet50: 256; linear: features
+    hidden: Annotated[int, Range(ge=2)] = 64  # small: channels of the first stage, doubled in each later one
+    stages: PositiveInt = 3  # small: each halves the picture, the first excepted
+    blocks: PositiveInt = 2  # small: residual blocks per stage
+    stem_stride: PositiveInt = 1  # small: 2 halves the picture before the first stage
 
     def __post_init__(self) -> None:
         if self.network not in NETWORKS:

@@ -8,7 +8,7 @@ Legend: b batch, h w grid, k codes, c hidden, e conditioning.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from einops import rearrange
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
+from vqscale.fields import Choice, Fraction, NonNegativeInt, PositiveInt, Range
 from vqscale.models.causal import CachedBlock, CachedLinear, CheckpointableBlock, ConditioningBlock, Key, normalise
 from vqscale.models.dropout import drop_labels
 
@@ -33,21 +34,21 @@ def _pixelcnn_only(default: Any) -> Any:
 class PriorConfig:
     """Size and shape of one prior. The grid, K and the classes come from the data, not from here."""
 
-    kind: str = "pixelcnn"  # pixelcnn | transformer; keys of the pixelcnn alone are refused by the other
-    hidden: int = 128  # channels: of both streams of the pixelcnn, of the transformer's tokens
-    residual: int = 128  # channels inside a block: the width of the gate, pixelcnn's or SwiGLU's
-    layers: int = 6  # gated blocks, or transformer blocks
-    attention_every: int = _pixelcnn_only(0)  # a causal self-attention block after every so many gated blocks; 0 = none
-    heads: int = 8  # heads of attention; divides hidden
-    filter: int = _pixelcnn_only(5)  # kernel size k, odd: (k // 2 + 1) x k taps above, k // 2 + 1 taps to the left
-    dropout: float = 0.0  # after each residual branch, attention's among them
-    output_layers: int = _pixelcnn_only(2)  # residual 1x1 blocks between the last gated block and the logits
-    output_residual: int = _pixelcnn_only(0)  # channels inside those; 0 = hidden
-    conditioning_layers: int = 4  # residual blocks over the codes of the levels above; not built for the top level
-    conditioning_hidden: int = 0  # channels of that stack; 0 = hidden
-    conditioning_filter: int = 3  # its kernel size, odd
-    class_dim: int = _pixelcnn_only(128)  # width of the class embedding; the transformer's is a token of width hidden
-    class_dropout: float = 0.0  # share of training samples that lose their class, for classifier-free guidance
+    kind: Annotated[str, Choice("pixelcnn", "transformer")] = "pixelcnn"  # each refuses the other's keys
+    hidden: PositiveInt = 128  # channels: of both streams of the pixelcnn, of the transformer's tokens
+    residual: PositiveInt = 128  # channels inside a block: the width of the gate, pixelcnn's or SwiGLU's
+    layers: PositiveInt = 6  # gated blocks, or transformer blocks
+    attention_every: NonNegativeInt = _pixelcnn_only(0)  # gated blocks per causal self-attention block; 0 = none
+    heads: PositiveInt = 8  # heads of attention; divides hidden
+    filter: PositiveInt = _pixelcnn_only(5)  # kernel size k, odd: (k // 2 + 1) x k taps above, k // 2 + 1 left
+    dropout: Annotated[float, Range(ge=0, lt=1)] = 0.0  # after each residual branch, attention's among them
+    output_layers: NonNegativeInt = _pixelcnn_only(2)  # residual 1x1 blocks between the last gated block and the logits
+    output_residual: NonNegativeInt = _pixelcnn_only(0)  # channels inside those; 0 = hidden
+    conditioning_layers: NonNegativeInt = 4  # residual blocks over the codes of the levels above, if there are any
+    conditioning_hidden: NonNegativeInt = 0  # channels of that stack; 0 = hidden
+    conditioning_filter: PositiveInt = 3  # its kernel size, odd
+    class_dim: PositiveInt = _pixelcnn_only(128)  # width of the class embedding; the transformer's is hidden
+    class_dropout: Fraction = 0.0  # share of training samples that lose their class, for classifier-free guidance
     activation_checkpointing: bool = False  # recompute each block in backward: less memory, a third more time
 
 

@@ -11,7 +11,7 @@ Legend: b batch, d code dimension, h w grid, k codes, c = h w cells of an image;
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from vqscale.fields import Choice, NonNegativeFloat, NonNegativeInt, PositiveInt, Range
 from vqscale.models.codebook import choose_restarts, draw_pool, nearest_codes, perplexity, pick_candidates
 
 AllReduce = Callable[[Tensor], object]  # sums a tensor in place over all ranks
@@ -30,13 +31,13 @@ _ADAM_BETAS, _ADAM_EPS = (0.9, 0.999), 1e-8  # Kingma & Ba 2015, the defaults of
 
 @dataclass(frozen=True)
 class QuantizerConfig:
-    num_codes: int = 512  # K
-    code_dim: int = 64  # D
-    codebook: str = "ema"  # ema: moving averages (2017, appendix A.1) | gradient: the codebook loss (2017, equation 3)
-    decay: float = 0.99  # gamma of the moving averages
-    decay_warmup: int = 10  # w: gamma is at most (1 + t) / (w + t) in update t, while encoder vectors move fast
-    commitment: float = 0.25  # beta
-    restart_below: float = 0.1  # a code used less than this share of the mean code's use is replaced; 0 = never
+    num_codes: Annotated[int, Range(ge=2, le=65536)] = 512  # K
+    code_dim: PositiveInt = 64  # D
+    codebook: Annotated[str, Choice("ema", "gradient")] = "ema"  # 2017: appendix A.1 or equation 3
+    decay: Annotated[float, Range(ge=0, lt=1)] = 0.99  # gamma of the moving averages
+    decay_warmup: NonNegativeInt = 10  # w: gamma is at most (1 + t) / (w + t) in update t, for fast early learning
+    commitment: NonNegativeFloat = 0.25  # beta
+    restart_below: Annotated[float, Range(ge=0, lt=1)] = 0.1  # of the mean use: codes below it are replaced; 0 = never
 
     def __post_init__(self) -> None:
         if self.num_codes < 2 or self.num_codes > 65536:

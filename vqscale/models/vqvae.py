@@ -19,7 +19,7 @@ first.
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vqscale.config import level_names
+from vqscale.fields import NonNegativeInt, Range
 from vqscale.models.codebook import addressed_cells, fit_codebook, sample_size
 from vqscale.models.quantizer import AllReduce, Quantized, QuantizerConfig, VectorQuantizer, update_quantizers
 from vqscale.seeding import key_of, mix
@@ -38,10 +39,10 @@ _RELU_GAIN = math.sqrt(2)  # He et al. 2015, equation 10
 
 @dataclass(frozen=True)
 class VQVAEConfig:
-    hidden: int = 128  # channels of encoders and decoders
-    residual_hidden: int = 64  # channels inside a residual block
-    residual_layers: int = 2  # residual blocks in each encoder and decoder
-    downsample: list[int] = field(default_factory=lambda: [4, 2])  # bottom first, each from the grid below it
+    hidden: Annotated[int, Range(ge=2)] = 128  # channels of encoders and decoders
+    residual_hidden: Annotated[int, Range(ge=2)] = 64  # channels inside a residual block
+    residual_layers: NonNegativeInt = 2  # residual blocks in each encoder and decoder
+    downsample: list[Annotated[int, Range(ge=2)]] = field(default_factory=lambda: [4, 2])  # bottom level first
     quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
     activation_checkpointing: bool = False  # recompute residual blocks in the backward pass to save memory
     rectified_skip: bool = False  # residual blocks add to ReLU(x), not to x: some imported checkpoints need it

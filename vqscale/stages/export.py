@@ -16,16 +16,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jinja2
 from markupsafe import Markup
 
 from vqscale import config as configs
+from vqscale.config import Request, read_request
 from vqscale.data.shards import Manifest, resolve
 from vqscale.evaluation.figures import metrics_of_run
 from vqscale.evaluation.report import format_value, with_unit
 from vqscale.evaluation.scores import METRICS, Score, is_of_curve, metric_of
+from vqscale.fields import Choice, NonNegativeInt
 from vqscale.files import read_json, write_atomically
 from vqscale.models.pretrained import save_pretrained
 from vqscale.sources import Source, load_any
@@ -41,8 +43,8 @@ _LEVELS = configs.level_names(3)
 class ExportConfig:
     """Which weights, and what the card cannot know."""
 
-    weights_kind: str = ""  # ema | raw; "" = ema if there is one
-    checkpoint: int = 0  # of one run: images seen; 0 = the last checkpoint of a done run
+    weights_kind: Annotated[str, Choice("", "ema", "raw")] = ""  # "" = ema if there is one
+    checkpoint: NonNegativeInt = 0  # of one run: images seen; 0 = the last checkpoint of a done run
     licence: str = ""  # of the weights, e.g. cc0-1.0; the card says where there is none
     about: str = ""  # a line of Markdown for the card: what the images are, where they come from
 
@@ -50,17 +52,9 @@ class ExportConfig:
 Config = ExportConfig
 
 
-@dataclass(frozen=True)
-class Request:
-    run_dir: Path
-    out_dir: Path
-    config: ExportConfig
-
-
-def load(words: Sequence[str]) -> Request:
-    """From `RUN_DIR OUT_DIR key=value …`. Raises ValueError as `config.from_words` does."""
-    (run_dir, out_dir), rest = configs.split_paths(words, f"export {USAGE}", 2)
-    return Request(Path(run_dir), Path(out_dir), configs.from_words(ExportConfig, rest))
+def load(words: Sequence[str]) -> Request[ExportConfig]:
+    """From `RUN_DIR OUT_DIR key=value …`; see `read_request`."""
+    return read_request(ExportConfig, words, f"export {USAGE}", paths=2)
 
 
 @dataclass(frozen=True)
@@ -96,13 +90,13 @@ class Exported:
         return f"prior of the {description['level']} codes, {height}x{width}, K = {description['num_codes']}"
 
 
-def main(request: Request) -> None:
+def main(request: Request[ExportConfig]) -> None:
     """Write the folders. Raises ValueError for a run that is not done, FileNotFoundError where there is none."""
-    config, out = request.config, request.out_dir
-    runs = trained_runs(request.run_dir)
-    alone = runs == [request.run_dir]
+    config, (run_dir, out) = request.config, request.paths
+    runs = trained_runs(run_dir)
+    alone = runs == [run_dir]
     if config.checkpoint and not alone:
-        raise ValueError(f"checkpoint={config.checkpoint} is of one run, but {request.run_dir} holds {len(runs)}")
+        raise ValueError(f"checkpoint={config.checkpoint} is of one run, but {run_dir} holds {len(runs)}")
     sources = [load_any(run, weights_kind=config.weights_kind, checkpoint=config.checkpoint) for run in runs]
     models = [Exported(source, "." if alone else Exported(source, "").role) for source in sources]
     for folder in {out, *(out / one.folder for one in models)}:  # all is checked before the first is written

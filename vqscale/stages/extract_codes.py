@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from vqscale.data.codes import CodeReader, pack_codes
 from vqscale.data.images import ImageReader, to_float
 from vqscale.data.sequential import read_shard_blocks
 from vqscale.data.shards import Manifest, ShardIndex, ShardInfo, ShardWriter, resolve, shard_info
+from vqscale.fields import Choice, NonNegativeInt, PathText, PositiveInt
 from vqscale.files import read_json, write_json
 from vqscale.models.codebook import perplexity
 from vqscale.sources import Source, load_vqvae
@@ -30,13 +31,13 @@ class ExtractCodesConfig(ReadsShards):
 
     outputs: ClassVar[tuple[str, ...]] = ("train", "holdout", "bad.jsonl")
 
-    data: str = run_of("pack")
-    vqvae: str = run_of("train_vqvae")
-    checkpoint: int = 0  # images seen; 0 = the last checkpoint of a finished run
-    weights_kind: str = ""  # ema | raw; "" = ema if there is one
+    data: PathText = run_of("pack")  # images: packed or indexed
+    vqvae: PathText = run_of("train_vqvae")  # the VQ-VAE: a run or an exported folder
+    checkpoint: NonNegativeInt = 0  # images seen; 0 = the last checkpoint of a finished run
+    weights_kind: Annotated[str, Choice("", "ema", "raw")] = ""  # "" = ema if there is one
     flips: bool = True  # also encode the mirrored image, as a second view
-    block: int = 64  # images encoded at a time; part of what makes the bytes reproducible
-    workers: int = 1  # loader processes per rank
+    block: PositiveInt = 64  # images encoded at a time; part of what makes the bytes reproducible
+    workers: NonNegativeInt = 1  # loader processes per rank
 
 
 Config = ExtractCodesConfig

@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from tqdm import tqdm
@@ -24,6 +24,7 @@ from vqscale.data.shards import INDEX_SUFFIX, MANIFEST, Manifest, ShardIndex, Sh
 from vqscale.data.specs import expand_spec
 from vqscale.data.tarindex import index_tar
 from vqscale.data.verify import verify_shard
+from vqscale.fields import Choice, NonNegativeInt, PathText
 from vqscale.files import sha256_of
 from vqscale.text import redact_url
 
@@ -37,14 +38,14 @@ class IndexConfig(StageConfig):
 
     outputs: ClassVar[tuple[str, ...]] = ("train", "holdout")
 
-    source: str = ""  # data-{000000..000128}.tar, a URL of that form (http, https, s3, gs), a glob or a folder of tars
-    holdout: str = ""  # the same, for held-out tars
-    labels: str = "cls"  # cls: the number in each sample's .cls part; none: one class for all
-    classes_from: str = ""  # a data set whose class names to use; else the classes are named by their numbers
-    resolution: int = 0  # readers crop and resize the images to this size; 0 = unknown, and trainers refuse it
+    source: PathText = ""  # data-{000000..000128}.tar, such a URL (http, https, s3, gs), a glob or a folder of tars
+    holdout: PathText = ""  # the same, for held-out tars
+    labels: Annotated[str, Choice("cls", "none")] = "cls"  # cls: each sample's .cls part; none: one class for all
+    classes_from: PathText = ""  # a data set whose class names to use; else the classes are named by their numbers
+    resolution: NonNegativeInt = 0  # size to which readers crop and resize; 0 = unknown, which trainers refuse
     verify: bool = False  # read everything again and compare sha256 and crc32
     allow_pipe: bool = False  # let a source `pipe:COMMAND` run the command
-    workers: int = 0  # processes; 0 = one per core; remote tars may take more
+    workers: NonNegativeInt = 0  # processes; 0 = one per core; remote tars may take more
 
 
 Config = IndexConfig

@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from tqdm import tqdm
@@ -33,6 +33,7 @@ from vqscale.data.listing import (
 from vqscale.data.packing import Encoding, ShardJob, finished, pack_shard, read_bad, write_bad
 from vqscale.data.processes import run_jobs
 from vqscale.data.shards import Manifest, ShardInfo, resolve
+from vqscale.fields import Choice, Fraction, NonNegativeInt, PathText, PositiveInt, Range
 from vqscale.files import read_json, write_json
 
 log = logging.getLogger("vqscale")
@@ -47,18 +48,18 @@ class PackConfig(StageConfig):
 
     outputs: ClassVar[tuple[str, ...]] = ("train", "holdout", "bad", "bad.jsonl", "source.json")
 
-    source: str = "drawn"  # a folder of images (classes in sub-folders), of IDX files or CIFAR-10 batches | drawn
-    labels: str = ""  # a file of lines `filename class`, for a flat folder (of source, or of holdout)
+    source: PathText = "drawn"  # a folder of images (classes in sub-folders), of IDX files or CIFAR-10 batches | drawn
+    labels: PathText = ""  # a file of lines `filename class`, for a flat folder (of source, or of holdout)
     class_names: list[str] = field(default_factory=list)  # of IDX files, which have numbers alone
-    classes_from: str = ""  # a data set whose class names and numbers to use
-    resolution: int = 64  # pixels: shorter side resized, centre cropped
-    format: str = ""  # png | jpg; default png up to 128 pixels, else jpg
-    quality: int = 95  # of jpg
-    holdout: str = "0.05"  # a fraction by key | every:20 | a folder | test (of IDX files, of CIFAR-10)
-    samples_per_shard: int = 1000  # at most
-    num_drawn: int = 20000  # images, for source=drawn
-    max_bad_fraction: float = 0.01  # of images that may fail to decode; at least 1 may, unless it is 0
-    workers: int = 0  # processes; 0 = one per core
+    classes_from: PathText = ""  # a data set whose class names and numbers to use
+    resolution: PositiveInt = 64  # pixels: shorter side resized, centre cropped
+    format: Annotated[str, Choice("", "png", "jpg")] = ""  # default png up to 128 pixels, else jpg
+    quality: Annotated[int, Range(ge=1, le=100)] = 95  # of jpg
+    holdout: PathText = "0.05"  # a fraction by key | every:20 | a folder | test (of IDX files, of CIFAR-10)
+    samples_per_shard: PositiveInt = 1000  # at most
+    num_drawn: PositiveInt = 20000  # images, for source=drawn
+    max_bad_fraction: Fraction = 0.01  # of images that may fail to decode; at least 1 may, unless it is 0
+    workers: NonNegativeInt = 0  # processes; 0 = one per core
 
 
 Config = PackConfig

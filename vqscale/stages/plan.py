@@ -5,9 +5,9 @@ are taken from the experiment's other configs and said to be assumed.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from vqscale.config import local_batching
 from vqscale.data.shards import Manifest, resolve
 from vqscale.engine.footprint import bytes_per_rank, gathered_bytes, profile_step, sent_per_step
 from vqscale.engine.loop import FitConfig
+from vqscale.fields import Choice, NonNegativeInt, PositiveFloat, PositiveInt
 from vqscale.sources import build
 from vqscale.stages import pack, train_prior, train_vqvae
 from vqscale.topology import STRATEGIES
@@ -30,13 +31,13 @@ _GIB, _DAY = 1 << 30, 86_400
 class PlanConfig:
     """What is asked of the plan; every other key is the trainer's own."""
 
-    world: Any = field(default_factory=lambda: [8, 64, 512, 1024])  # ranks: a number or a list
-    strategy: str = "fsdp"  # single | ddp | fsdp | hsdp | zero1 | zero2 | zero3
-    ranks_per_node: int = 8  # hsdp shards within a node
-    tflops: float = 200.0  # TFLOP/s that a rank computes with
-    gb_per_s: float = 25.0  # GB/s that a rank sends at
-    resolution: int = 0  # pixels; 0 = the data set's, or the experiment's pack.yaml's
-    classes: int = 1000  # where there is no data set yet
+    world: str | list[str] = "8,64,512,1024"  # ranks: a number or several
+    strategy: Annotated[str, Choice(*STRATEGIES)] = "fsdp"  # as in launch/
+    ranks_per_node: PositiveInt = 8  # hsdp shards within a node
+    tflops: PositiveFloat = 200.0  # TFLOP/s that a rank computes with
+    gb_per_s: PositiveFloat = 25.0  # GB/s that a rank sends at
+    resolution: NonNegativeInt = 0  # pixels; 0 = the data set's, or the experiment's pack.yaml's
+    classes: PositiveInt = 1000  # where there is no data set yet
 
 
 Config = PlanConfig
@@ -57,17 +58,12 @@ def load(words: Sequence[str]) -> Request:
 
     Raises ValueError for a file of another stage, and as `config.load` does.
     """
-    (path,), words = configs.split_paths(words, f"plan {USAGE}", 1)
-    own = configs.field_names(PlanConfig)
-    mine = [word for word in words if word.split("=")[0] in own]
-    plan: PlanConfig = configs.from_words(PlanConfig, mine)
-    if plan.strategy not in STRATEGIES:
-        raise ValueError(f"strategy={plan.strategy}: there is no such strategy; choose from {', '.join(STRATEGIES)}")
+    asked = configs.read_request(PlanConfig, words, f"plan {USAGE}", paths=1, takes_others=True)
+    (path,) = asked.paths
     for module in (train_vqvae, train_prior):
         stage = module.__name__.rpartition(".")[2]
-        if Path(path).stem.startswith(stage):
-            rest = [word for word in words if word not in mine]
-            return Request(plan, stage, configs.load(module.Config, path, rest), Path(path))
+        if path.stem.startswith(stage):
+            return Request(asked.config, stage, configs.load(module.Config, path, asked.others), path)
     raise ValueError(f"{path}: plan takes a trainer's config, train_vqvae*.yaml or train_prior*.yaml")
 
 
@@ -102,7 +98,7 @@ def lines(request: Request) -> list[str]:
     return [*head, *_table(columns), *refused]
 
 
-def _worlds(asked: Any) -> list[int]:
+def _worlds(asked: str | list[str]) -> list[int]:
     """Raises ValueError for what is no number of ranks."""
     try:
         worlds = [int(part) for part in (asked if isinstance(asked, list) else str(asked).split(","))]
@@ -157,10 +153,10 @@ def column(request: Request, description: dict[str, Any], model: Any, world: int
 
 def _table(columns: list[dict[str, Any]]) -> list[str]:
     rows = [key for key in columns[0] if key != "flops per image"]
-    return [f"{row:<28}" + "".join(f"{_shown(column[row]):>14}" for column in columns) for row in rows]
+    return [f"{row:<28}" + "".join(f"{_cell(column[row]):>14}" for column in columns) for row in rows]
 
 
-def _shown(value: Any) -> str:
+def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.4g}" if value < 1_000 else f"{value:,.0f}"
     return f"{value:,}" if isinstance(value, int) else str(value)

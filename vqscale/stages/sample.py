@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from vqscale.data.parts import read_samples
 from vqscale.data.shards import Manifest, ShardInfo, ShardWriter, shard_info
 from vqscale.evaluation.classify import CLASS_PROBABILITY, ImageClassifier
 from vqscale.evaluation.features import NEED_A_PATH
+from vqscale.fields import Choice, NonNegativeFloat, NonNegativeInt, PathText, PositiveFraction, PositiveInt
 from vqscale.models.sampling import sample_codes
 from vqscale.sources import Source, build, load_prior, load_vqvae
 
@@ -33,24 +34,24 @@ class SampleConfig(StageConfig):
 
     outputs: ClassVar[tuple[str, ...]] = ("[0-9]*.tar", "[0-9]*.index.safetensors", "dataset.json", "grid.png")
 
-    vqvae: str = run_of("train_vqvae")
-    prior_top: str = run_of("train_prior_top")
-    prior_middle: str = run_of("train_prior_middle")
-    prior_bottom: str = run_of("train_prior_bottom")
-    rejection: str = "none"  # a classifier of real images: store with each sample how likely it finds its class
-    weights: str = ""  # path of the weights of the network below that classifier, where it needs one
-    weights_kind: str = ""  # ema | raw; "" = ema if there is one
-    classes: Any = "all"  # all, or a list of class names or indices
-    samples_per_class: int = 10  # how many of each
-    temperature: dict[str, float] = field(default_factory=dict)  # per level, e.g. {top: 0.95}; 1 = as trained
-    temperature_end: dict[str, float] = field(default_factory=dict)  # per level: of its last code; see docs/priors.md
-    top_k: dict[str, int] = field(default_factory=dict)  # per level: draw among the k likeliest codes; 0 = all
-    top_p: dict[str, float] = field(default_factory=dict)  # per level: among the likeliest of this total mass; 1 = all
-    guidance: dict[str, float] = field(default_factory=dict)  # per level: classifier-free guidance weight; 0 = off
-    precision: str = "fp32"  # of the priors' arithmetic: fp32 | bf16, where the hardware has it; decoding is in fp32
-    batch: int = 32  # samples drawn at a time, one block of consecutive ids
-    blocks_per_shard: int = 8  # blocks in one shard
-    grid_columns: int = 10  # samples per class in grid.png
+    vqvae: PathText = run_of("train_vqvae")  # the VQ-VAE: a run or an exported folder
+    prior_top: PathText = run_of("train_prior_top")  # the prior of the top level, if there is such a level
+    prior_middle: PathText = run_of("train_prior_middle")  # the prior of the middle level, if there is such a level
+    prior_bottom: PathText = run_of("train_prior_bottom")  # the prior of the bottom level, if there is such a level
+    rejection: PathText = "none"  # a classifier of real images: store with each sample how likely it finds its class
+    weights: PathText = ""  # path of the weights of the network below that classifier, where it needs one
+    weights_kind: Annotated[str, Choice("", "ema", "raw")] = ""  # "" = ema if there is one
+    classes: str | list[str] = "all"  # all, or a list of class names or indices
+    samples_per_class: PositiveInt = 10  # how many of each
+    temperature: dict[str, NonNegativeFloat] = field(default_factory=dict)  # by level: {top: 0.95}; 1 = as trained
+    temperature_end: dict[str, NonNegativeFloat] = field(default_factory=dict)  # of the last code; see docs/priors.md
+    top_k: dict[str, NonNegativeInt] = field(default_factory=dict)  # among the k likeliest codes; 0 = all
+    top_p: dict[str, PositiveFraction] = field(default_factory=dict)  # among the likeliest of this mass; 1 = all
+    guidance: dict[str, NonNegativeFloat] = field(default_factory=dict)  # classifier-free guidance weight; 0 = off
+    precision: Annotated[str, Choice("fp32", "bf16")] = "fp32"  # of the priors; decoding is in fp32
+    batch: PositiveInt = 32  # samples drawn at a time, one block of consecutive ids
+    blocks_per_shard: PositiveInt = 8  # blocks in one shard
+    grid_columns: PositiveInt = 10  # samples per class in grid.png
 
 
 Config = SampleConfig
@@ -155,10 +156,11 @@ def chosen_classes(asked: Any, classes: list[str]) -> list[int]:
         return list(range(len(classes)))
     found = []
     for one in asked if isinstance(asked, list) else [asked]:
-        if str(one) in classes:
-            found.append(classes.index(str(one)))
-        elif isinstance(one, int) and 0 <= one < len(classes):
-            found.append(one)
+        text = str(one)
+        if text in classes:
+            found.append(classes.index(text))
+        elif text in (indices := [str(index) for index in range(len(classes))]):
+            found.append(indices.index(text))
         else:
             raise ValueError(f"classes: {one!r} is no class name of the {len(classes)}, and no index below that")
     return found

@@ -17,9 +17,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from vqscale import config as configs
+from vqscale.config import RUNS, Request, peek, read_request
+from vqscale.fields import PositiveInt
 from vqscale.files import read_json
 from vqscale.runtime import read_status
+from vqscale.text import format_duration
 
 USAGE = "[RUNS | RUN | CONFIG | CONFIGS] [key=value ...]"
 _ABSENT = "the program did not begin"
@@ -38,62 +40,52 @@ class StatusConfig:
     """What is asked about the runs."""
 
     show: str = ""  # columns such as run_dir,state: tab-separated values, - for none, a line per run; "" = a table
-    restarts: int = 3  # starts in a row without progress after which a run is given up
+    restarts: PositiveInt = 3  # starts in a row without progress after which a run is given up
 
 
 Config = StatusConfig
 
 
-@dataclass(frozen=True)
-class Request:
-    """What is asked, of which folder or config; `overrides` are the config's."""
-
-    status: StatusConfig
-    path: Path
-    overrides: list[str]
-
-
-def load(words: Sequence[str]) -> Request:
+def load(words: Sequence[str]) -> Request[StatusConfig]:
     """From `[RUNS] [show=…]`, or `CONFIGS [key=value …] [show=…]` for the runs of a config or of a folder of configs.
 
     Raises ValueError for an unknown column.
     """
-    own = configs.field_names(StatusConfig)
-    mine = [word for word in words if word.split("=")[0] in own]
-    path, *overrides = [word for word in words if word not in mine] or [str(configs.RUNS)]
-    status: StatusConfig = configs.from_words(StatusConfig, mine)
-    if unknown := [name for name in _shown(status) if name not in COLUMNS]:
+    if not words or "=" in words[0]:
+        words = [str(RUNS), *words]
+    request = read_request(StatusConfig, words, f"status {USAGE}", paths=1, takes_others=True)
+    if unknown := [name for name in _columns(request.config) if name not in COLUMNS]:
         raise ValueError(f"show={unknown[0]}: there is no such column; choose from {', '.join(COLUMNS)}")
-    return Request(status, Path(path), overrides)
+    return request
 
 
-def main(request: Request) -> None:
+def main(request: Request[StatusConfig]) -> None:
     """Print what was asked for. Raises FileNotFoundError where there is no such folder."""
     runs = runs_of(request)
-    if shown := _shown(request.status):
+    if columns := _columns(request.config):
         for run in runs:
-            print("\t".join(COLUMNS[name](run) or "-" for name in shown))
+            print("\t".join(COLUMNS[name](run) or "-" for name in columns))
         return
-    Console(width=None if os.isatty(1) else 160).print(_table(runs, request.path))
+    Console(width=None if os.isatty(1) else 160).print(_table(runs, request.paths[0]))
     for run in runs:
         if run.state == "failed":
             print(f"{run.run_dir} failed: {run.reason}; read {run.log}")
 
 
-def runs_of(request: Request) -> list["State"]:
+def runs_of(request: Request[StatusConfig]) -> list["State"]:
     """In the order of the pipeline; of a config also the run that has not begun."""
-    jobs, path, status = _queue(), request.path, request.status
+    jobs, (path,), status = _queue(), request.paths, request.config
     given = [path] if path.suffix == ".yaml" else [] if _is_run(path) else list(path.glob("*.yaml"))
-    asked = [(file.stem, configs.peek(file, request.overrides)) for file in given]
-    runs = [State(Path(a["run_dir"]), jobs, status, name, a.get("total_images", 0)) for name, a in asked]
-    if request.overrides and not given:
-        raise ValueError(f"{request.overrides[0]}: {path} has no configs, and only a config can be overridden")
+    asked = [(file.stem, peek(file, request.others)) for file in given]
+    runs = [State(Path(run.run_dir), jobs, status, name, run.total_images) for name, run in asked]
+    if request.others and not given:
+        raise ValueError(f"{request.others[0]}: {path} has no configs, and only a config can be overridden")
     if not runs and not path.is_dir():
         raise FileNotFoundError(f"there is no folder {path}: status takes a folder of runs, a run, or a config")
     return _in_order(runs or [State(found, jobs, status) for found in _runs_in(path)])
 
 
-def _shown(status: StatusConfig) -> list[str]:
+def _columns(status: StatusConfig) -> list[str]:
     return [name for name in status.show.split(",") if name]
 
 
@@ -154,7 +146,7 @@ class State:
 
     def _saved_total(self) -> int:
         saved = self.run_dir / "config.yaml"
-        return int(configs.peek(saved).get("total_images", 0)) if saved.is_file() else 0
+        return peek(saved).total_images if saved.is_file() else 0
 
     def _judge(self) -> tuple[str, str]:
         state, reason = self._written.get("state", ""), str(self._written.get("reason", ""))
@@ -252,13 +244,6 @@ def _tail(path: Path) -> Iterator[dict[str, Any]]:
             yield value
 
 
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return ""
-    days, rest = divmod(int(seconds), 86_400)
-    return f"{days}d {rest // 3600:02d}h" if days else f"{rest // 3600}:{rest // 60 % 60:02d}:{rest % 60:02d}"
-
-
 def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
@@ -270,7 +255,7 @@ COLUMNS: dict[str, Callable[[State], str]] = {
     "images_seen": lambda run: str(run.images_seen),
     "total_images": lambda run: str(run.total or ""),
     "images_per_second": lambda run: _number(run.last.get("images_per_second"), ".1f"),
-    "eta": lambda run: _duration(run.eta),
+    "eta": lambda run: "" if run.eta is None else format_duration(run.eta),
     "restarts": lambda run: str(run._command.get("restarts", "")),
     "loss": lambda run: _number(run.last.get("loss"), ".4f"),
     "job": lambda run: run.job,

@@ -6,7 +6,7 @@ Razavi et al. 2019, section 4.2.2); trained on real images it is what rejection 
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,8 @@ from vqscale.data.images import ImageReader
 from vqscale.data.shards import Manifest, resolve
 from vqscale.engine.loop import FitConfig, StepFn
 from vqscale.evaluation.classify import accuracy, hits, network_input, reconstructed
-from vqscale.evaluation.features import WIDTHS, Extractor, load_extractor
+from vqscale.evaluation.features import EXTRACTORS, WIDTHS, Extractor, load_extractor
+from vqscale.fields import Choice, NonNegativeInt, PathText, Range
 from vqscale.models.classifier import ClassifierConfig
 from vqscale.sources import Source, build, load_vqvae
 from vqscale.training import dry_run_text, held_out_batches, train
@@ -29,16 +30,16 @@ from vqscale.training import dry_run_text, held_out_batches, train
 class TrainClassifierConfig(FitConfig):
     """One classifier's training. Image size and classes are read from the data set."""
 
-    data: str = run_of("pack")  # what it learns from: packed images or sample shards
-    vqvae: str = "none"  # a VQ-VAE: learn from its reconstructions of `data` instead
-    test: str = run_of("pack")  # real held-out images
+    data: PathText = run_of("pack")  # what it learns from: packed images or sample shards
+    vqvae: PathText = "none"  # a VQ-VAE: learn from its reconstructions of `data` instead
+    test: PathText = run_of("pack")  # real held-out images
     model: ClassifierConfig = field(default_factory=ClassifierConfig)
-    features: str = ""  # network=linear: lite0 | inception | vgg16, the frozen network below it
-    weights: str = ""  # path of that network's weights, where it needs one
-    crop: str = "center"  # center | random
+    features: Annotated[str, Choice("", *EXTRACTORS)] = ""  # the frozen network below network=linear
+    weights: PathText = ""  # path of that network's weights, where it needs one
+    crop: Annotated[str, Choice("center", "random")] = "center"  # of training images
     flip: bool = True  # mirror half of the images
-    label_smoothing: float = 0.0  # probability mass spread over all classes
-    evaluate_images: int = 0  # held-out images per evaluation; 0 = all
+    label_smoothing: Annotated[float, Range(ge=0, lt=1)] = 0.0  # probability mass spread over all classes
+    evaluate_images: NonNegativeInt = 0  # held-out images per evaluation; 0 = all
 
 
 Config = TrainClassifierConfig

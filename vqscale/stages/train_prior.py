@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from vqscale.config import as_dict, run_of
 from vqscale.data.codes import CodeReader
 from vqscale.data.shards import Manifest, resolve
 from vqscale.engine.loop import FitConfig, StepFn
+from vqscale.fields import Choice, PathText, PositiveInt
 from vqscale.models.dropout import dropout_key
 from vqscale.models.prior import PriorConfig, code_nll, nll
 from vqscale.sources import build
@@ -23,11 +24,11 @@ from vqscale.training import dry_run_text, held_out_batches, train
 class TrainPriorConfig(FitConfig):
     """One prior's training. K, grids and classes are read from the code shards."""
 
-    data: str = run_of("extract_codes")
-    level: str = "top"  # top | middle | bottom
+    data: PathText = run_of("extract_codes")  # code shards
+    level: Annotated[str, Choice("top", "middle", "bottom")] = "top"  # that it models
     model: PriorConfig = field(default_factory=PriorConfig)
     flip: bool = True  # choose between the two views of each image, where the code shards have both
-    evaluate_images: int = 1_024  # held-out images per evaluation
+    evaluate_images: PositiveInt = 1_024  # held-out images per evaluation
     allow_collapsed_codes: bool = False  # train even on codes of perplexity below 2
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from vqscale.data.shards import Manifest, resolve
 from vqscale.engine.loop import FitConfig
 from vqscale.engine.parallel import assert_same_everywhere
 from vqscale.evaluation.metrics import psnr_of
+from vqscale.fields import Choice, PathText, PositiveInt
 from vqscale.models.codebook import perplexity
 from vqscale.models.vqvae import VQVAE, VQVAEConfig, VQVAEOutput
 from vqscale.sources import build
@@ -32,13 +33,13 @@ from vqscale.training import dry_run_text, held_out_batches, train
 class TrainVQVAEConfig(FitConfig):
     """The VQ-VAE's training. Image size and classes are read from the data set."""
 
-    data: str = run_of("pack")
+    data: PathText = run_of("pack")  # images: packed or indexed
     model: VQVAEConfig = field(default_factory=VQVAEConfig)
-    crop: str = "center"  # center | random
+    crop: Annotated[str, Choice("center", "random")] = "center"  # of training images
     flip: bool = True  # mirror half of the images
-    init_images: int = 2_048  # images whose encodings the codebooks start from
-    evaluate_images: int = 1_024  # held-out images per evaluation
-    grid_images: int = 8  # originals and reconstructions in the picture of an evaluation
+    init_images: PositiveInt = 2_048  # images whose encodings the codebooks start from
+    evaluate_images: PositiveInt = 1_024  # held-out images per evaluation
+    grid_images: PositiveInt = 8  # originals and reconstructions in the picture of an evaluation
 
 
 Config = TrainVQVAEConfig

@@ -10,16 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from vqscale import config as configs
+from vqscale.config import Request, peek, read_request
 from vqscale.evaluation.figures import curves_png, metrics_of_run
+from vqscale.fields import PathText, PositiveFloat
 from vqscale.files import read_json
 from vqscale.runtime import read_status
+from vqscale.text import format_duration
 
 USAGE = "RUN_DIR [--once] [--png FILE] [key=value ...]"
 _BLOCKS = "▁▂▃▄▅▆▇█"
@@ -36,28 +37,23 @@ class WatchConfig:
     """How to look."""
 
     once: bool = False  # show it once and end; without, until the run is done or has failed
-    png: str = ""  # write the curves to this file, and end
-    seconds: float = 2.0  # between two looks
+    png: PathText = ""  # write the curves to this file, and end
+    seconds: PositiveFloat = 2.0  # between two looks
 
 
 Config = WatchConfig
 
 
-@dataclass(frozen=True)
-class Request:
-    run_dir: Path
-    config: WatchConfig
+def load(words: Sequence[str]) -> Request[WatchConfig]:
+    """From `RUN_DIR key=value …`; see `read_request`."""
+    return read_request(WatchConfig, words, f"watch {USAGE}", paths=1)
 
 
-def load(words: Sequence[str]) -> Request:
-    """From `RUN_DIR key=value …`. Raises ValueError as `config.from_words` does."""
-    (run_dir,), rest = configs.split_paths(words, f"watch {USAGE}", 1)
-    return Request(Path(run_dir), configs.from_words(WatchConfig, rest))
-
-
-def main(request: Request, console: Console | None = None, sleep: Callable[[float], None] = time.sleep) -> None:
+def main(
+    request: Request[WatchConfig], console: Console | None = None, sleep: Callable[[float], None] = time.sleep
+) -> None:
     """Show the run. Raises FileNotFoundError where there is none, ValueError for a picture of a run without metrics."""
-    run_dir, config = request.run_dir, request.config
+    config, (run_dir,) = request.config, request.paths
     if not (run_dir / "status.json").is_file():
         raise FileNotFoundError(
             f"{run_dir}: no run there (no status.json); a run directory is runs/<experiment>/<stage>"
@@ -98,7 +94,7 @@ def curves(lines: Iterable[Mapping[str, Any]]) -> Curves:
                 x, y = found.setdefault(name, ([], []))
                 x.append(float(line["images_seen"]))
                 y.append(float(value))
-    return dict(sorted(found.items(), key=lambda item: _place(item[0])))
+    return dict(sorted(found.items(), key=lambda item: _order(item[0])))
 
 
 def _family(name: str) -> str:
@@ -106,7 +102,7 @@ def _family(name: str) -> str:
     return name.removeprefix("held_out/").split("/")[0]
 
 
-def _place(name: str) -> tuple[bool, bool, bool, str]:
+def _order(name: str) -> tuple[bool, bool, bool, str]:
     return name in _LAST_ROWS, name.startswith("held_out/"), name != "loss", name
 
 
@@ -142,7 +138,7 @@ def _head(run_dir: Path, lines: Sequence[Mapping[str, Any]]) -> Text:
     if speed:
         parts.append(f"{speed:,.4g} images/s")
     if speed and state == "running" and total > seen:
-        parts.append(f"{_duration((total - seen) / speed)} to go")
+        parts.append(f"{format_duration((total - seen) / speed)} to go")
     if command:
         parts.append(f"{command.get('strategy')}, {command.get('world_size')} x {command.get('device')}")
     head = Text(f"{run_dir}  ", style="bold")
@@ -155,13 +151,7 @@ def _head(run_dir: Path, lines: Sequence[Mapping[str, Any]]) -> Text:
 
 def _total_images(run_dir: Path) -> int:
     path = run_dir / "config.yaml"
-    found = OmegaConf.select(OmegaConf.load(path), "total_images") if path.is_file() else 0
-    return int(found or 0)
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"
+    return peek(path).total_images if path.is_file() else 0
 
 
 def _files(run_dir: Path) -> list[Text]:
