@@ -1,4 +1,4 @@
-"""Where models come from: a run directory or an exported folder -> (model, its description, its fingerprint).
+"""Where models come from: a run directory, an exported folder, or a folder of either -> `Source`.
 
 A *description* is what it takes to build a model, as plain JSON; trainers save it in every checkpoint and `export` in
 config.json:  {"kind": "vqvae", "config": …, "resolution": 256, "classes": […], "data": "sha256:…"}  or
@@ -8,22 +8,25 @@ config.json:  {"kind": "vqvae", "config": …, "resolution": 256, "classes": [�
 "vqvae": "", "features": "", "features_sha256": "", "feature_width": 0}.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from vqscale.config import from_dict
+from vqscale.config import from_dict, level_names
 from vqscale.engine.checkpoint import Checkpoint, find_latest, verify
 from vqscale.models.classifier import Classifier, ClassifierConfig
 from vqscale.models.pixelcnn import PixelCNN
-from vqscale.models.pretrained import fingerprint, load_into, read_folder
+from vqscale.models.pretrained import WEIGHTS, check_fits, fingerprint, load_into, read_folder
 from vqscale.models.prior import LevelPrior, PriorConfig
 from vqscale.models.transformer import Transformer
 from vqscale.models.vqvae import VQVAE, VQVAEConfig
 from vqscale.runtime import read_status
+from vqscale.text import printable
 
 PRIORS: dict[str, type[LevelPrior]] = {prior.kind: prior for prior in (PixelCNN, Transformer)}
 
@@ -40,9 +43,10 @@ class Source:
     images_seen: int
 
 
-def build(description: dict[str, Any]) -> nn.Module:
+def build(description: Mapping[str, Any]) -> nn.Module:
     """The uninitialised model of a description. Raises ValueError for one that this program cannot build."""
     where = f"description of a {description.get('kind')} model"
+    check_description(description, where)
     try:
         if description["kind"] == "vqvae":
             config = from_dict(VQVAEConfig, description["config"], where)
@@ -66,59 +70,164 @@ def build(description: dict[str, Any]) -> nn.Module:
     raise ValueError(f"{where}: the kinds are vqvae, prior and classifier")
 
 
+_LARGEST = 1 << 16  # of a resolution, a grid's side, K
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= _LARGEST
+
+
+def _is_list(of: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, (list, tuple)) and all(map(of, value))
+
+
+def _is_grid(value: Any) -> bool:
+    return _is_list(_is_size)(value) and len(value) == 2
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value == printable(value)
+
+
+_FACTS: dict[str, tuple[Callable[[Any], bool], str]] = {  # of descriptions: what each may be
+    "config": (lambda value: isinstance(value, dict), "an object"),
+    "resolution": (_is_size, f"an integer from 1 to {_LARGEST}"),
+    "num_codes": (_is_size, f"an integer from 1 to {_LARGEST}"),
+    "grid": (_is_grid, "two integers [height, width]"),
+    "upper_grids": (_is_list(_is_grid), "a list of grids"),
+    "classes": (_is_list(_is_name), "a list of printable names"),
+    "level": (lambda value: value in level_names(3), f"one of {', '.join(level_names(3))}"),
+    "feature_width": (lambda value: type(value) is int and value >= 0, "an integer of at least 0"),
+    **{key: (_is_name, "text") for key in ("tokenizer", "data", "learned_from", "vqvae", "features")},
+}
+
+
+def check_description(description: Mapping[str, Any], where: str) -> None:
+    """Raises ValueError naming the key for a fact of another kind than this program writes."""
+    for key, (fits, expected) in _FACTS.items():
+        if key in description and not fits(description[key]):
+            raise ValueError(f"{where}: {key} must be {expected}, not {printable(repr(description[key]))[:80]}")
+
+
+def _outline(description: Mapping[str, Any], tensors: int, where: str | Path) -> nn.Module:
+    """The model of a description on the meta device, which takes no memory.
+
+    Raises ValueError for one of far more parameters than there are `tensors`, before all of them are made.
+    """
+    made, most = 0, 10 * tensors + 1000
+
+    def count(*_: Any) -> None:
+        nonlocal made
+        made += 1
+        if made > most:
+            raise ValueError(
+                f"{where}: its config asks for more than {most} parameters, where it has {tensors} tensors"
+            )
+
+    try:
+        with torch.device("meta"), register_module_parameter_registration_hook(count):
+            return build(description)
+    except (RuntimeError, TypeError, OverflowError, MemoryError) as error:
+        raise ValueError(f"{where}: its config describes no model: {error}") from None
+
+
+def check_model(description: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str | Path) -> None:
+    """Whether the model of a description has exactly these tensors, found out without memory for it.
+
+    Raises ValueError as `check_fits` does.
+    """
+    check_fits(_outline(description, len(tensors), where), tensors, where)
+
+
 def load_vqvae(
     path: str | Path, *, device: torch.device | str = "cpu", weights_kind: str = "", checkpoint: int = 0
 ) -> Source:
-    """A VQ-VAE from a run directory or an exported folder; see `load`."""
-    return load(path, "vqvae", "train_vqvae", device=device, weights_kind=weights_kind, checkpoint=checkpoint)
+    """A VQ-VAE; see `load`."""
+    return load(path, "vqvae", device=device, weights_kind=weights_kind, checkpoint=checkpoint)
 
 
 def load_prior(
-    path: str | Path, *, device: torch.device | str = "cpu", weights_kind: str = "", checkpoint: int = 0
+    path: str | Path, level: str = "", *, device: torch.device | str = "cpu", weights_kind: str = ""
 ) -> Source:
-    """A prior from a run directory or an exported folder; see `load`."""
-    return load(path, "prior", "train_prior", device=device, weights_kind=weights_kind, checkpoint=checkpoint)
+    """A prior; see `load`. `level`: which one, where the folder has several."""
+    return load(path, f"prior_{level}" if level else "prior", device=device, weights_kind=weights_kind)
 
 
-def load_classifier(
-    path: str | Path, *, device: torch.device | str = "cpu", weights_kind: str = "", checkpoint: int = 0
-) -> Source:
-    """A classifier from a run directory or an exported folder; see `load`."""
-    return load(path, "classifier", "train_classifier", device=device, weights_kind=weights_kind, checkpoint=checkpoint)
+def load_classifier(path: str | Path, *, device: torch.device | str = "cpu") -> Source:
+    """A classifier; see `load`."""
+    return load(path, "classifier", device=device)
 
 
 def load_any(path: str | Path, *, weights_kind: str = "", checkpoint: int = 0) -> Source:
     """A model of any kind, on the CPU; see `load`."""
-    return load(path, "", "train_vqvae", device="cpu", weights_kind=weights_kind, checkpoint=checkpoint)
+    return load(path, "", weights_kind=weights_kind, checkpoint=checkpoint)
+
+
+def locate(path: str | Path, name: str) -> Path:
+    """The folder of the model `name` (vqvae, prior_top, …): `path` itself if it holds a model, else a folder in it,
+    `train_<name>` of an experiment's runs or `<name>` of an export."""
+    path = Path(path)
+    folders = [path, path / f"train_{name}", path / name] if name else [path]
+    return next((folder for folder in folders if _has_checkpoints(folder) or _has_export(folder)), path)
+
+
+def _has_checkpoints(path: Path) -> bool:
+    return (path / "checkpoints").is_dir()
+
+
+def _has_export(path: Path) -> bool:
+    return (path / WEIGHTS).is_file()
 
 
 def load(
-    path: str | Path, kind: str, made_by: str, *, device: torch.device | str, weights_kind: str, checkpoint: int
+    path: str | Path,
+    name: str,
+    *,
+    device: torch.device | str = "cpu",
+    weights_kind: str = "",
+    checkpoint: int = 0,
 ) -> Source:
-    """`kind`: what it must be, "" = anything; `weights_kind`: "" = the EMA weights if there are any; `checkpoint`:
-    images seen, 0 = the last one of a done run.
+    """A model from a run directory, an exported folder, or a folder of several. A run's checkpoints win over an export.
+
+    name: vqvae, prior, prior_top, …, classifier, "" = anything. weights_kind: "" = the EMA weights if there are any;
+    checkpoint: images seen, 0 = the last one of a done run. An export has but one state: another is refused.
 
     Raises FileNotFoundError naming the stage that makes such a folder; ValueError for an unfinished run, a model of
     another kind or weights that do not fit.
     """
-    path = Path(path)
+    path, kind = locate(path, name), name.partition("_")[0]
     if weights_kind not in ("", "ema", "raw"):
         raise ValueError(f"weights_kind={weights_kind}: choose ema or raw")
-    if (path / "model.safetensors").is_file():
-        tensors, description = read_folder(path)
+
+    def check(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        if kind and description.get("kind") != kind:
+            raise ValueError(f"{path}: holds a {description.get('kind')} model, expected a {kind}")
+        check_model(description, tensors, path)
+
+    if _has_checkpoints(path):
+        chosen = _checkpoint_of(path, checkpoint)
+        description, seen = dict(chosen.state.model), chosen.images_seen
+        check(description, chosen.header("model."))
+        tensors, weights = _weights_of(chosen, weights_kind)
+    elif _has_export(path):
+        tensors, description = read_folder(path, check)
         weights, seen = "exported", int(description.get("images_seen", 0))
-    elif (path / "checkpoints").is_dir():
-        found = _checkpoint_of(path, checkpoint)
-        description, seen = dict(found.state.model), found.images_seen
-        tensors, weights = _weights_of(found, weights_kind)
+        _check_export(path, description, weights_kind=weights_kind, checkpoint=checkpoint)
     else:
-        raise FileNotFoundError(f"{path}: no run and no exported model there; `vqscale {made_by}` makes one")
-    if kind and description.get("kind") != kind:
-        raise ValueError(f"{path}: holds a {description.get('kind')} model, expected a {kind}")
+        raise FileNotFoundError(
+            f"{path}: no run and no exported model there; `vqscale train_{kind or 'vqvae'}` makes one"
+        )
     model = build(description)
-    load_into(model, tensors, str(path))
+    load_into(model, tensors, path)
     model.requires_grad_(False).eval().to(device)
     return Source(model, description, fingerprint(model.state_dict()), path, weights, seen)
+
+
+def _check_export(path: Path, description: Mapping[str, Any], *, weights_kind: str, checkpoint: int) -> None:
+    asked = {"weights_kind": ("weights", weights_kind), "checkpoint": ("images_seen", checkpoint)}
+    for option, (key, value) in asked.items():
+        if value and value != (stated := description.get(key)):
+            raise ValueError(f"{path}: {option}={value} cannot apply to an exported model, whose {key} is {stated}")
 
 
 def _checkpoint_of(run_dir: Path, images_seen: int) -> Checkpoint:
@@ -136,16 +245,16 @@ def _checkpoint_of(run_dir: Path, images_seen: int) -> Checkpoint:
             f"{run_dir}: this run is {status.get('state', 'not started')} at {status.get('images_seen', 0)} images; "
             "finish it, or choose a checkpoint with checkpoint=<images seen>"
         )
-    found = find_latest(run_dir / "checkpoints", set_aside=False)
-    if found is None:
+    latest = find_latest(run_dir / "checkpoints", set_aside=False)
+    if latest is None:
         raise FileNotFoundError(f"{run_dir}: the run is done but has no checkpoint")
-    return found
+    return latest
 
 
-def _weights_of(found: Checkpoint, weights_kind: str) -> tuple[dict[str, Tensor], str]:
-    tensors, averages = found.read("model."), found.read("ema.")
+def _weights_of(checkpoint: Checkpoint, weights_kind: str) -> tuple[dict[str, Tensor], str]:
+    tensors, averages = checkpoint.read("model."), checkpoint.read("ema.")
     if weights_kind == "ema" and not averages:
-        raise ValueError(f"{found.folder}: weights_kind=ema, but the run kept no weight EMA")
+        raise ValueError(f"{checkpoint.folder}: weights_kind=ema, but the run kept no weight EMA")
     if averages and weights_kind != "raw":
         return tensors | averages, "ema"
     return tensors, "raw"

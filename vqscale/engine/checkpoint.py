@@ -201,16 +201,20 @@ class Checkpoint:
 
     def read(self, prefix: str) -> Tensors:
         """All tensors whose names begin with `prefix`, whole, on the CPU, without the prefix."""
-        tensors = {
-            name: torch.empty(shape, dtype=getattr(torch, dtype))
-            for name, (dtype, shape) in self._saved.items()
-            if name.startswith(prefix)
-        }
+        tensors = {f"{prefix}{name}": torch.empty_like(one, device="cpu") for name, one in self.header(prefix).items()}
         with warnings.catch_warnings():  # each rank reads for itself, on purpose
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
             if tensors:
                 self._fill(tensors, no_dist=True)
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+    def header(self, prefix: str) -> Tensors:
+        """What `read` gives, on the meta device: names, shapes and types, which take no memory."""
+        return {
+            name.removeprefix(prefix): torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+            for name, (dtype, shape) in self._saved.items()
+            if name.startswith(prefix)
+        }
 
     def _fill(self, tensors: Tensors, **options: Any) -> None:
         try:

@@ -157,8 +157,10 @@ def find_inputs(config: EvaluateConfig, device: torch.device) -> Inputs:
     def vqvae(path: str) -> Source:
         return load_vqvae(path, device=device, weights_kind=config.weights_kind, checkpoint=config.checkpoint)
 
-    def prior(path: str) -> Source:
-        return load_prior(path, device=device, weights_kind=config.weights_kind)
+    def prior(level: str) -> Source | None:
+        return find(
+            f"prior_{level}", lambda path: load_prior(path, level, device=device, weights_kind=config.weights_kind)
+        )
 
     def classifier(path: str) -> ImageClassifier:
         return ImageClassifier.load(path, device, extractor_weights)
@@ -175,7 +177,7 @@ def find_inputs(config: EvaluateConfig, device: torch.device) -> Inputs:
         codes=(codes := data("codes", "extract_codes", limit=config.nll_images)),
         train_codes=data("codes", "extract_codes", "train") if codes else None,
         vqvae=find("vqvae", vqvae),
-        priors=_present({level: find(f"prior_{level}", prior) for level in LEVELS}),
+        priors=_present({level: prior(level) for level in LEVELS}),
         classifiers=_present({name: find(f"classifier_{name}", classifier) for name in LEARNED_FROM}),
         absent=absent,
     )

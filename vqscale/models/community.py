@@ -32,7 +32,7 @@ _LEAST_COUNT = 1e-6  # a code that was never used keeps its vector, at a weight 
 def convert(
     tensors: Mapping[str, Tensor], where: str, *, rectified_skip: bool = False
 ) -> tuple[VQVAEConfig, dict[str, Tensor]]:
-    """(config, tensors by our names). Sizes are read off the tensors; whether the rest fits, loading them will tell.
+    """(config, tensors by our names). Sizes are read off the tensors; `check_fits` says whether the rest agrees.
 
     Raises ValueError naming `where` and the tensor that is missing or is none of that layout.
     """
@@ -41,26 +41,38 @@ def convert(
         if name.partition(".")[0] not in _PARTS:
             raise ValueError(f"{where}: {name} is no tensor of a rosinality/vq-vae-2-pytorch model")
     try:
-        code_dim, num_codes = given["quantize_t.embed"].shape
-        residual_hidden, hidden = given["enc_b.blocks.5.conv.1.weight"].shape[:2]
+        code_dim, num_codes = _shape(given, "quantize_t.embed", (-1, -1), where)
+        residual_hidden, hidden, *_ = _shape(given, "enc_b.blocks.5.conv.1.weight", (-1,) * 4, where)
         ours = {_our_name(name): tensor for name, tensor in given.items()}
         ours = {name: tensor for name, tensor in ours.items() if ".quantizer." not in name}
         for part in ("quantize_t", "quantize_b"):
+            codes = _shape(given, f"{part}.embed", (-1, -1), where)[1]
+            _shape(given, f"{part}.cluster_size", (codes,), where)
             codebook = _codebook(given[f"{part}.embed"], given[f"{part}.cluster_size"])
             ours |= {f"{_PARTS[part]}.{name}": tensor for name, tensor in codebook.items()}
     except KeyError as error:
         raise ValueError(f"{where}: {error.args[0]} is missing") from None
     blocks = sum(name.startswith("enc_b.") and name.endswith(".conv.1.weight") for name in given)
-    quantizer = QuantizerConfig(num_codes=num_codes, code_dim=code_dim)
-    config = VQVAEConfig(
-        hidden=hidden,
-        residual_hidden=residual_hidden,
-        residual_layers=blocks,
-        downsample=[4, 2],
-        quantizer=quantizer,
-        rectified_skip=rectified_skip,
-    )
+    try:
+        config = VQVAEConfig(
+            hidden=hidden,
+            residual_hidden=residual_hidden,
+            residual_layers=blocks,
+            downsample=[4, 2],
+            quantizer=QuantizerConfig(num_codes=num_codes, code_dim=code_dim),
+            rectified_skip=rectified_skip,
+        )
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
     return config, ours
+
+
+def _shape(given: Mapping[str, Tensor], name: str, expected: tuple[int, ...], where: str) -> tuple[int, ...]:
+    """A tensor's shape; -1 = any size."""
+    shape = tuple(given[name].shape)
+    if len(shape) != len(expected) or any(e not in (-1, size) for size, e in zip(shape, expected, strict=True)):
+        raise ValueError(f"{where}: {name} has shape {list(shape)}, expected {list(expected)} (-1 = any size)")
+    return shape
 
 
 def _our_name(name: str) -> str:

@@ -5,9 +5,12 @@ on the tensors only; everything else (kind, config, provenance, fingerprint) is 
 run code.
 """
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+import resource
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,12 @@ from torch import Tensor, nn
 from vqscale.files import check_seal, replacing, sealed, write_atomically
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+_MOST_JSON = 1 << 26  # bytes of a config.json: the names of 22,000 classes take 1 MB
+_DTYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
+    "BOOL": torch.bool,
+}
 
 # Buffers of a codebook's learning: saved, but no part of what the model computes, so not of its fingerprint
 _LEARNING_STATE = {"cluster_size", "embedding_sum", "adam_mean", "adam_square", "updates"}
@@ -68,9 +77,12 @@ def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def read_folder(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_folder(
+    folder: str | Path, check: Callable[[Mapping[str, Any], Mapping[str, Tensor]], object] = lambda *_: None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors on the CPU, config.json) of a folder.
 
+    `check(config.json, tensors on the meta device)` is called first, and may refuse them before memory is taken.
     Raises FileNotFoundError for a missing file, ValueError for one that can't be read, or tensors that are not those
     whose fingerprint the JSON states.
     """
@@ -80,6 +92,7 @@ def read_folder(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             raise FileNotFoundError(f"{folder / name} does not exist; `vqscale export` writes such a folder")
     config_json = check_seal(folder / CONFIG, _read_json(folder / CONFIG))
     try:
+        check(config_json, _read_header(folder / WEIGHTS))
         tensors = safetensors.torch.load_file(folder / WEIGHTS)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{folder / WEIGHTS}: not a whole safetensors file: {error}") from None
@@ -89,27 +102,85 @@ def read_folder(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, config_json
 
 
+def _read_header(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file on the meta device: names, shapes and types."""
+    header = {}
+    with safetensors.safe_open(path, "pt") as file:
+        for name in file.keys():
+            entry = file.get_slice(name)
+            if entry.get_dtype() not in _DTYPES:
+                raise ValueError(f"{path}: {name} is of type {entry.get_dtype()}, which no model here has")
+            header[name] = torch.empty(entry.get_shape(), dtype=_DTYPES[entry.get_dtype()], device="meta")
+    return header
+
+
 def read_torch(path: str | Path) -> dict[str, Tensor]:
     """The state dict in a file that torch.save wrote, on the CPU; also one under the key `model` or `state_dict`.
 
-    Nothing in the file is run: torch's restricted unpickler refuses everything but tensors and plain values. Raises
-    FileNotFoundError, and ValueError for a file of another kind.
+    Nothing in the file is run: torch's restricted unpickler refuses everything but tensors and plain values. Memory is
+    bounded by the file's size. Raises FileNotFoundError, and ValueError for a file of another kind.
     """
-    if not Path(path).is_file():
+    path = Path(path)
+    if not path.is_file():
         raise FileNotFoundError(f"checkpoint {path} does not exist")
+    _refuse_compressed(path)
     try:
-        value = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # UnpicklingError, RuntimeError, EOFError, … depending on how it is broken
-        raise ValueError(f"{path}: not a file of tensors alone: {str(error).strip().splitlines()[0]}") from None
+        with _memory_limit(4 * path.stat().st_size + _SPARE_MEMORY):
+            value = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # UnpicklingError, RuntimeError, MemoryError, … depending on how it is broken
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path}: not a file of tensors alone: {reason}") from None
     for key in ("model", "state_dict"):
         if isinstance(value, Mapping) and isinstance(value.get(key), Mapping):
             value = value[key]
     if not isinstance(value, Mapping) or not all(isinstance(tensor, Tensor) for tensor in value.values()):
         raise ValueError(f"{path}: expected names and tensors, found something else")
-    return dict(value)
+    tensors = {str(name): tensor.detach() for name, tensor in value.items()}
+    for name, tensor in tensors.items():
+        if not _is_plain(tensor):
+            raise ValueError(f"{path}: {name} is no plain tensor with numbers of its own")
+    return tensors
+
+
+_SPARE_MEMORY = 1 << 30  # bytes that reading a file may take besides those of its content
+
+
+def _refuse_compressed(path: Path) -> None:
+    """torch.save stores tensors as they are: a file whose content is larger than the file was made to fill memory."""
+    size, unpacked = path.stat().st_size, 0
+    with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
+        unpacked = sum(entry.file_size for entry in archive.infolist())
+    if unpacked > size:
+        raise ValueError(f"{path}: {size:,} bytes that unpack to {unpacked:,}; torch.save does not compress")
+
+
+@contextlib.contextmanager
+def _memory_limit(more: int) -> Iterator[None]:
+    """This process may take `more` bytes of memory and no further; without effect where the system has no /proc."""
+    statm = Path("/proc/self/statm")
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    if not statm.is_file():
+        yield
+        return
+    most = int(statm.read_text().split()[0]) * resource.getpagesize() + more
+    limits = [limit for limit in (most, soft, hard) if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_AS, (min(limits), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Dense numbers in memory, none of them standing for several elements."""
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    if (size := path.stat().st_size) > _MOST_JSON:
+        raise ValueError(f"{path}: {size:,} bytes, where a model's have at most {_MOST_JSON:,}")
     try:
         value = json.loads(path.read_bytes())
     except ValueError as error:
@@ -119,10 +190,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def load_into(model: nn.Module, tensors: Mapping[str, Tensor], where: str | Path) -> None:
-    """Copy tensors into a model's parameters and persistent buffers: exactly its names, shapes and kinds of numbers.
+def check_fits(model: nn.Module, tensors: Mapping[str, Tensor], where: str | Path) -> None:
+    """Tensors must be exactly a model's parameters and persistent buffers: names, shapes and kinds of numbers.
 
-    Raises ValueError naming `where`, the key and both shapes.
+    Raises ValueError naming `where`, the tensor and both shapes.
     """
     own = model.state_dict()
     if missing := sorted(own.keys() - tensors.keys()):
@@ -137,8 +208,21 @@ def load_into(model: nn.Module, tensors: Mapping[str, Tensor], where: str | Path
             raise ValueError(f"{where}: {name} has shape {list(given.shape)}, the model needs {list(tensor.shape)}")
         if given.is_floating_point() != tensor.is_floating_point():
             raise ValueError(f"{where}: {name} is {given.dtype}, the model needs {tensor.dtype}")
+
+
+def _check_finite(tensors: Mapping[str, Tensor], where: str | Path) -> None:
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not (finite := tensor.isfinite()).all():
+            bad = finite.numel() - int(finite.sum())
+            raise ValueError(f"{where}: {name} has {bad:,} of {finite.numel():,} numbers that are NaN or infinite")
+
+
+def load_into(model: nn.Module, tensors: Mapping[str, Tensor], where: str | Path) -> None:
+    """Copy tensors into a model. Raises ValueError as `check_fits` does, and for numbers that are not finite."""
+    check_fits(model, tensors, where)
+    _check_finite(tensors, where)
     with torch.no_grad():
-        for name, tensor in own.items():
+        for name, tensor in model.state_dict().items():
             tensor.copy_(tensors[name])
 
 

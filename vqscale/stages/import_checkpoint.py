@@ -9,7 +9,7 @@ from vqscale.fields import PositiveInt
 from vqscale.files import sha256_of
 from vqscale.models.community import convert
 from vqscale.models.pretrained import load_into, read_torch, save_pretrained
-from vqscale.sources import build
+from vqscale.sources import build, check_model
 
 USAGE = "FILE OUT_DIR [key=value ...]"
 
@@ -35,7 +35,9 @@ def main(request: Request[ImportConfig]) -> None:
     config, (file, out_dir) = request.config, request.paths
     settings, tensors = convert(read_torch(file), str(file), rectified_skip=config.rectified_skip)
     facts = {"resolution": config.resolution, "classes": [], "data": ""}
-    model = build({"kind": "vqvae", "config": configs.as_dict(settings), **facts})
+    description = {"kind": "vqvae", "config": configs.as_dict(settings), **facts}
+    check_model(description, tensors, file)
+    model = build(description)
     load_into(model, tensors, file)
     origin = {"file": file.name, "sha256": sha256_of(file)}
     extra = {**facts, "weights": "imported", "provenance": origin}
