@@ -1,7 +1,7 @@
 """Samples read by worker processes, in order.
 
 In: a data set and lists of positions.  Out: batches. A worker ends with the process that started it, leaves signals to
-it, and finalizes nothing of what it inherits.
+it, and finalizes nothing of what it inherits. What keeps a worker from reading or sending a batch is raised here.
 """
 
 import atexit
@@ -9,7 +9,8 @@ import gc
 import multiprocessing
 import signal
 import warnings
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, cast
 
 import numpy as np
@@ -21,6 +22,18 @@ from vqscale.batch import Batch
 from vqscale.topology import die_with_parent
 
 _INLINE_BYTES = 1 << 16
+_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
+_REMEDIES = {
+    "AF_UNIX path too long": "TMPDIR is too long for a socket, set it to a shorter path",
+    "open files": "raise the limit of open files (ulimit -n)",
+    "ancdata": "raise the limit of open files (ulimit -n)",
+    "space left": "free or enlarge the shared memory in /dev/shm (docker run --shm-size)",
+    "exited unexpectedly": "free memory or the shared memory in /dev/shm (docker run --shm-size)",
+    "Bus error": "free or enlarge the shared memory in /dev/shm (docker run --shm-size)",
+    "allocate memory": "free memory",
+    "denied": "make /dev/shm and TMPDIR writable",
+    "Read-only": "make /dev/shm and TMPDIR writable",
+}
 
 
 def run_workers(
@@ -30,6 +43,7 @@ def run_workers(
     the process, because one that was left open may outlive its users in a cycle or a traceback."""
     options: dict[str, Any] = {}
     if workers:
+        dataset = _InWorker(dataset)
         # Forked whatever the default is here, in a spawned rank say: else each imports torch for seconds.
         options = {"prefetch_factor": prefetch, "worker_init_fn": _start_worker, "multiprocessing_context": "fork"}
     with warnings.catch_warnings():
@@ -39,8 +53,7 @@ def run_workers(
         loader = DataLoader(
             dataset,
             batch_sampler=batches,
-            # the thread that pins memory takes tensors alone, and unpacks them beside the training
-            collate_fn=_as_is if pin_memory else _small_as_arrays,
+            collate_fn=_as_is,
             num_workers=workers,
             pin_memory=pin_memory,
             in_order=True,
@@ -50,6 +63,8 @@ def run_workers(
         gc.freeze()  # a worker must not finalize what it inherits: a process group's end joins threads that it lacks
         try:
             iterator = iter(loader)
+        except OSError as error:
+            raise _failure("loader workers cannot be started", error) from None
         finally:
             gc.unfreeze()
     # multiprocessing would terminate them at the end and wait; but they leave that signal to their parent.
@@ -57,8 +72,11 @@ def run_workers(
     atexit.register(end)
     try:
         for batch in iterator:
-            arrays_back = {n: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for n, v in batch.items()}
-            yield cast(Batch, arrays_back)
+            yield batch.unpack() if isinstance(batch, _Sent) else batch
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise _failure("a loader worker has ended", error) from None
     finally:
         atexit.unregister(end)
         end()
@@ -68,16 +86,67 @@ def _as_is(batch: Any) -> Any:
     return batch
 
 
-def _small_as_arrays(batch: Any) -> Any:
+def _failure(what: str, error: BaseException) -> OSError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    remedies = [f"{remedy}, or " for sign, remedy in _REMEDIES.items() if sign in reason]
+    return OSError(f"{what}: {reason}; {''.join(remedies[:1])}read without workers (workers=0)")
+
+
+class _InWorker(Dataset):
+    """The data set as a worker reads it: batches are pickled here and not in a queue's thread, which would drop the
+    ones that it cannot send."""
+
+    def __init__(self, dataset: Any):
+        self._dataset = dataset
+
+    def __getitems__(self, positions: Sequence[int]) -> "_Sent":
+        try:
+            batch = self._dataset.__getitems__(positions)
+        except (OSError, ValueError) as error:
+            return _Sent(error=error)
+        try:
+            return _Sent(bytes(ForkingPickler.dumps(_small_as_arrays(batch))))
+        except (OSError, RuntimeError, MemoryError) as error:
+            return _Sent(error=_failure("a loader worker cannot send a batch", error))
+
+
+class _Sent:
+    """A pickled batch, or the error in its place."""
+
+    def __init__(self, data: bytes = b"", error: OSError | ValueError | None = None):
+        self._data = data
+        self._error = (OSError if isinstance(error, OSError) else ValueError, str(error)) if error else None
+
+    def unpack(self) -> Batch:
+        """The batch, or raises the error."""
+        if self._error:
+            raise self._error[0](self._error[1])
+        try:
+            batch = ForkingPickler.loads(self._data)
+        except (OSError, EOFError, RuntimeError) as error:
+            raise _failure("a batch of a loader worker cannot be received", error) from None
+        return cast(Batch, {n: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for n, v in batch.items()})
+
+    def pin_memory(self) -> Any:
+        """The batch in pinned memory. torch calls it in a thread, beside the training."""
+        try:
+            batch = self.unpack()
+        except (OSError, ValueError) as error:
+            return _Sent(error=error)
+        return {name: v.pin_memory() if isinstance(v, Tensor) else v for name, v in batch.items()}
+
+
+def _small_as_arrays(batch: Batch) -> dict[str, Any]:
     """Small tensors as arrays, which a worker sends inside its message: for every tensor it would open a connection to
     pass a file descriptor, about a millisecond each."""
     small = {n for n, v in batch.items() if isinstance(v, Tensor) and v.nbytes <= _INLINE_BYTES}
-    return {name: value.numpy() if name in small else value for name, value in batch.items()}
+    return {name: value.numpy() if name in small else value for name, value in batch.items()}  # type: ignore[attr-defined]
 
 
 def _start_worker(_worker: int) -> None:
     """Slurm signals every process of a step; stopping is the trainer's decision. A worker ends with its parent."""
     parent = multiprocessing.parent_process()
     die_with_parent(parent.pid or 0 if parent else 0)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
+    for name in _SIGNALS:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
