@@ -60,7 +60,7 @@ def kept(tars: list[RemoteTar]) -> set[int]:
 
 
 def leftovers(tars: list[RemoteTar]) -> list[str]:
-    return sorted(path.name for path in tars[0].cache.folder.iterdir() if path.suffix not in (".tar", ""))
+    return sorted(path.name for path in tars[0].cache.shards.iterdir() if path.suffix not in (".tar", ".TAG", ""))
 
 
 def test_a_shard_is_fetched_once_and_is_what_was_indexed(web: Web, tars: list[RemoteTar]) -> None:
@@ -109,7 +109,7 @@ def test_a_failure_is_remembered_for_a_while(web: Web, tars: list[RemoteTar], mo
             tars[0].open()
     assert len(web.asked) == 5
     (web.folder / "0.tar").write_bytes(data)
-    monkeypatch.setattr(cache_module, "_GRUDGE", 0)
+    monkeypatch.setattr(cache_module, "_RETRY_AFTER_SECONDS", 0)
     assert contents(tars[0]) == data and leftovers(tars) == []
 
 
@@ -205,7 +205,7 @@ def test_the_longest_unused_go_first(web: Web, tars: list[RemoteTar]) -> None:
         contents(tars[n])
         time.sleep(0.01)  # times of use that differ
     assert kept(tars) == {0, 3, 4}
-    assert sum(path.stat().st_size for path in tars[0].cache.folder.iterdir()) == 3 * SIZE
+    assert sum(path.stat().st_size for path in tars[0].cache.shards.glob("*.tar")) == 3 * SIZE
 
 
 def test_what_is_in_use_stays_even_over_the_limit(web: Web, tars: list[RemoteTar]) -> None:
@@ -260,6 +260,28 @@ def test_a_copy_that_a_crash_spoilt_is_fetched_again(web: Web, tars: list[Remote
     assert web.downloads() == {"0.tar": 2}
 
 
+def test_files_of_others_stay_whatever_room_is_needed(web: Web, tars: list[RemoteTar]) -> None:
+    cache = tars[0].cache
+    names = ["backup.tar", "download.part", f"{'0' * 64}.tar", f"{'0' * 63}.tar", f"{'0' * 64}.part"]
+    others = [cache.folder / name for name in names] + [cache.shards / name for name in ("backup.tar", "download.part")]
+    for path in others:
+        path.write_bytes(bytes(2 * SIZE))
+    for tar in with_room(tars, 1):
+        contents(tar)
+    assert kept(tars) == {COUNT - 1}
+    assert all(path.read_bytes() == bytes(2 * SIZE) for path in others)
+
+
+@pytest.mark.parametrize("name", ["copy", "part", "lock"])
+def test_no_link_is_followed(web: Web, tars: list[RemoteTar], tmp_path: Path, name: str) -> None:
+    (tmp_path / "precious").write_bytes(bytes(SIZE))
+    path = {"copy": tars[0]._copy, "part": tars[0]._part, "lock": tars[0].cache.shards / "lock"}[name]
+    path.symlink_to(tmp_path / "precious")
+    with pytest.raises((OSError, ValueError), match="symbolic link"):
+        tars[0].open()
+    assert (tmp_path / "precious").read_bytes() == bytes(SIZE)
+
+
 def test_folders_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"cache_dir=.*file/x cannot be made: Not a directory"):
@@ -267,6 +289,58 @@ def test_folders_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(os, "getuid", lambda: -1)
     with pytest.raises(ValueError, match=rf"belongs to user {tmp_path.stat().st_uid}"):
         Cache(tmp_path).make_folder()
+
+
+def as_link(folder: Path) -> None:
+    folder.rename(folder.with_name("elsewhere"))
+    folder.symlink_to("elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (as_link, "is a link"),
+        (lambda folder: (folder.rmdir(), folder.touch()), "is no folder"),
+        (lambda folder: folder.chmod(0o777), "may be written by others"),
+        (lambda folder: folder.chmod(0o770), "may be written by others"),
+        (lambda folder: None, "has no CACHEDIR.TAG: it was not made by vqscale"),
+    ],
+)
+def test_a_sub_folder_that_is_not_safely_ours(tmp_path: Path, change: Callable[[Path], Any], message: str) -> None:
+    cache = Cache(tmp_path)
+    cache.shards.mkdir(mode=0o700)
+    change(cache.shards)
+    with pytest.raises(ValueError, match=rf"cache_dir={tmp_path}: {cache.shards} {message}; choose another"):
+        cache.make_folder()
+
+
+def test_the_default_folder_is_no_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Anybody may make a link of its name in the system's folder for temporary files."""
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "default").symlink_to("victim")
+    monkeypatch.setattr(Cache, "folder", tmp_path / "default")
+    with pytest.raises(ValueError, match="default is a link"):
+        Cache(tmp_path / "default").make_folder()
+    assert list((tmp_path / "victim").iterdir()) == []
+    (tmp_path / "chosen").symlink_to("victim")
+    Cache(tmp_path / "chosen").make_folder()  # a link that the user named
+
+
+def test_many_make_the_folder_at_once(tmp_path: Path) -> None:
+    in_processes(lambda _: Cache(tmp_path / "cache").make_folder(), 8)
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [Cache(tmp_path / "cache").shards.name]
+    assert (Cache(tmp_path / "cache").shards / "CACHEDIR.TAG").read_text().startswith("Signature: 8a477f597d28")
+
+
+@pytest.mark.parametrize("words", [["claims 1000"], ["empty"], ["gzip"], ["range 500"], ["wrong 5"], ["etag x; cut 9"]])
+def test_what_a_server_says_is_believed_after_the_checksum(web: Web, tars: list[RemoteTar], words: list[str]) -> None:
+    web.will["0.tar"].extend(words + ["etag y"])
+    if words == ["gzip"]:
+        with pytest.raises(OSError, match="Content-Encoding: gzip"):
+            tars[0].open()
+    else:
+        assert contents(tars[0]) == (web.folder / "0.tar").read_bytes()
+    assert leftovers(tars) == ([tars[0]._note.name] if words == ["gzip"] else [])
 
 
 def test_two_windows_must_fit() -> None:

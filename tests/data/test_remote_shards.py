@@ -195,7 +195,7 @@ def test_windows_in_use_are_not_evicted_and_old_ones_are(
         following = int(loader.dataset.order.window_shards(position, 1)[1][0])
         wait_for(lambda n=following: remote_tars(loader)[n]._copy.exists())
         assert remote_tars(loader)[int(now)]._copy.exists()
-        most = max(most, sum(path.stat().st_size for path in small.folder.glob("*.*")))
+        most = max(most, sum(path.stat().st_size for path in small.shards.glob("*.[pt]a*")))
     assert sizes[-1] < most <= small.limit
     with pytest.raises(ValueError, match=r"does not hold two windows of this data set: 4 shards"):
         build(indexed, cache=small, shuffle_window=2)
@@ -259,4 +259,4 @@ def test_the_note_of_a_failure_is_shared(web: Web, indexed: Path, cache: Cache) 
     for loader in (first, second):
         with pytest.raises(OSError, match="404"):
             remote_tars(loader)[0].open()
-    assert len(web.asked) == 5 and cache_module._GRUDGE > 1
+    assert len(web.asked) == 5 and cache_module._RETRY_AFTER_SECONDS > 1

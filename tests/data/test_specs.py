@@ -9,7 +9,8 @@ def test_braces_globs_and_folders(tmp_path: Path) -> None:
     paths = [tmp_path / f"data-{n:03d}.tar" for n in range(3)]
     for path in paths:
         path.touch()
-    (tmp_path / "readme.txt").touch()
+    for name in ("readme.txt", "._data-000.tar", ".hidden.tar"):
+        (tmp_path / name).touch()
     names = [str(path) for path in paths]
     assert expand_spec(f"{tmp_path}/data-{{000..002}}.tar") == names
     assert expand_spec(f"{tmp_path}/data-{{002,000}}.tar") == [names[2], names[0]]

@@ -2,8 +2,8 @@
 
 In: tars at URLs, with the size and sha256 that `dataset.json` gives them.  Out: open files of verified copies. All
 ranks and loader workers of a node share one folder: a shard is fetched once, by whoever comes first. A copy is named
-after its sha256 and appears whole. Whoever has it open holds a lock on it, and it stays; of the others, those go first
-that were not used for longest.
+after its sha256 and appears whole. Readers hold a lock on it, and it stays; of the others, those unused for longest are
+removed first. Nothing else is touched: copies have a sub-folder of their own, which must be ours and no link.
 """
 
 import contextlib
@@ -11,6 +11,8 @@ import fcntl
 import hashlib
 import os
 import re
+import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -18,13 +20,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vqscale.config import ReadsShards
-from vqscale.data.remote import RemoteFile, check_url, shown
+from vqscale.data.remote import RemoteFile, check_url
 from vqscale.data.shards import Manifest
+from vqscale.text import redact_url
 
 _CHUNK = 1 << 20
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_POLL = 0.05  # seconds between looks at a shard that somebody else fetches
-_GRUDGE = 30.0  # seconds in which a shard that could not be had is not asked for again, by anybody on the node
+_POLL = 0.05  # seconds between looks at a shard that another process fetches
+_RETRY_AFTER_SECONDS = 30.0  # after a failure no process of the node asks for a shard again
+_TAG = "CACHEDIR.TAG"  # marks a folder that may be emptied: https://bford.info/cachedir/
+_TAG_TEXT = "Signature: 8a477f597d28d172789f06886806bc55\n# Copies of remote shards, made by vqscale.\n"
+_OURS = re.compile(r"[0-9a-f]{64}\.(tar|part)")
 
 
 class NoRoom(OSError):
@@ -53,15 +59,47 @@ class Cache:
                 f"shards of up to {sum(shards) / 1e9:.3g} GB together; allow more, or a smaller shuffle_window"
             )
 
+    @property
+    def shards(self) -> Path:
+        """The sub-folder with the copies; nothing outside it is ever written or removed."""
+        return self.folder / f"vqscale-shards-{os.getuid()}"
+
     def make_folder(self) -> None:
-        """Raises ValueError when the folder cannot be made, or is somebody else's."""
+        """Raises ValueError when the folder cannot be made, or is not safely ours."""
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            owner = self.folder.stat().st_uid
+            # Anybody may write beside the default folder, and could have put a link there.
+            problem = _why_not_ours(self.folder) if self.folder == Cache.folder else ""
+            if not problem and not os.path.lexists(self.shards):
+                _make_tagged(self.shards)
+            problem = problem or _why_not_ours(self.shards)
+            if not problem and not (self.shards / _TAG).is_file():
+                problem = f"{self.shards} has no {_TAG}: it was not made by vqscale"
         except OSError as error:
             raise ValueError(f"cache_dir={self.folder} cannot be made: {error.strerror}") from None
-        if owner != os.getuid() or not os.access(self.folder, os.W_OK):
-            raise ValueError(f"cache_dir={self.folder} belongs to user {owner}, or cannot be written; choose another")
+        if problem:
+            raise ValueError(f"cache_dir={self.folder}: {problem}; choose another")
+
+
+def _make_tagged(folder: Path) -> None:
+    """The folder appears with its tag in it; another process may have been faster."""
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        (temporary / _TAG).write_text(_TAG_TEXT)
+        os.rename(temporary, folder)
+    except OSError:
+        shutil.rmtree(temporary)
+        if not folder.is_dir():
+            raise
+
+
+def _why_not_ours(folder: Path) -> str:
+    info = folder.lstat()
+    if not stat.S_ISDIR(info.st_mode):
+        return f"{folder} is a link" if stat.S_ISLNK(info.st_mode) else f"{folder} is no folder"
+    if info.st_uid != os.getuid():
+        return f"{folder} belongs to user {info.st_uid}"
+    return f"{folder} may be written by others" if info.st_mode & 0o022 else ""
 
 
 @dataclass(frozen=True)
@@ -74,7 +112,7 @@ class RemoteTar:
     cache: Cache
 
     def __str__(self) -> str:
-        return shown(self.url)
+        return redact_url(self.url)
 
     def open(self, ahead: bool = False) -> int:
         """A descriptor of the verified copy, fetched if need be; the copy stays until it is closed.
@@ -83,22 +121,22 @@ class RemoteTar:
         raises NoRoom instead of going over the cache's size.
         """
         while True:
-            if (found := _open_copy(self._copy, self.size)) is not None:
-                return found
-            with self._kept():
+            if (copy := _open_copy(self._copy, self.size)) is not None:
+                return copy
+            with self._storing():
                 part = _lock(self._part, os.O_RDWR | os.O_CREAT)
             if part is None:
                 time.sleep(_POLL)  # another process, or thread, fetches it
-            elif (found := _open_copy(self._copy, self.size)) is not None:  # it came meanwhile
+            elif (copy := _open_copy(self._copy, self.size)) is not None:  # it came meanwhile
                 self._part.unlink()
                 os.close(part)
-                return found
+                return copy
             else:
                 return self._fetch_into(part, ahead)
 
     @property
     def _copy(self) -> Path:
-        return self.cache.folder / f"{self.sha256}.tar"
+        return self.cache.shards / f"{self.sha256}.tar"
 
     @property
     def _part(self) -> Path:
@@ -125,10 +163,10 @@ class RemoteTar:
 
     def _fetch(self, part: int) -> None:
         try:
-            for _ in range(2):  # a proxy may have spoilt the first
+            for _ in range(2):  # a proxy may have damaged the first
                 size, sha256 = self._download(part)
                 if (size, sha256) == (self.size, self.sha256):
-                    with self._kept():
+                    with self._storing():
                         os.ftruncate(part, self.size)  # a first, wrong one may have been longer
                         os.fsync(part)
                     return
@@ -143,7 +181,7 @@ class RemoteTar:
 
     def _download(self, part: int) -> tuple[int, str]:
         digest, size = hashlib.sha256(), 0
-        with RemoteFile(self.url, self.cache.allow_pipe) as source:
+        with RemoteFile(self.url, self.cache.allow_pipe, compare_versions=False) as source:
             while size <= self.size and (data := source.read(_CHUNK)):
                 digest.update(data)
                 self._write(part, data, size)
@@ -152,14 +190,14 @@ class RemoteTar:
 
     def _write(self, part: int, data: bytes, at: int) -> None:
         view = memoryview(data)
-        with self._kept():
+        with self._storing():
             while view:
                 count = os.pwrite(part, view, at)
                 view, at = view[count:], at + count
 
     @contextlib.contextmanager
-    def _kept(self) -> Iterator[None]:
-        """A disk that is full is this node's trouble and not the shard's: it ends the run."""
+    def _storing(self) -> Iterator[None]:
+        """A full disk is this node's fault and not the shard's: it ends the run."""
         try:
             yield
         except OSError as error:
@@ -167,17 +205,17 @@ class RemoteTar:
 
     def _read_note(self) -> None:
         with contextlib.suppress(FileNotFoundError):
-            if time.time() - self._note.stat().st_mtime < _GRUDGE:
+            if time.time() - self._note.stat().st_mtime < _RETRY_AFTER_SECONDS:
                 raise ConnectionError(self._note.read_text() or f"{self} could not be had a moment ago")
 
 
-def tar_places(folder: str | Path, manifest: Manifest, cache: Cache) -> list[Path | RemoteTar]:
+def locate_tars(folder: str | Path, manifest: Manifest, cache: Cache) -> list[Path | RemoteTar]:
     """Where each tar of a data set is: a path, or a RemoteTar.
 
     Raises ValueError for a URL that would not be opened, or a cache that cannot be written; nothing is fetched yet.
     """
-    places = [manifest.tar(folder, n) for n in range(len(manifest.shards))]
-    urls = [place for place in places if isinstance(place, str)]
+    tars = [manifest.tar(folder, n) for n in range(len(manifest.shards))]
+    urls = [tar for tar in tars if isinstance(tar, str)]
     for url in urls:
         check_url(url, cache.allow_pipe)
     if wrong := [shard.sha256 for shard in manifest.shards if urls and not _SHA256.fullmatch(shard.sha256)]:
@@ -185,37 +223,37 @@ def tar_places(folder: str | Path, manifest: Manifest, cache: Cache) -> list[Pat
     if urls:
         cache.make_folder()
     return [
-        RemoteTar(place, shard.bytes, shard.sha256, cache) if isinstance(place, str) else place
-        for place, shard in zip(places, manifest.shards, strict=True)
+        RemoteTar(tar, shard.bytes, shard.sha256, cache) if isinstance(tar, str) else tar
+        for tar, shard in zip(tars, manifest.shards, strict=True)
     ]
 
 
-def open_place(place: Path | RemoteTar, ahead: bool = False) -> int:
-    """A descriptor to read a tar from, wherever it is."""
-    if isinstance(place, RemoteTar):
-        return place.open(ahead)
-    return os.open(place, os.O_RDONLY | os.O_CLOEXEC)
+def open_descriptor(tar: Path | RemoteTar, ahead: bool = False) -> int:
+    """To read a tar from, local or remote."""
+    if isinstance(tar, RemoteTar):
+        return tar.open(ahead)
+    return os.open(tar, os.O_RDONLY | os.O_CLOEXEC)
 
 
 def _open_copy(path: Path, size: int) -> int | None:
     """A whole copy's descriptor with a reader's lock; None where there is none."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except FileNotFoundError:
         return None
     fcntl.flock(descriptor, fcntl.LOCK_SH)
-    found = os.fstat(descriptor)
-    if found.st_nlink and found.st_size == size:
+    info = os.fstat(descriptor)
+    if info.st_nlink and info.st_size == size:
         os.utime(descriptor)  # used just now
         return descriptor
-    os.close(descriptor)  # removed before it was locked, or spoilt by a crash of the machine
+    os.close(descriptor)  # removed before it was locked, or cut by a crash of the machine
     return None
 
 
 def _lock(path: Path, flags: int) -> int | None:
-    """The file's descriptor, held by us alone; None while somebody has it, or when it went meanwhile."""
+    """The file's descriptor, locked by us alone; None while another has it, or when it was removed meanwhile."""
     try:
-        descriptor = os.open(path, flags | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except FileNotFoundError:
         if flags & os.O_CREAT:
             raise  # there is no folder
@@ -229,35 +267,39 @@ def _lock(path: Path, flags: int) -> int | None:
 
 
 def _make_room(shard: RemoteTar, part: int, ahead: bool) -> None:
-    """Remove what nobody uses, longest unused first, until the shard fits; its part file then has its size.
+    """Remove copies that nobody uses, longest unused first, until the shard fits; its part file then has its size.
 
-    A shard that is needed now is let in even over the limit: `Cache.check` made that the exception.
+    A shard that is needed now is let in even over the limit: `Cache.check_size` made that the exception.
     """
-    with _one_at_a_time(shard.cache.folder):
-        files = dict(_files(shard.cache.folder))
+    with _one_at_a_time(shard.cache.shards):
+        files = dict(_files(shard.cache.shards))
         files.pop(shard._part, None)
-        left = shard.cache.limit - shard.size - sum(file.st_size for file in files.values())
+        room = shard.cache.limit - shard.size - sum(file.st_size for file in files.values())
         for path in sorted(files, key=lambda path: (path.suffix == ".tar", files[path].st_mtime_ns)):
-            if left >= 0 and path.suffix == ".tar":
-                break  # parts that nobody fetches any more go in any case
+            if room >= 0 and path.suffix == ".tar":
+                break  # parts that nobody fetches any more are removed in any case
             if (descriptor := _lock(path, os.O_RDONLY)) is not None:
                 path.unlink(missing_ok=True)
                 os.close(descriptor)
-                left += files[path].st_size
-        if ahead and left < 0:
+                room += files[path].st_size
+        if ahead and room < 0:
             raise NoRoom(f"cache_dir={shard.cache.folder} is full of shards in use")
-        with shard._kept():
+        with shard._storing():
             os.ftruncate(part, shard.size)
 
 
 def _files(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    for path in [*folder.glob("*.part"), *folder.glob("*.tar")]:
-        with contextlib.suppress(FileNotFoundError):  # a part may go, or become a copy, meanwhile
-            yield path, path.stat()
+    for path in folder.iterdir():
+        if _OURS.fullmatch(path.name):
+            with contextlib.suppress(FileNotFoundError):  # a part may be removed, or become a copy, meanwhile
+                yield path, path.lstat()
 
 
 @contextlib.contextmanager
 def _one_at_a_time(folder: Path) -> Iterator[None]:
-    with open(folder / "lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(descriptor)

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from jaxtyping import Int64
 
-from vqscale.data.cache import Cache, NoRoom, RemoteTar, open_place, tar_places
+from vqscale.data.cache import Cache, NoRoom, RemoteTar, locate_tars, open_descriptor
 from vqscale.data.shards import Manifest, ShardIndex
 
 DECODE, IO, CRC = 1, 2, 3  # why a sample is bad; 0 = it is not
@@ -154,7 +154,7 @@ class OpenFiles:
     def _descriptor(self, number: int, ahead: bool = False) -> int:
         descriptor = self._open.get(number)
         if descriptor is None:
-            opened = open_place(self._tars[number], ahead)  # not under the lock: it may take a download
+            opened = open_descriptor(self._tars[number], ahead)  # not under the lock: it may take a download
             with self._lock:
                 descriptor = self._open.setdefault(number, opened)
             if descriptor != opened:
@@ -194,7 +194,7 @@ class PartReader:
         self.manifest = manifest
         self.part_names = None if part_names is None else tuple(part_names)
         self._rest = (recent_indexes, cache)
-        self.tars = tar_places(folder, manifest, cache)
+        self.tars = locate_tars(folder, manifest, cache)
         self.has_remote = any(isinstance(tar, RemoteTar) for tar in self.tars)
         self._files = OpenFiles(self.tars, max(256, recent_indexes))
         # Not a method of this class: without a reference cycle, files are closed with the last use of the reader.

@@ -15,7 +15,8 @@ def expand_spec(spec: str, allow_pipe: bool = False) -> list[str]:
     here, and no pipe is run.
     """
     if Path(spec).is_dir():
-        tars = [str(path.resolve()) for path in sorted(Path(spec).glob("*.tar"))]
+        # Names with a dot in front are hidden files, such as the ._a.tar that macOS leaves beside a.tar.
+        tars = [str(path.resolve()) for path in sorted(Path(spec).glob("[!.]*.tar"))]
         if not tars:
             raise FileNotFoundError(f"source={spec}: the folder holds no .tar files")
     else:
@@ -29,10 +30,10 @@ def _existing(name: str, allow_pipe: bool) -> list[str]:
     if is_url(name):
         check_url(name, allow_pipe)
         return [name]
-    found = sorted(glob.glob(name)) if glob.has_magic(name) and not Path(name).exists() else [name]
-    if not found:
+    paths = sorted(glob.glob(name)) if glob.has_magic(name) and not Path(name).exists() else [name]
+    if not paths:
         raise FileNotFoundError(f"source: nothing matches {name}")
-    for path in found:
+    for path in paths:
         if not Path(path).is_file():
             raise FileNotFoundError(f"source: there is no tar {path}")
-    return [str(Path(path).resolve()) for path in found]
+    return [str(Path(path).resolve()) for path in paths]
