@@ -2,13 +2,14 @@
 
 import gzip
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from support.image_files import png
 
-from vqscale.data.images import decode_image
+from vqscale.data.images import decode_image, read_image_file
 from vqscale.data.parts import DecodeError
 
 FTYP = b"\0\0\0\x18ftyp"
@@ -68,3 +69,25 @@ def test_the_limit_may_be_above_that_of_pillow(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     assert decode_image(png(np.zeros((30, 40, 1), np.uint8), 0, 8)).shape == (3, 30, 40)
     assert Image.MAX_IMAGE_PIXELS == 100
+
+
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [(b"", "a file of zero bytes"), (b"\x89PNG\r\n\x1a\n", "4000000000 bytes is over the limit"), (b"<html>", "a web")],
+)
+def test_a_huge_sparse_file_is_not_read(start: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "huge.png"
+    with open(path, "wb") as file:
+        file.write(start)
+        file.truncate(4_000_000_000)
+    with pytest.raises(DecodeError, match=message):
+        read_image_file(path)
+
+
+def test_the_limit_of_bytes_follows_that_of_pixels(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(80_000_000))
+    assert len(read_image_file(tmp_path / "a.png")) == 80_000_008
+    with pytest.raises(DecodeError, match="80000008 bytes is over the limit of 67116864"):
+        read_image_file(tmp_path / "a.png", max_pixels=1_000)
+    with pytest.raises(DecodeError, match="a PNG with a damaged chunk at byte 8"):
+        decode_image((tmp_path / "a.png").read_bytes())

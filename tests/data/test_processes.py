@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+from support.work import die, stand_still, work
 
 from vqscale.data.processes import run_jobs
 
@@ -29,6 +30,21 @@ def test_stop_begins_no_further_job(workers: int, most: int) -> None:
     for job, _ in run_jobs(abs, list(range(100)), workers, stop=lambda: len(done) >= 3):
         done.append(job)
     assert 3 <= len(done) <= most and sorted(done) == list(range(len(done)))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_run_that_works_asks_and_one_that_stands_still_does_not(workers: int) -> None:
+    asked: list[float] = []
+    list(run_jobs(stand_still, [0.9, 1.0], workers, lambda: asked.append(time.monotonic())))
+    assert len(asked) <= 4  # before and after the jobs
+    asked.clear()
+    list(run_jobs(work, [4, 4], workers, lambda: asked.append(time.monotonic())))
+    assert len(asked) >= 4
+
+
+def test_a_killed_worker_is_an_error_with_its_remedy() -> None:
+    with pytest.raises(ValueError, match="was killed, as for lack of memory: fewer workers="):
+        list(run_jobs(die, [1, 2], 2))
 
 
 def test_killed_outright_the_parent_leaves_no_orphans() -> None:

@@ -9,9 +9,11 @@ h w: the size of the file's image; r: the resolution asked for.
 import contextlib
 import functools
 import io
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from vqscale.data.headers import MAX_PIXELS, Header, check_size, exif_orientation, read_header
+from vqscale.data.kinds import format_of
 from vqscale.data.parts import DecodeError
 from vqscale.seeding import key_of, uniform
 
@@ -38,6 +41,7 @@ _PIL_NAMES = {
 }
 # Pillow reads this one in little-endian files alone.
 TiffImagePlugin.OPEN_INFO.setdefault((b"MM", _WHITE_IS_ZERO, (1,), 1, (16,), ()), ("I;16B", "I;16B"))
+_BYTES_PER_PIXEL, _BYTES_BESIDE_PIXELS = 8, 1 << 26  # four uncompressed samples of 16 bits; text and profiles
 _ADDRESS = re.compile(r" ?<[^<>]* at 0x[0-9a-f]+>")
 _CROP_LEFT, _CROP_TOP, _CROP_SIDE, _FLIP = (key_of(name) for name in ("left", "top", "side", "flip"))
 _SMALLEST_CROP = 0.8  # of the shorter side
@@ -61,6 +65,18 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> UInt8[Tensor, "3 
         return decode_jpeg(encoded)
     except RuntimeError as error:
         raise DecodeError(f"JPEG image does not decode: {str(error).splitlines()[0].split(', ')[-1]}") from None
+
+
+def read_image_file(path: str | Path, max_pixels: int = MAX_PIXELS) -> bytes:
+    """The bytes of an image file. Raises DecodeError, before all of it is read, for another kind of file and for one
+    that is longer than `max_pixels` can be; OSError when it cannot be read."""
+    limit = _BYTES_PER_PIXEL * max_pixels + _BYTES_BESIDE_PIXELS
+    with open(path, "rb") as file:
+        head = file.read(4096)
+        format_of(head)
+        if (size := os.fstat(file.fileno()).st_size) > limit:
+            raise DecodeError(f"a file of {size} bytes is over the limit of {limit} (8 per pixel of max_pixels=)")
+        return head + file.read(limit)
 
 
 @functools.cache
@@ -200,10 +216,13 @@ class ImageReader:
 
     part_names = SUFFIXES
 
-    def __init__(self, resolution: int, flip: bool = False, crop: str = "center", seed: int = 0):
+    def __init__(
+        self, resolution: int, flip: bool = False, crop: str = "center", seed: int = 0, max_pixels: int = MAX_PIXELS
+    ):
         if crop not in ("center", "random"):
             raise ValueError(f"crop={crop}: choose center or random")
         self.resolution, self.flip, self.crop, self.seed = resolution, flip, crop, seed
+        self.max_pixels = max_pixels
         _jpeg_decoder()  # imported once here, not again in every forked worker
 
     def __call__(self, parts: Mapping[str, Any], label: int, position: int) -> dict[str, Tensor]:
@@ -211,7 +230,7 @@ class ImageReader:
         data = next((parts[name] for name in SUFFIXES if name in parts), None)
         if data is None:
             raise DecodeError("the sample has no image part")
-        image = decode_image(data)
+        image = decode_image(data, self.max_pixels)
         if self.crop == "random":
             image = random_crop(image, self.resolution, self.seed, position)
         else:

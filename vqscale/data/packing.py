@@ -18,9 +18,10 @@ from PIL import Image
 
 from vqscale.data.arrays import read_pictures
 from vqscale.data.drawn import draw
-from vqscale.data.headers import read_header
-from vqscale.data.images import decode_image, resize_center_crop
+from vqscale.data.headers import MAX_PIXELS, read_header
+from vqscale.data.images import decode_image, read_image_file, resize_center_crop
 from vqscale.data.listing import Item
+from vqscale.data.processes import made_progress
 from vqscale.data.shards import ShardInfo, ShardWriter, shard_info
 from vqscale.files import read_jsonl, write_atomically
 
@@ -46,6 +47,7 @@ class ShardJob:
     items: tuple[Item, ...]
     encoding: Encoding
     seed: int
+    max_pixels: int = MAX_PIXELS
 
 
 def finished(job: ShardJob) -> ShardInfo | None:
@@ -66,6 +68,7 @@ def pack_shard(job: ShardJob) -> ShardInfo:
     bad: list[dict[str, str]] = []
     with ShardWriter(job.tar) as writer:
         for item, data in _drawn_images(job) if not job.folder else _images_of_folder(job, bad):
+            made_progress()
             writer.write(item.key, {job.encoding.format: data, "cls": str(item.label).encode()})
         write_bad(job.bad_path, bad)  # before the tar appears: a finished shard has its list
     assert writer.info is not None
@@ -96,18 +99,19 @@ def _images_of_folder(job: ShardJob, bad: list[dict[str, str]]) -> Iterator[tupl
                 picture = read_pictures(Path(path)).picture(item.index)
                 yield item, encode_image(centred(picture, job.encoding.resolution), job.encoding)
             else:
-                yield item, store_image(Path(path).read_bytes(), job.encoding)
+                yield item, store_image(read_image_file(path, job.max_pixels), job.encoding, job.max_pixels)
         except (ValueError, OSError) as error:
+            made_progress()
             bad.append({"file": path, "error": str(error)})
 
 
-def store_image(data: bytes, encoding: Encoding) -> bytes:
+def store_image(data: bytes, encoding: Encoding, max_pixels: int = MAX_PIXELS) -> bytes:
     """The stored form of an image file: its own bytes if they fit, else decoded, resized, cropped and encoded.
 
     Raises DecodeError (a ValueError) for bytes that do not decode, even if they would be stored as they are.
     """
-    image = decode_image(data)
-    header = read_header(data)
+    image = decode_image(data, max_pixels)
+    header = read_header(data, max_pixels)
     fits = tuple(image.shape[-2:]) == (encoding.resolution, encoding.resolution)
     if fits and header.plain and header.format == encoding.format:
         return data

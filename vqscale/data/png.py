@@ -154,6 +154,8 @@ def _chunks(data: bytes) -> Iterator[tuple[bytes, bytes, bool]]:
         if offset + 12 > len(data):
             raise DecodeError("a PNG that is cut short: it has no end mark")
         length, kind = struct.unpack_from(">I4s", data, offset)
+        if not kind.isalpha():
+            raise DecodeError(f"a PNG with a damaged chunk at byte {offset}")
         chunk = data[offset : offset + 12 + length]
         if len(chunk) < 12 + length:
             raise DecodeError(f"a PNG that is cut short in its {kind.decode('latin-1')!r} chunk")

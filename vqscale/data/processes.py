@@ -9,13 +9,30 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 _POLL_SECONDS = 0.5
+BEAT_SECONDS = 0.2  # a job's progress is passed on at most this often
+
+
+_Beat = Callable[[], Any]
+_beat: _Beat | None = None  # of this process
+_last_beat = 0.0
+
+
+def made_progress() -> None:
+    """A job calls this after each image, or block of bytes: it counts as progress for the watchdog."""
+    global _last_beat
+    now = time.monotonic()
+    if _beat is not None and now - _last_beat >= BEAT_SECONDS:
+        _last_beat = now
+        _beat()
 
 
 def run_jobs(
@@ -23,17 +40,28 @@ def run_jobs(
 ) -> Iterator[tuple[Job, Result]]:
     """(job, result) in the order of completion. workers: processes; 0 = one per core, 1 = this process itself.
 
-    When `stop()` becomes true no further job is started, and the results of running jobs are the last. A job's error
-    is raised after the other running jobs have ended.
+    When `stop()` becomes true no further job is started, and the results of running jobs are the last. It is called
+    only after progress, by whichever process, so that a run may take the call for a sign of life. A job's error is
+    raised after the other running jobs have ended; ValueError when a process was killed.
     """
     workers = min(workers or len(os.sched_getaffinity(0)), len(jobs))
-    if workers <= 1:
-        for job in jobs:
-            if stop():
-                return
-            yield job, function(job)
-        return
-    yield from _over_processes(function, jobs, workers, stop)
+    yield from (
+        _in_this_process(function, jobs, stop) if workers <= 1 else _over_processes(function, jobs, workers, stop)
+    )
+
+
+def _in_this_process(
+    function: Callable[[Job], Result], jobs: Sequence[Job], stop: Callable[[], Any]
+) -> Iterator[tuple[Job, Result]]:
+    for job in jobs:
+        if stop():
+            return
+        _set_beat(stop)
+        try:
+            result = function(job)
+        finally:
+            _set_beat(None)
+        yield job, result
 
 
 def _over_processes(
@@ -42,23 +70,44 @@ def _over_processes(
     # Not fork: the parent runs threads (torch, gloo) whose locks a forked child would inherit.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([function.__module__, __name__])
+    beats = context.Value("Q")
     pending = iter(jobs)
     running: dict[Future[Result], Job] = {}
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
+    stopping, seen = bool(stop()), 0
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(beats,)) as pool:
         while True:
-            while len(running) < 2 * workers and not stop() and (job := next(pending, None)) is not None:
+            while len(running) < 2 * workers and not stopping and (job := next(pending, None)) is not None:
                 running[pool.submit(function, job)] = job
             if not running:
                 return
             done, _ = wait(running, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
             for future in done:
-                yield running.pop(future), future.result()
-            if stop():
+                yield running.pop(future), _result(future)
+            if done or beats.value != seen:
+                stopping, seen = bool(stop()), beats.value
+            if stopping:
                 for future in [future for future in running if future.cancel()]:
                     del running[future]
 
 
-def _start_worker() -> None:
+def _result(future: "Future[Result]") -> Result:
+    try:
+        return future.result()
+    except BrokenProcessPool:
+        raise ValueError("a worker process was killed, as for lack of memory: fewer workers= need less of it") from None
+
+
+def _set_beat(beat: _Beat | None) -> None:
+    global _beat
+    _beat = beat
+
+
+def _start_worker(beats: Any) -> None:
+    def beat() -> None:
+        with beats.get_lock():
+            beats.value += 1
+
+    _set_beat(beat)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)

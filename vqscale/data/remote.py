@@ -23,6 +23,7 @@ from urllib.request import HTTPHandler, HTTPRedirectHandler, HTTPSHandler, Reque
 
 from webdataset.gopen import gopen
 
+from vqscale.data.processes import made_progress
 from vqscale.text import printable, redact_url
 
 _TRIES = 5  # in a row without a new byte
@@ -115,6 +116,7 @@ class RemoteFile:
                 continue
             if data:
                 self._failures = 0
+                made_progress()
             self.at += len(data)
             return data
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from vqscale.data.images import SUFFIXES
+from vqscale.data.processes import made_progress
 from vqscale.data.remote import RemoteFile, open_tar
 from vqscale.data.shards import MAX_CLASSES, MAX_LABEL_BYTES, IndexRows, ShardInfo, check_key, parse_label
 
@@ -77,6 +78,7 @@ class _Stream:
     def read(self, size: int) -> bytes:
         """The next bytes, fewer where the tar ends."""
         data = self._file.read(size)
+        made_progress()
         self.sha256.update(data)
         self.at += len(data)
         return data

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from vqscale.data.processes import made_progress
 from vqscale.data.remote import RemoteFile, open_tar
 from vqscale.data.shards import Manifest, ShardIndex
 
@@ -40,6 +41,7 @@ class _Stream:
         """The crc32 of the next bytes, of fewer where the tar ends."""
         crc32 = 0
         while size and (data := self._file.read(min(size, _CHUNK))):
+            made_progress()
             self.sha256.update(data)
             crc32 = zlib.crc32(data, crc32)
             self.at += len(data)
