@@ -18,7 +18,7 @@ README = (ROOT / "README.md").read_text()
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
 MAX_LINES = 420  # of tests and benchmarks; the package has a budget per folder
 # Code lines without blanks, comments and docstrings. A new feature finds room here, or makes it.
-CODE_LINES = {".": 1_950, "data": 2_940, "engine": 1_180, "evaluation": 2_280, "models": 1_800, "stages": 2_350}
+CODE_LINES = {".": 1_950, "data": 3_110, "engine": 1_180, "evaluation": 2_280, "models": 1_800, "stages": 2_180}
 
 
 def fields_of(cls: Any) -> Iterator[tuple[str, str]]:
