@@ -52,7 +52,7 @@ def put_pulse_in_place_of_pack() -> None:
 @pytest.fixture
 def words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setitem(sys.modules, "vqscale.stages.pack", pulse_stage())
-    (tmp_path / "pack.yaml").write_text("seed: 1\n")
+    (tmp_path / "pack.yaml").write_text("seed: 1\nending: done\n")
     return ["pack", str(tmp_path / "pack.yaml"), f"run_dir={tmp_path / 'run'}", "threads=1"]
 
 
@@ -99,7 +99,8 @@ def test_a_bug_says_how_to_see_more(words: list[str], capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["pakc"], "there is no stage 'pakc'; the stages are pack, index"),
+        (["pakc"], "there is no stage 'pakc'; did you mean pack?; the stages are pack, index"),
+        (["train_vqvae", "{path}"], "pack.yaml is a config of pack, not of train_vqvae: vqscale pack"),
         (["pack"], "pack needs a config file"),
         (["pack", "nowhere.yaml"], "config file nowhere.yaml does not exist"),
         (["pack", "{path}", "sed=1"], "unknown key sed; did you mean seed?"),
@@ -118,6 +119,21 @@ def test_dry_run_prints_and_runs_nothing(words: list[str], capsys: pytest.Captur
     printed = capsys.readouterr().out
     assert "ending: bug" in printed and "would end bug" in printed
     assert not (Path(words[1]).parent / "run").exists()
+
+
+def test_ctrl_c_is_no_traceback(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(config: PulseConfig) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["vqscale.stages.pack"], "main", interrupt)
+    assert cli.main(words) == cli.EXIT_INTERRUPTED
+
+
+def test_the_keys_of_the_stage_come_first_and_those_of_every_stage_last(capsys: pytest.CaptureFixture[str]) -> None:
+    for stage, first in [("pack", "source="), ("train_vqvae", "data="), ("sample", "vqvae="), ("evaluate", "samples=")]:
+        assert cli.main([stage, "--help"]) == 0
+        keys = [line.strip() for line in capsys.readouterr().out.partition("keys and defaults:\n")[2].splitlines()]
+        assert keys[0].startswith(first) and keys[-1].startswith("watchdog_seconds=")
 
 
 def test_help_of_a_stage_lists_its_keys(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:

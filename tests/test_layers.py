@@ -31,7 +31,7 @@ MAY_IMPORT |= {
     "files": set(),
     "text": set(),
     "batch": set(),
-    "rundir": {"files"},
+    "rundir": {"files", "config"},
     "stopping": {"topology"},
     "fields": set(),
     "config": {"fields", "text"},

@@ -4,12 +4,14 @@ Exit codes of the bare program: 0 done, 1 error (one line on stderr), 75 saved a
 """
 
 import argparse
+import difflib
 import importlib
 import os
 import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from vqscale import __version__, config, fields, runtime
 
@@ -34,6 +36,7 @@ TOOLS = {
 }
 _ALIASES = {"world": "plan", "strategy": "plan", "png": "watch"}  # --world N for world=N
 EXIT_UNFINISHED = 75
+EXIT_INTERRUPTED = 130  # by Ctrl-C before there was anything to save
 HEAD_START = 3.0  # seconds that the first rank has to report an error before the others do
 
 
@@ -69,8 +72,9 @@ def _stage_help(stage: str) -> str:
 
 def stage_module(stage: str):
     if stage not in STAGES | TOOLS:
+        near = "".join(f"; did you mean {name}?" for name in difflib.get_close_matches(stage, STAGES | TOOLS, n=1))
         raise ValueError(
-            f"there is no stage {stage!r}; the stages are {', '.join(STAGES)}; the tools {', '.join(TOOLS)}"
+            f"there is no stage {stage!r}{near}; the stages are {', '.join(STAGES)}; the tools {', '.join(TOOLS)}"
         )
     return importlib.import_module(f"vqscale.stages.{stage.replace('-', '_')}")
 
@@ -94,7 +98,7 @@ def main(argv: Sequence[str]) -> int:
             return 0
         if not arguments.words:
             raise ValueError(f"{arguments.stage} needs a config file: vqscale {arguments.stage} CONFIG [key=value ...]")
-        stage_config = config.load(stage.Config, words[0], words[1:])
+        stage_config = _load(arguments.stage, words[0], words[1:])
         if arguments.dry_run:
             plan = getattr(stage, "plan", None)
             print(config.to_yaml(stage_config) + (plan(stage_config) if plan else ""))
@@ -104,10 +108,28 @@ def main(argv: Sequence[str]) -> int:
         if runtime.is_first_rank():
             print(f"vqscale: stopped: {stopped}; run the same command again to go on", file=sys.stderr)
         return 0 if runtime.under_launcher() else EXIT_UNFINISHED
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
     except Exception as error:
         _report(error, arguments.debug)
         return 1
     return 0
+
+
+def _load(stage: str, path: str, overrides: Sequence[str]) -> config.StageConfig:
+    try:
+        return config.load(stage_module(stage).Config, path, overrides)
+    except ValueError:
+        owner = stage_of(path)
+        if owner in ("", stage):
+            raise
+        raise ValueError(f"{path} is a config of {owner}, not of {stage}: vqscale {owner} {path}") from None
+
+
+def stage_of(path: str) -> str:
+    """The stage whose name the file's begins with, or ""."""
+    name = Path(path).stem
+    return max((stage for stage in STAGES if name == stage or name.startswith(f"{stage}_")), key=len, default="")
 
 
 def _report(error: Exception, debug: bool) -> None:

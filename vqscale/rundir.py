@@ -3,6 +3,7 @@
 In: a run directory.  Out: its status; a refusal of entries that lead elsewhere, and of stale inputs; a clean start.
 """
 
+import json
 import os
 import shutil
 import socket
@@ -12,6 +13,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from vqscale.config import peek
 from vqscale.files import read_json
 
 INPUTS = "inputs.json"
@@ -37,6 +39,23 @@ def read_status(run_dir: Path) -> dict[str, Any]:
         if not process_exists(status.get("pid")):
             status.update(state="stopped", reason="its process is gone")
     return status
+
+
+def damage_of(run_dir: Path) -> str:
+    """What keeps the run's own files from being read, or "": a stage that runs again writes them anew."""
+    for name in ("status.json", "command.json"):
+        path = run_dir / name
+        try:
+            if path.is_file() and not isinstance(json.loads(path.read_bytes()), dict):
+                return f"{name} is no JSON object"
+        except (OSError, ValueError, RecursionError) as error:
+            return f"{name} cannot be read: {error}"
+    try:
+        if (run_dir / "config.yaml").is_file():
+            peek(run_dir / "config.yaml")
+    except (OSError, ValueError) as error:
+        return f"config.yaml cannot be read: {error}"
+    return ""
 
 
 def process_exists(pid: Any) -> bool:

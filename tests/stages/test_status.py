@@ -171,3 +171,40 @@ def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert "total_images=5: runs has no configs" in capsys.readouterr().err
     assert cli.main(["status", "nowhere"]) == 1
     assert "there is no folder nowhere" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        ("status.json", '{"state": "do', "status.json cannot be read"),
+        ("status.json", "[]", "status.json is no JSON object"),
+        ("status.json", '{"state": "done", "images_seen": "many"}', "many"),
+        ("status.json", '{"state": "done", "images_seen": null}', "NoneType"),
+        ("command.json", "\x00", "command.json cannot be read"),
+        ("config.yaml", "total_images: [", "not valid YAML"),
+        ("config.yaml", "total_images: many", "total_images=many: takes an integer"),
+    ],
+)
+def test_a_run_that_cannot_be_read_leaves_the_others_alone(
+    name: str, text: str, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_run("pack", state="done")
+    (make_run("train_vqvae", state="done") / name).write_text(text)
+    rows = ask("name,state,reason", capsys=capsys)
+    assert rows[0] == ["pack", "done", "-"] and rows[1][:2] == ["train_vqvae", "unreadable"] and reason in rows[1][2]
+    assert cli.main(["status"]) == 0
+    assert "runs/tiny/train_vqvae unreadable: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("line", ['{"loss": NaN, "images_per_second": NaN}', '{"loss": "x"}', '{"loss": [1]}', "\x00"])
+def test_odd_metrics_are_no_obstacle(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (make_run(state="running", images_seen=640) / "metrics.jsonl").write_text(line + "\n")
+    assert ask("state,eta", capsys=capsys) == [["running", "-"]]
+    assert cli.main(["status"]) == 0
+
+
+def test_names_do_not_act_on_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    make_run("x]\x1b[2Jevil", state="failed", reason="first\nsecond\x1b[31m").parent.rename("runs/[")
+    assert cli.main(["status"]) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and "[/x]\\x1b[2Jevil" in out and "first\\nsecond" in out

@@ -99,3 +99,19 @@ def test_the_command_line(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureF
 )
 def test_sparklines(values: list[float], expected: str) -> None:
     assert watch.sparkline(values) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("status.json", "{", "unreadable"),
+        ("status.json", '{"images_seen": "many"}', "unreadable"),
+        ("config.yaml", "total_images: [", "not valid YAML"),
+        ("metrics.jsonl", '{"images_seen": 5, "loss": NaN}\n{"images_seen": 9, "loss": 2}\n', "×▁"),
+        ("metrics.jsonl", '{"images_seen": 5, "loss": NaN}\n{"images_seen": 5, "[/x]\\u001b": 2}\n', "[/x]\\x1b"),
+        ("metrics.jsonl", '{"images_seen": 5, "images_per_second": "x"}\n{"images_seen": "x", "loss": 2}\n', "running"),
+    ],
+)
+def test_a_damaged_file_is_shown_as_what_it_is(run_dir: Path, name: str, text: str, words: str) -> None:
+    (run_dir / name).write_text(text)
+    assert words in shown(run_dir, "once=true")

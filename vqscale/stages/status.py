@@ -4,11 +4,10 @@ Everything is read from the files of the runs; where there is Slurm, its queue s
 """
 
 import getpass
-import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,12 +15,13 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from vqscale.config import RUNS, Request, peek, read_request
 from vqscale.fields import PositiveInt
-from vqscale.files import read_json
-from vqscale.runtime import read_status
-from vqscale.text import format_duration
+from vqscale.files import read_json, read_jsonl
+from vqscale.rundir import damage_of, read_status
+from vqscale.text import format_duration, printable
 
 USAGE = "[RUNS | RUN | CONFIG | CONFIGS] [key=value ...]"
 _ABSENT = "the program did not begin"
@@ -61,28 +61,46 @@ def load(words: Sequence[str]) -> Request[StatusConfig]:
 
 def main(request: Request[StatusConfig]) -> None:
     """Print what was asked for. Raises FileNotFoundError where there is no such folder."""
-    runs = runs_of(request)
-    if columns := _columns(request.config):
-        for run in runs:
-            print("\t".join(COLUMNS[name](run) or "-" for name in columns))
+    columns = _columns(request.config)
+    rows = rows_of(request, columns or ("run_dir", *_FOR_PEOPLE, "reason", "log"))
+    if columns:
+        for row in rows:
+            print("\t".join(row[name] or "-" for name in columns))
         return
-    Console(width=None if os.isatty(1) else 160).print(_table(runs, request.paths[0]))
-    for run in runs:
-        if run.state == "failed":
-            print(f"{run.run_dir} failed: {run.reason}; read {run.log}")
+    Console(width=None if os.isatty(1) else 160).print(_table(rows, request.paths[0]))
+    for row in rows:
+        if row["state"] in ("failed", "unreadable"):
+            print(f"{row['run_dir']} {row['state']}: {row['reason']}; read {row['log']}")
 
 
-def runs_of(request: Request[StatusConfig]) -> list["State"]:
+Row = Mapping[str, str]  # column -> what it shows
+
+
+def rows_of(request: Request[StatusConfig], columns: Sequence[str]) -> list[Row]:
     """In the order of the pipeline; of a config also the run that has not begun."""
     jobs, (path,), status = _queue(), request.paths, request.config
     given = [path] if path.suffix == ".yaml" else [] if _is_run(path) else list(path.glob("*.yaml"))
     asked = [(file.stem, peek(file, request.others)) for file in given]
-    runs = [State(Path(run.run_dir), jobs, status, name, run.total_images) for name, run in asked]
+    runs = [(Path(run.run_dir), name, run.total_images) for name, run in asked]
     if request.others and not given:
         raise ValueError(f"{request.others[0]}: {path} has no configs, and only a config can be overridden")
     if not runs and not path.is_dir():
         raise FileNotFoundError(f"there is no folder {path}: status takes a folder of runs, a run, or a config")
-    return _in_order(runs or [State(found, jobs, status) for found in _runs_in(path)])
+    runs = _in_order(runs or [(folder, folder.name, 0) for folder in _runs_in(path)])
+    return [_row(State(run_dir, jobs, status, name, total), columns) for run_dir, name, total in runs]
+
+
+def _row(run: "State", columns: Sequence[str]) -> Row:
+    """A run whose files cannot be read says so, and leaves the others alone."""
+    try:
+        if damage := damage_of(run.run_dir):
+            raise ValueError(damage)
+        row = {name: COLUMNS[name](run) for name in columns}
+    except (ValueError, TypeError, LookupError, OverflowError, OSError) as error:
+        known = {"run_dir": str(run.run_dir), "name": run.name, "state": "unreadable", "verdict": "failed"}
+        known |= {"reason": str(error), "why": str(error), "log": str(run.run_dir / "log" / "0.log")}
+        row = {name: known.get(name, "") for name in columns}
+    return {name: printable(text) for name, text in row.items()}
 
 
 def _columns(status: StatusConfig) -> list[str]:
@@ -101,14 +119,15 @@ def _runs_in(folder: Path) -> list[Path]:
     return [path.parent.parent if path.name == "job" else path.parent for path in below]
 
 
-def _in_order(runs: Sequence["State"]) -> list["State"]:
+def _in_order(runs: Sequence[tuple[Path, str, int]]) -> list[tuple[Path, str, int]]:
     """Experiments by name, their stages in the order of the pipeline; each run once."""
 
-    def place(run: "State") -> tuple[str, int, str]:
-        earlier = [number for number, stage in enumerate(_PIPELINE) if run.name.startswith(stage)]
-        return str(run.run_dir.parent), max(earlier, default=len(_PIPELINE)), run.name
+    def order(run: tuple[Path, str, int]) -> tuple[str, int, str]:
+        run_dir, name, _ = run
+        earlier = [number for number, stage in enumerate(_PIPELINE) if name.startswith(stage)]
+        return str(run_dir.parent), max(earlier, default=len(_PIPELINE)), name
 
-    return sorted({run.run_dir: run for run in runs}.values(), key=place)
+    return sorted({run[0]: run for run in runs}.values(), key=order)
 
 
 def _queue() -> Mapping[str, str] | None:
@@ -126,29 +145,37 @@ def _queue() -> Mapping[str, str] | None:
 class State:
     """How one run stands."""
 
-    def __init__(
-        self,
-        run_dir: Path,
-        jobs: Mapping[str, str] | None,
-        status: StatusConfig,
-        name: str = "",
-        total: int = 0,
-    ):
-        self.run_dir = run_dir
-        self.name = name or run_dir.name
-        self._jobs = jobs
-        self._limit = status.restarts
-        self._written = read_status(run_dir)
-        self._command = read_json(run_dir / "command.json")
-        self.total = total or self._saved_total()
-        self.images_seen = int(self._written.get("images_seen", 0))
-        self.state, self.reason = self._judge()
+    def __init__(self, run_dir: Path, jobs: Mapping[str, str] | None, status: StatusConfig, name: str, total: int):
+        self.run_dir, self.name = run_dir, name
+        self._jobs, self._limit, self._asked_total = jobs, status.restarts, total
 
-    def _saved_total(self) -> int:
+    @cached_property
+    def _written(self) -> dict[str, Any]:
+        return read_status(self.run_dir)
+
+    @property
+    def restarts(self) -> str:
+        return str(read_json(self.run_dir / "command.json").get("restarts", ""))
+
+    @cached_property
+    def total(self) -> int:
         saved = self.run_dir / "config.yaml"
-        return peek(saved).total_images if saved.is_file() else 0
+        return self._asked_total or (peek(saved).total_images if saved.is_file() else 0)
 
-    def _judge(self) -> tuple[str, str]:
+    @property
+    def images_seen(self) -> int:
+        return int(self._written.get("images_seen", 0))
+
+    @property
+    def state(self) -> str:
+        return self._judged[0]
+
+    @property
+    def reason(self) -> str:
+        return self._judged[1]
+
+    @cached_property
+    def _judged(self) -> tuple[str, str]:
         state, reason = self._written.get("state", ""), str(self._written.get("reason", ""))
         job = (self._jobs or {}).get(self.job, "")
         if self._jobs is not None and not job and not self._began and self._starts:
@@ -216,32 +243,17 @@ class State:
     def last(self) -> dict[str, Any]:
         """The newest loss and images_per_second of metrics.jsonl."""
         found: dict[str, Any] = {}
-        for line in _tail(self.run_dir / "metrics.jsonl"):
-            found |= {key: line[key] for key in ("loss", "images_per_second") if line.get(key) is not None}
+        for line in read_jsonl(self.run_dir / "metrics.jsonl", _TAIL):
+            found |= {
+                key: line[key] for key in ("loss", "images_per_second") if isinstance(line.get(key), (int, float))
+            }
         return found
 
     @property
     def eta(self) -> float | None:
         """Seconds left at the last rate."""
         rate, left = self.last.get("images_per_second"), self.total - self.images_seen
-        return left / rate if rate and left > 0 and self.state == "running" else None
-
-
-def _tail(path: Path) -> Iterator[dict[str, Any]]:
-    """The last lines of a JSON-lines file; torn ones are left out."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(max(0, path.stat().st_size - _TAIL))
-            lines = file.read().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict):
-            yield value
+        return left / rate if rate and rate > 0 and left > 0 and self.state == "running" else None
 
 
 def _number(value: float | None, form: str) -> str:
@@ -256,7 +268,7 @@ COLUMNS: dict[str, Callable[[State], str]] = {
     "total_images": lambda run: str(run.total or ""),
     "images_per_second": lambda run: _number(run.last.get("images_per_second"), ".1f"),
     "eta": lambda run: "" if run.eta is None else format_duration(run.eta),
-    "restarts": lambda run: str(run._command.get("restarts", "")),
+    "restarts": lambda run: run.restarts,
     "loss": lambda run: _number(run.last.get("loss"), ".4f"),
     "job": lambda run: run.job,
     "reason": lambda run: run.reason,
@@ -269,10 +281,11 @@ COLUMNS: dict[str, Callable[[State], str]] = {
 _FOR_PEOPLE = ("state", "images_seen", "total_images", "images_per_second", "eta", "restarts", "loss", "job")
 
 
-def _table(runs: Sequence[State], folder: Path) -> Table:
+def _table(rows: Sequence[Row], folder: Path) -> Table:
     table = Table("run", *(name.replace("_", " ") for name in _FOR_PEOPLE), box=None)
-    for run in runs:
-        inside = run.run_dir != folder and run.run_dir.is_relative_to(folder)
-        name = run.run_dir.relative_to(folder) if inside else run.run_dir
-        table.add_row(str(name), *(COLUMNS[column](run) for column in _FOR_PEOPLE))
+    for row in rows:
+        run_dir = Path(row["run_dir"])
+        inside = run_dir != folder and run_dir.is_relative_to(folder)
+        cells = [str(run_dir.relative_to(folder) if inside else run_dir), *(row[column] for column in _FOR_PEOPLE)]
+        table.add_row(*map(Text, cells))  # names are no markup
     return table

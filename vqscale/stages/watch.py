@@ -4,6 +4,7 @@ Reads status.json, command.json, config.yaml and metrics.jsonl, so that it works
 on a finished run as well, and never touches the run.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,8 +20,8 @@ from vqscale.config import Request, peek, read_request
 from vqscale.evaluation.figures import curves_png, metrics_of_run
 from vqscale.fields import PathText, PositiveFloat
 from vqscale.files import read_json
-from vqscale.runtime import read_status
-from vqscale.text import format_duration
+from vqscale.rundir import damage_of, read_status
+from vqscale.text import format_duration, printable
 
 USAGE = "RUN_DIR [--once] [--png FILE] [key=value ...]"
 _BLOCKS = "▁▂▃▄▅▆▇█"
@@ -75,26 +76,30 @@ def main(
 
 
 def _write_png(run_dir: Path, path: Path) -> None:
-    found = curves(metrics_of_run(run_dir))
-    if not found:
+    drawn = curves(metrics_of_run(run_dir))
+    if not drawn:
         raise ValueError(f"{run_dir / 'metrics.jsonl'}: no metrics to draw yet")
     panels: dict[str, Curves] = {}
-    for name, curve in found.items():
+    for name, curve in drawn.items():
         panels.setdefault(_family(name), {})[name] = curve
     path.write_bytes(curves_png(panels, logarithmic=_LOGARITHMIC))
-    print(f"{path}: {len(found)} curves of {run_dir}")
+    print(printable(f"{path}: {len(drawn)} curves of {run_dir}"))
 
 
 def curves(lines: Iterable[Mapping[str, Any]]) -> Curves:
     """By metric, in the order in which to show them: what is trained, then what is held out, then how it runs."""
-    found: Curves = {}
+    by_name: Curves = {}
     for line in lines:
         for name, value in line.items():
-            if name != "images_seen" and isinstance(value, (int, float)):
-                x, y = found.setdefault(name, ([], []))
+            if name != "images_seen" and _is_number(value) and _is_number(line["images_seen"]):
+                x, y = by_name.setdefault(name, ([], []))
                 x.append(float(line["images_seen"]))
                 y.append(float(value))
-    return dict(sorted(found.items(), key=lambda item: _order(item[0])))
+    return dict(sorted(by_name.items(), key=lambda item: _order(item[0])))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and abs(value) < 1e300 or value != value  # NaN is worth showing
 
 
 def _family(name: str) -> str:
@@ -107,13 +112,19 @@ def _order(name: str) -> tuple[bool, bool, bool, str]:
 
 
 def sparkline(values: Sequence[float], width: int = _WIDTH) -> str:
-    """At most `width` characters, each the mean of its share of the values; lowest to highest."""
+    """At most `width` characters, each the mean of its share of the values; lowest to highest, × for NaN."""
     count = min(width, len(values))
     edges = [n * len(values) // count for n in range(count + 1)]
     means = [sum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
-    low, high = min(means), max(means)
+    low, high = _extremes(means)
     steps = (len(_BLOCKS) - 1) / (high - low) if high > low else 0.0
-    return "".join(_BLOCKS[round((mean - low) * steps)] for mean in means)
+    return "".join("×" if math.isnan(mean) else _BLOCKS[round((mean - low) * steps)] for mean in means)
+
+
+def _extremes(values: Sequence[float]) -> tuple[float, float]:
+    """Lowest and highest of what is not NaN."""
+    numbers = [value for value in values if not math.isnan(value)] or [math.nan]
+    return min(numbers), max(numbers)
 
 
 def view(run_dir: Path) -> RenderableType:
@@ -125,28 +136,40 @@ def view(run_dir: Path) -> RenderableType:
     for column in ("lowest", "highest", "last"):
         table.add_column(column, justify="right")
     for name, (_, y) in curves(lines).items():
-        table.add_row(name, sparkline(y), *(f"{value:.4g}" for value in (min(y), max(y), y[-1])))
+        cells = [printable(name), sparkline(y), *(f"{value:.4g}" for value in (*_extremes(y), y[-1]))]
+        table.add_row(*map(Text, cells))  # names are no markup
     return Group(_head(run_dir, lines), Text(), table, Text(), *_files(run_dir))
 
 
 def _head(run_dir: Path, lines: Sequence[Mapping[str, Any]]) -> Text:
+    head = Text(f"{printable(str(run_dir))}  ", style="bold")
+    try:
+        if damage := damage_of(run_dir):
+            raise ValueError(damage)
+        state, facts = _facts(run_dir, lines)
+    except (ValueError, TypeError, OverflowError) as error:
+        state, facts = "unreadable", [str(error)]
+    head.append(printable(state), style=_COLOURS.get(state, ""))
+    for fact in facts:
+        head.append(f"\n{printable(fact)}", style="not bold")
+    return head
+
+
+def _facts(run_dir: Path, lines: Sequence[Mapping[str, Any]]) -> tuple[str, list[str]]:
+    """(the state, lines about it). Raises ValueError or TypeError for entries of another kind."""
     status, command = read_status(run_dir), read_json(run_dir / "command.json")
     state, seen = str(status.get("state")), int(status.get("images_seen", 0))
     total = _total_images(run_dir)
     parts = [f"{seen:,} of {total:,} images ({seen / total:.0%})" if total else f"{seen:,} images"]
-    speed = next((line["images_per_second"] for line in reversed(lines) if line.get("images_per_second")), 0.0)
+    speeds = (line.get("images_per_second") for line in reversed(lines))
+    speed = next((speed for speed in speeds if _is_number(speed) and speed > 0), 0.0)
     if speed:
         parts.append(f"{speed:,.4g} images/s")
     if speed and state == "running" and total > seen:
         parts.append(f"{format_duration((total - seen) / speed)} to go")
     if command:
         parts.append(f"{command.get('strategy')}, {command.get('world_size')} x {command.get('device')}")
-    head = Text(f"{run_dir}  ", style="bold")
-    head.append(state, style=_COLOURS.get(state, ""))
-    head.append(f"\n{' · '.join(parts)}", style="not bold")
-    if reason := status.get("reason"):
-        head.append(f"\n{reason}", style="not bold")
-    return head
+    return state, [" · ".join(parts), *filter(None, [str(status.get("reason", ""))])]
 
 
 def _total_images(run_dir: Path) -> int:
@@ -157,6 +180,6 @@ def _total_images(run_dir: Path) -> int:
 def _files(run_dir: Path) -> list[Text]:
     """Where to look further: the latest picture, the report, the metrics."""
     pictures = sorted([*run_dir.glob("samples/*.png"), *run_dir.glob("*.png")], key=lambda path: path.stat().st_mtime)
-    found = [("latest picture", pictures[-1])] if pictures else []
-    found += [(what, run_dir / name) for what, name in (("report", "report.html"), ("metrics", "metrics.jsonl"))]
-    return [Text(f"{what}: {path}", style="dim") for what, path in found if path.exists()]
+    files = [("latest picture", pictures[-1])] if pictures else []
+    files += [(what, run_dir / name) for what, name in (("report", "report.html"), ("metrics", "metrics.jsonl"))]
+    return [Text(printable(f"{what}: {path}"), style="dim") for what, path in files if path.exists()]
