@@ -17,10 +17,11 @@ from vqscale.config import ReadsShards, run_of
 from vqscale.data.cache import Cache
 from vqscale.data.codes import CodeReader, pack_codes
 from vqscale.data.images import ImageReader, to_float
+from vqscale.data.loader import allowed_bad
 from vqscale.data.sequential import read_shard_blocks
-from vqscale.data.shards import Manifest, ShardIndex, ShardInfo, ShardWriter, resolve, shard_info
-from vqscale.fields import Choice, NonNegativeInt, PathText, PositiveInt
-from vqscale.files import read_json, write_json
+from vqscale.data.shards import MANIFEST, Manifest, ShardIndex, ShardInfo, ShardWriter, resolve, shard_info
+from vqscale.fields import Choice, Fraction, NonNegativeInt, PathText, PositiveInt
+from vqscale.files import read_json
 from vqscale.models.codebook import perplexity
 from vqscale.sources import Source, load_vqvae
 
@@ -38,43 +39,70 @@ class ExtractCodesConfig(ReadsShards):
     flips: bool = True  # also encode the mirrored image, as a second view
     block: PositiveInt = 64  # images encoded at a time; part of what makes the bytes reproducible
     workers: NonNegativeInt = 1  # loader processes per rank
+    max_bad_fraction: Fraction = 0.01  # of a split's images that may be unreadable; at least 1 may, unless it is 0
 
 
 Config = ExtractCodesConfig
 
 
 def main(config: ExtractCodesConfig) -> None:
-    """Extract into `config.run_dir/{train,holdout}`. Raises ValueError if the model and the images do not fit."""
+    """Extract into `config.run_dir/{train,holdout}`. Raises ValueError if the model and the images do not fit, or if
+    the code shards that are there were made from others."""
     with runtime.run(config, "extract_codes") as run:
-        if run.was_done:
-            runtime.log.info("nothing left to do: the codes are in %s", run.run_dir)
+        try:
+            source = load_vqvae(
+                config.vqvae, device=run.topology.device, weights_kind=config.weights_kind, checkpoint=config.checkpoint
+            )
+            images = {split: Manifest.load(resolve(config.data, split)) for split in _splits(config.data)}
+        except FileNotFoundError as error:
+            if not run.was_done or any(_load_manifest(run.run_dir / split) is None for split in _splits(config.data)):
+                raise
+            runtime.log.info("nothing left to do, though the inputs are away: %s", error)
             return
-        source = load_vqvae(
-            config.vqvae, device=run.topology.device, weights_kind=config.weights_kind, checkpoint=config.checkpoint
-        )
-        for split in _splits(config.data):
-            _extract_split(config, run, source, split)
+        for split, manifest in images.items():
+            _check_fits(config, manifest, source)
+            _refuse_other_source(run.run_dir / split / "source.json", source, manifest)
+        data = " ".join(manifest.fingerprint for manifest in images.values())
+        run.check_inputs({"vqvae": source.fingerprint, "data": data})
+        extracted = [_extract_split(config, run, source, split, manifest) for split, manifest in images.items()]
+        if not any(extracted):
+            runtime.log.info("nothing left to do: the codes are in %s", run.run_dir)
 
 
 def _splits(data: str) -> list[str]:
-    """Parts of the data set to mirror; a single data set counts as `train`."""
-    found = [split for split in ("train", "holdout") if (Path(data) / split / "dataset.json").is_file()]
-    return found or ["train"]
+    """Splits of the data set to mirror; a single data set counts as `train`."""
+    return [split for split in ("train", "holdout") if (Path(data) / split / MANIFEST).is_file()] or ["train"]
 
 
-def _extract_split(config: ExtractCodesConfig, run: runtime.Run, source: Source, split: str) -> None:
+def _load_manifest(folder: Path) -> Manifest | None:
+    """The description of a finished split; None if there is none or it cannot be read."""
+    try:
+        manifest = Manifest.load(folder)
+    except (OSError, ValueError):
+        return None
+    return manifest if "usage" in manifest.extra else None
+
+
+def _finished_shards(out: Path, names: Sequence[str]) -> list[ShardInfo | None]:
+    """The code shards of an earlier run; None for one that is missing, or not what dataset.json says it is."""
+    manifest = _load_manifest(out)
+    recorded = {shard.name: shard.index_sha256 for shard in manifest.shards} if manifest else {}
+    infos = [shard_info(out / name) for name in names]
+    return [info if info and recorded.get(info.name, "") in ("", info.index_sha256) else None for info in infos]
+
+
+def _extract_split(config: ExtractCodesConfig, run: runtime.Run, source: Source, split: str, images: Manifest) -> bool:
+    """Make what is missing of a split. Returns whether anything was."""
     folder, out, topology = resolve(config.data, split), run.run_dir / split, run.topology
-    manifest = Manifest.load(folder)
-    _check_fits(config, manifest, source)
+    names = images.names_of_results()
+    finished = _finished_shards(out, names)
+    if None not in finished and _load_manifest(out) is not None:
+        return False
     if topology.is_main:
         out.mkdir(parents=True, exist_ok=True)
-        _remember_tokenizer(out, source, manifest)
-    topology.barrier()
-    targets = [out / name for name in manifest.names_of_results()]
-    left = [n for n, target in enumerate(targets) if shard_info(target) is None]
     topology.barrier()  # all ranks listed the same shards before any of them writes one
-    mine = left[topology.rank :: topology.world_size]
-    total = sum(manifest.shards[n].num_samples for n in mine)
+    unfinished = [n for n, info in enumerate(finished) if info is None]
+    mine = unfinished[topology.rank :: topology.world_size]
     # One loader for all shards: its workers read on into the next one while this one is written.
     blocks = read_shard_blocks(
         folder,
@@ -85,16 +113,37 @@ def _extract_split(config: ExtractCodesConfig, run: runtime.Run, source: Source,
         bad_path=run.run_dir / "bad.jsonl",
         cache=Cache.of(config),
     )
+    bad = sum(shard.num_samples - info.num_samples for shard, info in zip(images.shards, finished, strict=True) if info)
+    total = sum(images.shards[n].num_samples for n in mine)
     bar = tqdm(total=total, unit="img", disable=not topology.is_main, desc=split)
     with run.stoppable(), bar, closing(iter(blocks)) as batches:
         for number in mine:
-            with ShardWriter(targets[number]) as writer:
-                for key, parts in _encoded(config, source, manifest.index(folder, number), batches, run):
-                    writer.write(key, parts)
+            with ShardWriter(out / names[number]) as writer:
+                for key, parts in _encoded(config, source, images.index(folder, number), batches, run):
                     bar.update()
-            run.images_seen += manifest.shards[number].num_samples
-    shards = [shard_info(target) for target in targets]
-    _write_manifest(config, run, source, out, manifest, [info for info in shards if info is not None])
+                    if parts is None:
+                        bad += 1
+                        _check_budget(config, bad, images.num_samples)
+                    else:
+                        writer.write(key, parts)
+            run.images_seen += images.shards[number].num_samples
+    topology.barrier()
+    shards = [info for info in _finished_shards(out, names) if info]
+    bad = images.num_samples - sum(info.num_samples for info in shards)
+    _check_budget(config, bad, images.num_samples)
+    if bad:
+        where = run.run_dir / "bad.jsonl"
+        runtime.log.warning("%s: %d of %d images could not be read; see %s", split, bad, images.num_samples, where)
+    _write_manifest(config, run, source, out, images, shards, bad)
+    return True
+
+
+def _check_budget(config: ExtractCodesConfig, bad: int, total: int) -> None:
+    if bad > (allowed := allowed_bad(total, config.max_bad_fraction)):
+        raise ValueError(
+            f"{bad} of {total} images could not be read, more than the {int(allowed)} that "
+            f"max_bad_fraction={config.max_bad_fraction} allows; {config.run_dir}/bad.jsonl lists them"
+        )
 
 
 def _check_fits(config: ExtractCodesConfig, manifest: Manifest, source: Source) -> None:
@@ -105,28 +154,29 @@ def _check_fits(config: ExtractCodesConfig, manifest: Manifest, source: Source) 
         raise ValueError(f"data={config.data}: images of {have} px, but vqvae={config.vqvae} takes {want} px")
 
 
-def _remember_tokenizer(out: Path, source: Source, manifest: Manifest) -> None:
-    """A half-finished folder belongs to one tokenizer and one data set. Raises ValueError for another's."""
-    path, facts = out / "source.json", {"tokenizer": source.fingerprint, "data": manifest.fingerprint}
-    saved = read_json(path)
-    for key, value in facts.items():
-        if saved.get(key, value) != value:
-            raise ValueError(f"{path}: these code shards were begun with {key} {saved[key]}, now it is {value}")
-    write_json(path, facts)
+def _refuse_other_source(path: Path, source: Source, manifest: Manifest) -> None:
+    """Earlier versions recorded the inputs here and not in the run's inputs.json. Raises ValueError for others."""
+    inputs = {"tokenizer": source.fingerprint, "data": manifest.fingerprint}
+    for key, recorded in read_json(path).items():
+        if inputs.get(key, recorded) != recorded:
+            raise ValueError(
+                f"{path}: these code shards were made with {key} {recorded}, now it is {inputs[key]}; fresh=true "
+                "removes them and starts over, another run_dir keeps them"
+            )
 
 
 def _encoded(
     config: ExtractCodesConfig, source: Source, index: ShardIndex, batches: Iterator[Batch], run: runtime.Run
-) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """(key, parts) of one code shard, in the source's order; unreadable images are left out, counted and named."""
+) -> Iterator[tuple[str, dict[str, bytes] | None]]:
+    """(key, parts) for each sample of one code shard, in the source's order; None for an image that is unreadable."""
     for first in range(0, len(index), config.block):
         batch = next(batches)
         run.poll()
         views = _encode(source, to_float(batch["image"].to(run.topology.device)), config.flips)
         for i in range(min(config.block, len(index) - first)):
-            if batch["weight"][i]:
-                codes = {name: level[i] for name, level in views.items()}
-                yield index.key(first + i), pack_codes(codes) | {"cls": str(int(index.labels[first + i])).encode()}
+            codes = pack_codes({name: level[i] for name, level in views.items()})
+            parts = codes | {"cls": str(int(index.labels[first + i])).encode()}
+            yield index.key(first + i), parts if batch["weight"][i] else None
 
 
 @torch.inference_mode()
@@ -144,8 +194,9 @@ def _write_manifest(
     out: Path,
     images: Manifest,
     shards: Sequence[ShardInfo],
+    bad: int,
 ) -> None:
-    """Count the codes of all shards, shared among the ranks, and describe the data set: its last file."""
+    """Count the codes of all shards, shared among the ranks, and write dataset.json, the last file of the data set."""
     topology, model = run.topology, source.model
     levels = {name: list(grid) for name, grid in zip(model.level_names, model.grids, strict=True)}
     extra: dict[str, Any] = {
@@ -155,6 +206,7 @@ def _write_manifest(
         "levels": levels,
         "views": 2 if config.flips else 1,
         "source": images.fingerprint,
+        "bad_images": bad,
         "resolution": source.description["resolution"],
     }
     manifest = Manifest.of("codes", shards, images.classes, images.transform, extra)
