@@ -332,7 +332,9 @@ def test_many_make_the_folder_at_once(tmp_path: Path) -> None:
     assert (Cache(tmp_path / "cache").shards / "CACHEDIR.TAG").read_text().startswith("Signature: 8a477f597d28")
 
 
-@pytest.mark.parametrize("words", [["claims 1000"], ["empty"], ["gzip"], ["range 500"], ["wrong 5"], ["etag x; cut 9"]])
+@pytest.mark.parametrize(
+    "words", [["claims 1000"], ["empty"], ["gzip"], ["range 500"], ["wrong 5"], ["endless"], ["etag x; cut 9"]]
+)
 def test_what_a_server_says_is_believed_after_the_checksum(web: Web, tars: list[RemoteTar], words: list[str]) -> None:
     web.will["0.tar"].extend(words + ["etag y"])
     if words == ["gzip"]:

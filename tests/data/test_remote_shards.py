@@ -14,7 +14,7 @@ from support.streams import build, global_stream, rank_stream
 from support.web import Web, serving
 
 from vqscale.data import cache as cache_module
-from vqscale.data import parts, remote
+from vqscale.data import parts, remote, tarindex
 from vqscale.data.cache import Cache, RemoteTar
 from vqscale.data.images import ImageReader
 from vqscale.data.loader import Loader
@@ -83,6 +83,17 @@ def test_what_cannot_be_indexed_is_named(web: Web, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"{web.url}/000001.tar: cut short at byte 700"):
         index.main(config(web, tmp_path / "b"))
     assert not list(tmp_path.rglob("run/*/dataset.json"))
+
+
+def test_a_tar_without_end_is_given_up(
+    web: Web, indexed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tarindex, "_MAX_PADDING", 10**6)
+    web.will["000001.tar"].extend(["endless"] * 2)
+    with pytest.raises(ValueError, match=rf"{web.url}/000001.tar: zeros without end after the end mark at byte"):
+        index.main(config(web, tmp_path / "run2"))
+    (difference,) = verify_shard((indexed, 1, False))
+    assert f"{web.url}/000001.tar: " in difference and "indexed with" in difference
 
 
 def test_verify_says_per_shard_what_differs(

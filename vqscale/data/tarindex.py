@@ -22,6 +22,7 @@ from vqscale.data.shards import MAX_CLASSES, MAX_LABEL_BYTES, IndexRows, ShardIn
 _BLOCK = 512
 _ZERO = bytes(_BLOCK)
 _MAX_EXTENSION = 1 << 20  # bytes of a PAX or long-name header
+_MAX_PADDING = 64 << 20  # zeros after the end mark
 _MAX_PARTS = 256  # different part names in one tar
 _CHUNK = 1 << 20
 _REGULAR = (b"0", b"\0", b"7")
@@ -314,5 +315,7 @@ def _finish(stream: _Stream) -> None:
         if data.count(0) != len(data):
             raise ValueError(f"{stream.path}: there is data after the end mark at byte {at}; are these tars joined?")
         zeros += len(data)
+        if zeros > _MAX_PADDING:
+            raise ValueError(f"{stream.path}: zeros without end after the end mark at byte {at}")
     if zeros < 2 * _BLOCK or zeros % _BLOCK:
         raise ValueError(f"{stream.path}: cut short at byte {stream.at}, inside the end mark at byte {at}")
