@@ -11,6 +11,8 @@ BASE = {
     "text",
     "batch",
     "rundir",
+    "streams",
+    "progress",
     "stopping",
     "config",
     "seeding",
@@ -32,14 +34,16 @@ MAY_IMPORT |= {
     "text": set(),
     "batch": set(),
     "rundir": {"files", "config"},
+    "streams": set(),
+    "progress": set(),
     "stopping": {"topology"},
     "fields": set(),
     "config": {"fields", "text"},
     "seeding": set(),
     "topology": {"config", "text"},
-    "lock": {"text"},
+    "lock": {"text", "rundir"},
     "versions": set(),
-    "watchdog": {"topology"},
+    "watchdog": {"topology", "files"},
 }
 MAY_IMPORT |= {"runtime": BASE - {"seeding"}}
 MAY_IMPORT |= {"cli": BASE | {"stages"}, "__main__": {"cli"}, "__init__": {"api"}}

@@ -146,3 +146,32 @@ def test_a_lock_of_a_machine_that_is_gone_is_replaced(path: Path) -> None:
         FolderLock(path).take()
     held.release()
     server.close()
+
+
+def test_a_lock_is_written_through_no_link_and_waits_for_no_pipe(path: Path) -> None:
+    other = path.with_name("other")
+    other.write_text("mine")
+    path.symlink_to(other)
+    with pytest.raises(OSError, match="symbolic link"):
+        FolderLock(path).take()
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match="is not a regular file"):
+        FolderLock(path).take()
+    assert other.read_text() == "mine"
+
+
+def test_a_holder_cannot_act_on_the_terminal(path: Path) -> None:
+    left_by(path, host=f"{os.uname().nodename}", pid=os.getpid(), job_id="7\x1b[31m\nforged")
+    with open(path, "a+") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match=r"\(job 7\\x1b\[31m\\nforged\)"):
+            FolderLock(path).take()
+
+
+@pytest.mark.parametrize("content", ["{", "[" * 2000, "\xff", "null"])
+def test_a_damaged_lock_is_taken_over(path: Path, content: str) -> None:
+    path.write_bytes(content.encode("latin-1"))
+    held = FolderLock(path)
+    held.take()
+    held.release()

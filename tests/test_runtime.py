@@ -92,7 +92,7 @@ def test_the_stop_file_stops_and_is_taken_away(tiny: TinyConfig) -> None:
         assert (again.was_done, again.resumed) == (False, True)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT", "SIGHUP", "SIGXCPU"])
 def test_signals_ask_to_stop(tiny: TinyConfig, name: str) -> None:
     before = signal.getsignal(getattr(signal, name))
     with runtime.run(tiny, "tiny") as run:
@@ -102,6 +102,50 @@ def test_signals_ask_to_stop(tiny: TinyConfig, name: str) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         assert run.stop_agreed() == name
     assert signal.getsignal(getattr(signal, name)) is before
+
+
+@pytest.mark.parametrize(
+    ("name", "torchrun", "stops"),
+    [("SIGHUP", False, False), ("SIGHUP", True, True), ("SIGINT", False, False), ("SIGUSR1", False, True)],
+)
+def test_signals_that_the_program_was_started_to_ignore(
+    tiny: TinyConfig, monkeypatch: pytest.MonkeyPatch, name: str, torchrun: bool, stops: bool
+) -> None:
+    """`nohup` hides a hang-up, but not torchrun's word; Slurm's scripts hide USR1 from the launcher alone."""
+    before = signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if torchrun:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+        monkeypatch.setattr("vqscale.topology.die_with_parent", lambda: None)
+    try:
+        with runtime.run(tiny, "tiny") as run:
+            os.kill(os.getpid(), getattr(signal, name))
+            assert run.stop_requested() == (name if stops else "")
+    finally:
+        signal.signal(getattr(signal, name), before)
+
+
+def test_status_follows_progress(tiny: TinyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "STATUS_SECONDS", 0.0)
+    with runtime.run(tiny, "tiny") as run:
+        for run.images_seen in (8, 16):
+            until = time.monotonic() + 10
+            while read(tiny, "status.json")["images_seen"] != run.images_seen:
+                assert time.monotonic() < until
+                run.stop_requested()
+
+
+def test_secrets_and_escape_codes_reach_neither_log_nor_status_nor_command(
+    tiny: TinyConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = "https://user:hidden@host/a.tar?sig=hidden"
+    monkeypatch.setattr(sys, "argv", ["vqscale", "index", f"source={url}"])
+    with pytest.raises(ValueError, match="hidden"), runtime.run(tiny, "tiny"):
+        logging.getLogger("vqscale").warning("cannot read %s\n2026-01-01 forged \x1b[31mline", url)
+        raise ValueError(f"cannot read {url} \x1b[31m")
+    text = capsys.readouterr().err + "".join(
+        (Path(tiny.run_dir) / name).read_text() for name in ("log/0.log", "status.json", "command.json")
+    )
+    assert "hidden" not in text and "\x1b" not in text and "\n2026-01-01 forged" not in text
 
 
 def test_a_second_interrupt_from_the_keyboard_ends_at_once(tiny: TinyConfig) -> None:

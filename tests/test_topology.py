@@ -1,9 +1,13 @@
+import contextlib
+import datetime
 import os
 import resource
 import signal
 import socket
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +15,7 @@ import torch.distributed as dist
 from support.distributed import free_port, run_ranks, started
 
 from vqscale.config import StageConfig
-from vqscale.topology import Topology, bring_up, keep_freed_memory, resolve_strategy, take_down
+from vqscale.topology import Topology, bring_up, check_launcher, cores, keep_freed_memory, resolve_strategy, take_down
 
 ACCELERATE = {"ACCELERATE_MIXED_PRECISION": "no"}
 FSDP = ACCELERATE | {"ACCELERATE_USE_FSDP": "true", "FSDP_SHARDING_STRATEGY": "FULL_SHARD"}
@@ -96,6 +100,115 @@ def test_two_ranks_talk() -> None:
     for answer in answers:
         assert (answer["sum"], answer["from 1"]) == ([201], [10])
         assert answer["gathered"] == ["rank 0", "rank 1"]
+
+
+RANK_1_OF_2 = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        (
+            {"WORLD_SIZE": "2"},
+            "WORLD_SIZE=2 in the environment, but no RANK, MASTER_ADDR, MASTER_PORT: start with torchrun",
+        ),
+        ({"RANK": "0"}, "RANK=0 in the environment, but no WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
+        (RANK_1_OF_2 | {"MASTER_ADDR": ""}, "but no MASTER_ADDR: start with torchrun"),
+        (RANK_1_OF_2 | {"RANK": "2"}, r"RANK=2 does not lie in 0 … 1 \(WORLD_SIZE=2\)"),
+        (RANK_1_OF_2 | {"RANK": "-1"}, "RANK=-1 does not lie in"),
+        (RANK_1_OF_2 | {"LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "2"}, r"LOCAL_RANK=2 .* \(LOCAL_WORLD_SIZE=2\)"),
+        (RANK_1_OF_2 | {"RANK": "one"}, "RANK=one in the environment is not a whole number: start with torchrun"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two in the environment is not a whole number"),
+    ],
+)
+def test_half_an_environment_is_an_error_at_once(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], words: str
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=words):
+        bring_up(CPU)
+    assert not dist.is_initialized()
+
+
+@dataclass(frozen=True)
+class Trains(StageConfig):
+    precision: str = "fp32"
+    max_norm: float = 1.0
+    compile: bool = False
+
+
+@pytest.mark.parametrize(
+    ("changes", "variables", "words"),
+    [
+        ({}, {}, ""),
+        ({}, {"ACCELERATE_MIXED_PRECISION": "bf16"}, "precision=fp32, but the launcher says mixed_precision=bf16"),
+        ({"precision": "bf16"}, {"ACCELERATE_MIXED_PRECISION": "bf16"}, ""),
+        ({"precision": "bf16"}, {"ACCELERATE_MIXED_PRECISION": "no"}, ""),
+        (
+            {},
+            {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"},
+            "GRADIENT_ACCUMULATION_STEPS=4.*follows from global_batch",
+        ),
+        ({}, {"ACCELERATE_GRADIENT_CLIPPING": "0.5"}, "max_norm=1.0, but the launcher says gradient_clipping=0.5"),
+        ({}, {"ACCELERATE_GRADIENT_CLIPPING": "1.0"}, ""),
+        ({}, {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "ACCELERATE_DYNAMO_BACKEND=INDUCTOR.*use compile=true"),
+        ({"compile": True}, {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, ""),
+        ({}, {"ACCELERATE_DYNAMO_BACKEND": "NO", "ACCELERATE_USE_CPU": "True"}, ""),
+        ({}, {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds.json"}, "ACCELERATE_DEEPSPEED_CONFIG_FILE=ds.json"),
+        ({}, {"FSDP_OFFLOAD_PARAMS": "true"}, "FSDP_OFFLOAD_PARAMS=true.*offloading is not supported"),
+        ({}, {"FSDP_SHARDING_STRATEGY": "SHARD_GRAD_OP"}, "FSDP_SHARDING_STRATEGY=SHARD_GRAD_OP"),
+        ({}, HSDP, ""),
+    ],
+)
+def test_settings_of_the_launcher_are_obeyed_or_refused(
+    changes: dict[str, Any], variables: dict[str, str], words: str
+) -> None:
+    with pytest.raises(ValueError, match=words) if words else contextlib.nullcontext():
+        check_launcher(replace(Trains(), **changes), ACCELERATE | variables)
+
+
+def test_a_launcher_that_says_cpu_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    with pytest.raises(ValueError, match="device=cuda, but the launcher says use_cpu"):
+        bring_up(StageConfig(device="cuda"))
+    topology = bring_up(StageConfig(threads=1))
+    take_down(orderly=True)
+    assert topology.device.type == "cpu"
+
+
+def test_tf32_needs_a_gpu() -> None:
+    with pytest.raises(ValueError, match="precision=tf32 needs a GPU"):
+        bring_up(Trains(device="cpu", precision="tf32"))
+
+
+@pytest.mark.parametrize(("launched", "threads"), [(False, 3), (True, cores())])
+def test_threads_that_the_user_exports_count_and_those_of_a_launcher_do_not(
+    monkeypatch: pytest.MonkeyPatch, launched: bool, threads: int
+) -> None:
+    before = torch.get_num_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    if launched:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setattr("vqscale.topology.die_with_parent", lambda: None)
+    try:
+        bring_up(StageConfig(device="cpu"))
+        assert torch.get_num_threads() == threads
+    finally:
+        take_down(orderly=True)
+        torch.set_num_threads(before)
+
+
+def test_a_rank_that_waits_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("vqscale.topology.SLOW_SECONDS", 0.05)
+    monkeypatch.setattr("vqscale.topology.GROUP_TIMEOUT", datetime.timedelta(seconds=2))
+    for name, value in (RANK_1_OF_2 | {"MASTER_PORT": str(free_port())}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("vqscale.topology.die_with_parent", lambda: None)
+    with pytest.raises(Exception, match="."):
+        bring_up(CPU)
+    assert "rank 1 waits for the other ranks (WORLD_SIZE=2) at 127.0.0.1:" in capsys.readouterr().err
 
 
 def test_a_slurm_job_seen_in_part_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

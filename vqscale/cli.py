@@ -13,7 +13,8 @@ import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from vqscale import __version__, config, fields, runtime
+from vqscale import __version__, config, fields, runtime, streams
+from vqscale.text import one_line
 
 # Each stage module holds `Config` and `main`; the words are its line in the help.
 STAGES = {
@@ -106,9 +107,10 @@ def main(argv: Sequence[str]) -> int:
             stage.main(stage_config)
     except runtime.Stopped as stopped:
         if runtime.is_first_rank():
-            print(f"vqscale: stopped: {stopped}; run the same command again to go on", file=sys.stderr)
+            print(f"vqscale: stopped: {one_line(stopped)}; run the same command again to go on", file=sys.stderr)
         return 0 if runtime.under_launcher() else EXIT_UNFINISHED
     except KeyboardInterrupt:
+        print("vqscale: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except Exception as error:
         _report(error, arguments.debug)
@@ -142,9 +144,10 @@ def _report(error: Exception, debug: bool) -> None:
         time.sleep(HEAD_START)  # an error of all ranks is told once: the launcher ends this one meanwhile
     kind = "" if expected else f"{type(error).__name__}: "
     hint = "" if debug or expected else " (again with --debug for the traceback)"
-    print(f"vqscale: error{where}: {kind}{' '.join(str(error).split())}{hint}", file=sys.stderr)
+    print(f"vqscale: error{where}: {kind}{one_line(error)}{hint}", file=sys.stderr)
 
 
 def entry() -> None:
     """The `vqscale` command."""
+    streams.install()
     runtime.leave(main(sys.argv[1:]))

@@ -8,9 +8,10 @@ import contextlib
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 SEAL = "checksum"
 
@@ -20,6 +21,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary path in the same folder, which takes the place of `path` when the block ends well, durably, and
     vanishes otherwise."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)  # should it be a link
     try:
         yield temporary
         fsync(temporary)
@@ -27,6 +29,29 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         temporary.unlink(missing_ok=True)
     fsync_folder(path.parent)
+
+
+def open_to_append(path: Path) -> TextIO:
+    """A text file to add lines to. Raises OSError for a link, ValueError for a pipe or a device."""
+    return open(path, "a", encoding="utf-8", errors="backslashreplace", opener=_open_own)
+
+
+def read_regular(path: Path) -> bytes:
+    """A file's bytes. Raises OSError where there is none, ValueError for a pipe or a device, which may have no end."""
+    with open(path, "rb", opener=_open_regular) as file:
+        return file.read()
+
+
+def _open_own(name: str, flags: int) -> int:
+    return _open_regular(name, flags | os.O_NOFOLLOW)
+
+
+def _open_regular(name: str, flags: int) -> int:
+    descriptor = os.open(name, flags | os.O_NONBLOCK, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ValueError(f"{name} is not a regular file")
+    return descriptor
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:
@@ -43,8 +68,8 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file, or {} where there is none that can be read."""
     try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        value = json.loads(read_regular(path))
+    except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 
@@ -79,14 +104,14 @@ def _checksum(value: Mapping[str, Any]) -> str:
 def read_jsonl(path: Path, last_bytes: int = 0) -> Iterator[dict[str, Any]]:
     """The objects of a JSON-lines file, or of its last bytes. Torn lines are skipped; a missing file has none."""
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=_open_regular) as file:
             if last_bytes:
                 file.seek(max(0, os.fstat(file.fileno()).st_size - last_bytes))
             lines = file.read().splitlines()
-    except OSError:
+    except (OSError, ValueError):
         return
     for line in lines:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(line)
             if isinstance(value, dict):
                 yield value

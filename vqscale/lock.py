@@ -1,8 +1,8 @@
 """One user of a run directory at a time, on one machine or on several that share it.
 
-In: the path of a lock file.  Out: the lock, held until `release` or the end of the process, or a ValueError that names
-who holds it.  Where the kernel's lock is free and was last held on this machine, it is ours. Between machines it may
-not reach, or outlive a machine that died: there the holder's signs of life decide.
+In: the path of a lock file.  Out: the lock, kept until `release` or the end of the process, or a ValueError that names
+its holder.  Where the kernel's lock is free and the last holder was on this machine, the lock is ours. Between machines
+the kernel's lock may not reach, or may outlive a machine that died: there the holder's heartbeat decides.
 """
 
 import contextlib
@@ -11,19 +11,24 @@ import json
 import logging
 import os
 import socket
+import stat
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
+from vqscale.rundir import process_exists
+from vqscale.text import printable
+
 log = logging.getLogger("vqscale")
-BEAT = 5.0  # seconds between a holder's signs of life
-LEASE = 30.0  # seconds without one after which it counts as dead
-_RECORD = 256  # bytes; of one length, so that a reader never finds half of one
+BEAT = 5.0  # seconds between heartbeats
+LEASE = 30.0  # seconds without a heartbeat after which a holder counts as dead
+_RECORD = 256  # bytes; of constant length, so that a reader never finds half a record
+_SAFELY = os.O_NOFOLLOW | os.O_NONBLOCK  # through no link, and a pipe is not waited for
 
 
 class FolderLock:
-    """`take` it before writing to the folder, `release` it at the end. The file says host, pid and Slurm job."""
+    """`take` it before writing to the folder, `release` it at the end. The file names host, pid and Slurm job."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -36,7 +41,7 @@ class FolderLock:
         """Raises ValueError when another process holds it; OSError when the file cannot be written."""
         locked, holder = self._lock(), self._holder()
         elsewhere = holder.get("host", self._me["host"]) != self._me["host"]
-        if not locked and not elsewhere and _exists(holder.get("pid")):
+        if not locked and not elsewhere and process_exists(holder.get("pid")):
             raise ValueError(self._in_use_by(holder))
         if elsewhere or not locked:
             self._outlast(holder, locked)
@@ -44,7 +49,7 @@ class FolderLock:
         if elsewhere and self._lost_to_another():
             raise ValueError(self._in_use_by(self._holder()))
         self._held = True
-        threading.Thread(target=self._give_signs_of_life, name="lock", daemon=True).start()
+        threading.Thread(target=self._beat, name="lock", daemon=True).start()
 
     def release(self) -> None:
         """Give it back; the next user need not wait."""
@@ -57,10 +62,12 @@ class FolderLock:
             self._file = -1
 
     def _lock(self) -> bool:
-        """Whether the kernel gave it: not when somebody holds it, nor on a file system without locks."""
+        """Whether the kernel granted it: not when another process holds it, nor on a file system without locks."""
         if self._file >= 0:
             os.close(self._file)
-        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | _SAFELY, 0o644)
+        if not stat.S_ISREG(os.fstat(self._file).st_mode):
+            raise ValueError(f"{self._path} is not a regular file: a run cannot lock it")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -68,12 +75,12 @@ class FolderLock:
         return True
 
     def _outlast(self, holder: dict[str, Any], locked: bool) -> None:
-        """Wait until the holder's processes are gone, or for LEASE seconds without a sign of life. Raises ValueError on
-        a sign of life: that the file changes. The clocks of two machines are never compared."""
-        last, until = self._trace(), time.monotonic() + LEASE
+        """Wait until the holder's processes are gone, or for LEASE seconds without a heartbeat. Raises ValueError on a
+        heartbeat, which changes the file. The clocks of two machines are never compared."""
+        last, until = self._snapshot(), time.monotonic() + LEASE
         while time.monotonic() < until:
             time.sleep(min(0.2, LEASE / 4))
-            if self._trace() != last:
+            if self._snapshot() != last:
                 raise ValueError(self._in_use_by(self._holder() or holder))
             if not locked and self._lock():
                 return
@@ -82,19 +89,22 @@ class FolderLock:
             self._path.unlink(missing_ok=True)
             self._lock()
 
-    def _trace(self) -> tuple[str, int]:
-        try:
-            with open(self._path) as file:  # opened anew: NFS then asks the server
-                return file.read(), os.fstat(file.fileno()).st_mtime_ns
-        except OSError:
-            return "", 0
+    def _snapshot(self) -> tuple[bytes, int]:
+        """The file's content and time of change."""
+        with contextlib.suppress(OSError):
+            file = os.open(self._path, os.O_RDONLY | _SAFELY)  # opened anew: NFS then asks the server
+            try:
+                return os.read(file, 4 * _RECORD), os.fstat(file).st_mtime_ns
+            finally:
+                os.close(file)
+        return b"", 0
 
     def _holder(self) -> dict[str, Any]:
         try:
-            found = json.loads(self._trace()[0])
-        except ValueError:
+            record = json.loads(self._snapshot()[0])
+        except (ValueError, RecursionError):
             return {}
-        return found if isinstance(found, dict) else {}
+        return record if isinstance(record, dict) else {}
 
     def _write(self, beat: int) -> None:
         os.pwrite(self._file, json.dumps({**self._me, "beat": beat}).ljust(_RECORD).encode(), 0)
@@ -104,7 +114,7 @@ class FolderLock:
         time.sleep(min(1.0, LEASE / 4))
         return {**self._holder(), "beat": 0} != {**self._me, "beat": 0}
 
-    def _give_signs_of_life(self) -> None:
+    def _beat(self) -> None:
         beat = 0
         while not self._released.wait(BEAT):
             beat += 1
@@ -119,15 +129,4 @@ def _name(holder: dict[str, Any]) -> str:
     if not holder:
         return "an unknown process"
     job = f" (job {holder['job_id']})" if holder.get("job_id") else ""
-    return f"pid {holder.get('pid')} on {holder.get('host')}{job}"
-
-
-def _exists(pid: Any) -> bool:
-    """Whether a process is there; one without a number is taken to be."""
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, TypeError, ValueError):
-        return True
-    return True
+    return printable(f"pid {holder.get('pid')} on {holder.get('host')}{job}")

@@ -18,17 +18,7 @@ from vqscale.files import read_json
 
 INPUTS = "inputs.json"
 # What every run writes, besides its stage's `outputs`.
-BOOKKEEPING = (
-    "config.yaml",
-    "command.json",
-    "status.json",
-    INPUTS,
-    "log",
-    ".lock",
-    "metrics.jsonl",
-    "tensorboard",
-    "STOP",
-)
+BOOKKEEPING = (INPUTS, *"config.yaml command.json status.json log .lock metrics.jsonl tensorboard STOP".split())
 _START = "sha256:"
 
 

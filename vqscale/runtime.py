@@ -18,8 +18,9 @@ from typing import Any
 import torch
 
 from vqscale import config as configs
+from vqscale import progress, streams
 from vqscale.config import StageConfig
-from vqscale.files import read_json, write_json
+from vqscale.files import open_to_append, read_json, write_json
 from vqscale.lock import FolderLock
 from vqscale.rundir import (
     INPUTS,
@@ -30,7 +31,8 @@ from vqscale.rundir import (
     stale_inputs,
 )
 from vqscale.stopping import Leave, Stoppable, Stopped
-from vqscale.topology import Topology, bring_up, env_int, is_first_rank, take_down, under_launcher, world_size
+from vqscale.text import one_line, printable, redact_url
+from vqscale.topology import Topology, bring_up, env_int, is_first_rank, take_down, under_launcher
 from vqscale.versions import git_commit, versions
 from vqscale.watchdog import Watchdog
 
@@ -47,17 +49,33 @@ __all__ = [
 ]
 
 log = logging.getLogger("vqscale")
+STATUS_SECONDS = 5.0  # status.json of a run that makes progress is at most this old
 
 
-class _LogFile(logging.FileHandler):
+class _LogFile(logging.StreamHandler):
     """A full disk loses lines, and nothing else."""
+
+    def __init__(self, path: Path):
+        super().__init__(open_to_append(path))
+        self.setFormatter(_OneLine("%(asctime)s %(levelname)s %(message)s"))
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Nothing: the same line is on the screen, if it matters."""
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
-            super().close()
+            self.stream.close()
+        super().close()
+
+
+class _OneLine(logging.Formatter):
+    """Names and URLs of others neither begin lines of their own, nor act on a terminal, nor tell secrets."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return printable(redact_url(super().formatMessage(record)))
+
+    def formatException(self, ei: Any) -> str:
+        return "\n".join(printable(redact_url(line)) for line in super().formatException(ei).splitlines())
 
 
 class Run(Stoppable):
@@ -68,7 +86,7 @@ class Run(Stoppable):
     """
 
     def __init__(self, config: StageConfig, stage: str, topology: Topology):
-        super().__init__(Path(config.run_dir), topology)
+        super().__init__(Path(config.run_dir), topology, self._progressed)
         self.config = config
         self.stage = stage
         self.images_seen = 0
@@ -82,19 +100,27 @@ class Run(Stoppable):
         self.trackers: list[Any] = []
         self.at_exit = contextlib.ExitStack()  # what must still be done, however the run ends, in the process group
         self._handlers: list[logging.Handler] = []
+        self._status_due = 0.0
+
+    def _progressed(self) -> None:
+        progress.advance()
+        if self.topology.is_main and time.monotonic() >= self._status_due:
+            self.write_status("running")
 
     # --- the folder -------------------------------------------------------------------------------------------------
 
     def _open(self) -> None:
         """Take the folder: lock it, refuse another config's run, write config.yaml and command.json."""
+        streams.lose_rather_than_wait()
         self._on_main(self._take_folder)
         self._start_log()
         for kind, change in self._changes:
             level = logging.WARNING if kind == "warned" else logging.INFO
             log.log(level, "the config has changed since the last start: %s", change)
+        progress.share()
         if seconds := self.config.watchdog_seconds:
             log_file = self.run_dir / "log" / f"{self.topology.rank}.log"
-            self._watchdog = Watchdog(seconds, log_file, self.topology, lambda: self._beats, self._report_standstill)
+            self._watchdog = Watchdog(seconds, log_file, self.topology, progress.total, self._report_standstill)
         self.record_facts()
         self.write_status("running")
 
@@ -188,12 +214,11 @@ class Run(Stoppable):
     def _start_log(self) -> None:
         log.setLevel(logging.DEBUG)
         log.propagate = False
-        file = _LogFile(self.run_dir / "log" / f"{self.topology.rank}.log")
-        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        self._handlers = [file]
+        self._handlers = [_LogFile(self.run_dir / "log" / f"{self.topology.rank}.log")]
         if self.topology.is_main:
             screen = logging.StreamHandler(sys.stderr)
             screen.setLevel(logging.INFO)
+            screen.setFormatter(_OneLine())
             self._handlers.append(screen)
         for handler in self._handlers:
             log.addHandler(handler)
@@ -224,7 +249,7 @@ class Run(Stoppable):
         write_json(
             path,
             {
-                "argv": sys.argv,
+                "argv": [redact_url(word) for word in sys.argv],
                 "stage": self.stage,
                 "fresh": self.config.fresh,
                 "strategy": topology.strategy,
@@ -242,13 +267,16 @@ class Run(Stoppable):
     def write_status(self, state: str, reason: str = "") -> None:
         """Atomically, by rank 0 alone: running | stopped | done | failed."""
         if self.topology.is_main:
+            start = time.monotonic()
             self._write_status(state, reason)
+            now = time.monotonic()
+            self._status_due = now + max(STATUS_SECONDS, 50 * (now - start))  # a slow disk costs 2 % at most
 
     def _write_status(self, state: str, reason: str) -> None:
         status = {
             "state": state,
             "images_seen": self.images_seen or self.previous_status.get("images_seen", 0),
-            "reason": reason,
+            "reason": one_line(reason),
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "job_id": os.environ.get("SLURM_JOB_ID", ""),
@@ -266,7 +294,7 @@ class Run(Stoppable):
             self.images_seen = self.previous_status.get("images_seen", 0)
             self.write_status("done", self.previous_status.get("reason", ""))
         else:
-            self.write_status("failed", f"{type(error).__name__}: {' '.join(str(error).split())}")
+            self.write_status("failed", f"{type(error).__name__}: {error}")
 
     def _report_standstill(self, reason: str) -> None:
         """Called by the rank that notices first; rank 0 may be the one that hangs."""
@@ -369,7 +397,7 @@ def leave(code: int) -> None:
     """End the process. Ranks of a job skip static destructors, in which a few in a hundred abort after their work."""
     sys.stdout.flush()
     sys.stderr.flush()
-    if world_size() > 1:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         logging.shutdown()
         os._exit(code)
     sys.exit(code)

@@ -5,9 +5,10 @@ run, on all ranks alike; in training, which must not wait, an answer one step la
 """
 
 import contextlib
+import os
 import signal
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +19,8 @@ from torch import Tensor
 from vqscale.topology import Topology
 
 T = TypeVar("T")
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP, signal.SIGXCPU)
+_MAY_BE_IGNORED = (signal.SIGHUP, signal.SIGINT)  # by `nohup`, and in a script's background
 STOP_FILE_SECONDS = 1.0  # a run looks for its STOP file at most this often
 
 
@@ -33,20 +35,20 @@ class Leave(Exception):
 class Stoppable:
     """What asks a run to stop, and the ways in which its work can notice.
 
-    Each question counts as progress for the watchdog.
+    Each question counts as progress for the watchdog: ask it after a piece of work.
     """
 
-    def __init__(self, run_dir: Path, topology: Topology):
+    def __init__(self, run_dir: Path, topology: Topology, on_progress: Callable[[], None]):
         self.run_dir = run_dir
         self.topology = topology
         self._stop_reason = ""
         self._stop_file_checked = 0.0
-        self._beats = 0  # rises with every sign of progress
+        self._on_progress = on_progress
 
     @contextlib.contextmanager
     def signals_caught(self) -> Iterator[None]:
-        """Inside, the signals of `SIGNALS` are stop requests."""
-        previous = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        """Inside, the signals of `SIGNALS` are stop requests, save those that the program was started to ignore."""
+        previous = {number: signal.signal(number, self._on_signal) for number in SIGNALS if not _is_ignored(number)}
         try:
             yield
         finally:
@@ -63,7 +65,7 @@ class Stoppable:
 
         Ranks can differ: agree with `stop_agreed` before acting in a job of several ranks.
         """
-        self._beats += 1
+        self._on_progress()
         now = time.monotonic()
         if not self._stop_reason and now - self._stop_file_checked > STOP_FILE_SECONDS:
             self._stop_file_checked = now
@@ -102,7 +104,7 @@ class Stoppable:
 
     def poll_signals(self) -> None:
         """Before the first step, with nothing to save: leave on a signal; a STOP file can wait for the step."""
-        self._beats += 1
+        self._on_progress()
         if self._stop_reason:
             raise Leave
 
@@ -116,6 +118,12 @@ class Stoppable:
         for batch in batches:
             self.poll_together()
             yield batch
+
+
+def _is_ignored(number: signal.Signals) -> bool:
+    """torchrun passes on its own signals, even those that its ranks were told to ignore, and waits for their end."""
+    from_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    return number in _MAY_BE_IGNORED and signal.getsignal(number) == signal.SIG_IGN and not from_torchrun
 
 
 class Agreement:

@@ -35,6 +35,11 @@ def printable(text: str) -> str:
     return "".join(_escaped(character) for character in text)
 
 
+def one_line(message: object) -> str:
+    """A message, an error's for instance, as one printable line without secrets."""
+    return printable(redact_url(" ".join(str(message).split())))
+
+
 def _escaped(character: str) -> str:
     acts = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and character not in _JOINERS
     return character.encode("unicode_escape").decode() if acts else character

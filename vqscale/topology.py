@@ -8,7 +8,9 @@ import ctypes
 import datetime
 import os
 import signal
-from collections.abc import Mapping
+import sys
+import threading
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,12 +21,38 @@ import torch.distributed as dist
 from vqscale.config import STRATEGIES, StageConfig
 
 GROUP_TIMEOUT = datetime.timedelta(minutes=30)
+SLOW_SECONDS = 20.0  # after which a rank says that it waits for the others
 _PR_SET_PDEATHSIG = 1
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
+_START_WITH = "start with torchrun or accelerate launch, which set them all"
+# Settings of `accelerate launch` that change what is computed: variable, values that change nothing, what to use here.
+_LAUNCHER_SETTINGS = {
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
+        "1 auto none",
+        "it follows from global_batch, micro_batch and the ranks",
+    ),
+    "ACCELERATE_DYNAMO_BACKEND": ("no", "use compile=true"),
+    "ACCELERATE_CPU_AFFINITY": ("0 false", "bind the ranks with numactl or Slurm"),
+    "ACCELERATE_USE_MEGATRON_LM": ("false", "it is not supported"),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": ("false", "use one of launch/*.yaml"),
+    "ACCELERATE_DEEPSPEED_CONFIG_FILE": ("none", "DeepSpeed is configured by the stage's own keys"),
+    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": ("none", "offloading is not supported"),
+    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": ("none", "offloading is not supported"),
+    "FSDP_OFFLOAD_PARAMS": ("false", "offloading is not supported"),
+    "FSDP_SHARDING_STRATEGY": ("full_shard 1 hybrid_shard 4", "use one of launch/*.yaml"),
+    "FSDP_RESHARD_AFTER_FORWARD": ("true full_shard hybrid_shard", "parameters are always resharded"),
+    "FSDP_ACTIVATION_CHECKPOINTING": ("false", "use the model's own checkpointing key"),
+}
+
+
 def env_int(name: str, default: int) -> int:
-    return int(os.environ.get(name, default))
+    """Raises ValueError for a variable that is no whole number."""
+    value = os.environ.get(name, "") or str(default)
+    if not value.strip().lstrip("-").isdecimal():
+        raise ValueError(f"{name}={value} in the environment is not a whole number: {_START_WITH}")
+    return int(value)
 
 
 def world_size() -> int:
@@ -32,12 +60,53 @@ def world_size() -> int:
 
 
 def is_first_rank() -> bool:
-    return env_int("RANK", 0) == 0
+    return os.environ.get("RANK", "0") == "0"
 
 
 def under_launcher() -> bool:
     """Whether accelerate or torchrun started this process (they treat any exit code but 0 as a crash)."""
     return not {"TORCHELASTIC_RUN_ID", "RANK", "ACCELERATE_MIXED_PRECISION"}.isdisjoint(os.environ)
+
+
+def check_ranks() -> None:
+    """Raises ValueError for half an environment: ranks that would wait for others that were never started."""
+    world, rank = world_size(), env_int("RANK", 0)
+    local_world, local_rank = env_int("LOCAL_WORLD_SIZE", world), env_int("LOCAL_RANK", 0)
+    if world == 1 and "RANK" not in os.environ:
+        return
+    given = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    if missing := [name for name, value in given.items() if not value]:
+        there = ", ".join(f"{name}={value}" for name, value in given.items() if value)
+        raise ValueError(f"{there} in the environment, but no {', '.join(missing)}: {_START_WITH}")
+    for name, value, of, count in (
+        ("RANK", rank, "WORLD_SIZE", world),
+        ("LOCAL_RANK", local_rank, "LOCAL_WORLD_SIZE", local_world),
+    ):
+        if not 0 <= value < count:
+            raise ValueError(f"{name}={value} does not lie in 0 … {count - 1} ({of}={count}): {_START_WITH}")
+
+
+def check_launcher(config: StageConfig, environment: Mapping[str, str]) -> None:
+    """Raises ValueError for a setting of `accelerate launch` that would not be obeyed, naming it and what to use."""
+    if "ACCELERATE_MIXED_PRECISION" not in environment:
+        return
+    asked, precision = environment["ACCELERATE_MIXED_PRECISION"].lower(), getattr(config, "precision", "fp32")
+    if asked not in ("no", precision):
+        raise ValueError(
+            f"precision={precision}, but the launcher says mixed_precision={asked}: give both the same value, "
+            "or leave it out of the launcher"
+        )
+    clipping = environment.get("ACCELERATE_GRADIENT_CLIPPING", "none").lower()
+    if clipping not in ("none", "auto") and float(clipping) != getattr(config, "max_norm", None):
+        raise ValueError(
+            f"max_norm={getattr(config, 'max_norm', 'none')}, but the launcher says gradient_clipping={clipping}: "
+            "leave it out of the launcher"
+        )
+    for name, (harmless, instead) in _LAUNCHER_SETTINGS.items():
+        value = environment.get(name, "")
+        compiles = name == "ACCELERATE_DYNAMO_BACKEND" and getattr(config, "compile", False)
+        if value and value.lower() not in harmless.split() and not (compiles and value.lower() == "inductor"):
+            raise ValueError(f"the launcher says {name}={value}, which is not obeyed here: leave it out; {instead}")
 
 
 def launcher_strategy(environment: Mapping[str, str]) -> str:
@@ -135,18 +204,23 @@ def bring_up(config: StageConfig) -> Topology:
 
     Raises ValueError for a strategy that cannot run here, a missing GPU, or a Slurm job of which only a part is seen.
     """
+    check_ranks()
     strategy = resolve_strategy(config.strategy, os.environ)
+    check_launcher(config, os.environ)
     world, rank = world_size(), env_int("RANK", 0)
     local_world = env_int("LOCAL_WORLD_SIZE", world)
     nodes = env_int("GROUP_WORLD_SIZE", -(-world // local_world))
     _assert_slurm_agrees(world)
     device = _device(config.device)
-    torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // local_world))
+    if device.type == "cpu" and getattr(config, "precision", "") == "tf32":
+        raise ValueError("precision=tf32 needs a GPU; on a CPU choose fp32 or bf16")
+    torch.set_num_threads(config.threads or _threads_of_user() or max(1, cores() // local_world))
     if device.type == "cpu":
         keep_freed_memory()
     if under_launcher():
         die_with_parent()
-    _init_group(world, rank, device, config.run_dir)
+    with _said_if_slow(world, rank):
+        _init_group(world, rank, device, config.run_dir)
     # Two groups, because collectives of one group must be issued in the same order everywhere.
     control = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
     topology = Topology(rank, world, env_int("LOCAL_RANK", 0), local_world, nodes, strategy, device, control)
@@ -160,11 +234,26 @@ def _assert_slurm_agrees(world: int) -> None:
         raise ValueError(f"the Slurm job has {asked} nodes, but this program sees {world} process: start it with srun")
 
 
+def _threads_of_user() -> int:
+    """OMP_NUM_THREADS, unless a launcher set it: launchers set it to 1, which is far too few here."""
+    count = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+    return int(count) if count.isdecimal() and not under_launcher() else 0
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _device(asked: str) -> torch.device:
     if asked not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device={asked}: choose auto, cpu or cuda")
     if asked == "cuda" and not torch.cuda.is_available():
         raise ValueError("device=cuda, but torch sees no GPU here")
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
+        if asked == "cuda":
+            raise ValueError("device=cuda, but the launcher says use_cpu: leave one of them out")
+        asked = "cpu"
     if asked == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", env_int("LOCAL_RANK", 0))
@@ -192,6 +281,20 @@ def _init_group(world: int, rank: int, device: torch.device, run_dir: str) -> No
     dist.init_process_group(**common, store=_store(run_dir), rank=rank, world_size=world)
 
 
+@contextlib.contextmanager
+def _said_if_slow(world: int, rank: int) -> Iterator[None]:
+    """While the ranks look for each other, nothing can be logged yet."""
+    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    line = f"vqscale: rank {rank} waits for the other ranks (WORLD_SIZE={world}) at {where}: were all of them started?"
+    timer = threading.Timer(SLOW_SECONDS, lambda: print(line, file=sys.stderr, flush=True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def _store(run_dir: str) -> dist.Store:
     """Where the ranks find each other. torchrun keeps one store over its restarts, in which the addresses of ranks that
     died would be found again: each attempt gets a part of its own, and so does each run, should two meet on one port.
@@ -213,7 +316,7 @@ def _store(run_dir: str) -> dist.Store:
 
 def die_with_parent(parent: int = 0) -> None:
     """A rank ends with its launcher (torchrun gives ranks sessions of their own, so they would train on as orphans), a
-    loader's worker with its rank, whose number it knows. Raises OSError if the parent is gone already."""
+    loader's worker with its rank, whose pid it is given. Raises OSError if the parent has already ended."""
     was = parent or os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != was or (not parent and was == 1 and not _is_python(1)):

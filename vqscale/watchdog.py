@@ -1,7 +1,8 @@
-"""A run that stands still ends, with the stacks of its ranks in their logs, instead of holding its machines in silence.
+"""A run that stands still ends, with the stacks of its ranks in their logs, instead of occupying its machines.
 
-In: a count that rises with progress.  Out: after `seconds` in which it did not, every rank of this machine has written
-the stacks of its threads to log/<rank>.log and is gone. Also `kill -QUIT PID` writes a rank's stacks there.
+In: a count that rises with progress (bytes read, images, steps).  Out: after `seconds` in which it did not rise, every
+rank of this machine has written the stacks of its threads to log/<rank>.log and has ended. `kill -QUIT PID` writes a
+rank's stacks there too.
 """
 
 import contextlib
@@ -16,16 +17,17 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from vqscale.files import open_to_append
 from vqscale.topology import Topology
 
 log = logging.getLogger("vqscale")
-_GRACE = 1.0  # seconds that the other ranks have to write their stacks
+_GRACE = 1.0  # seconds for the other ranks to write their stacks
 _AT_MOST = 8.0  # seconds that the end itself may take
-_START_UP = 600.0  # more that there are before the first sign: large models are read, verified, compiled
+_START_UP = 600.0  # extra seconds before the first progress: large models are read, verified, compiled
 
 
 class Watchdog:
-    """One per rank. `report(reason)` is called before the end, on each rank that notices."""
+    """One per rank. `report(reason)` is called before the end, on each rank whose count stands still."""
 
     def __init__(
         self,
@@ -35,10 +37,10 @@ class Watchdog:
         progress: Callable[[], int],
         report: Callable[[str], None],
     ):
-        """Collective. seconds: without progress, > 0; start-up has ten minutes more."""
+        """Collective. seconds: > 0, without progress; start-up may take ten minutes more."""
         self._seconds, self._progress, self._report = seconds, progress, report
         self._log_file, self._rank = log_file, topology.rank
-        self._file = open(log_file, "a")  # noqa: SIM115 - faulthandler writes to it until `close`
+        self._file = open_to_append(log_file)  # faulthandler writes to it until `close`
         faulthandler.register(signal.SIGQUIT, self._file)
         self._others = [_handle(pid) for pid in _pids_here(topology) if pid != os.getpid()]
         self._closed = threading.Event()
@@ -62,7 +64,7 @@ class Watchdog:
         while not self._closed.wait(tick):  # counted, not timed: a suspended machine does not stand still
             if (now := self._progress()) != last:
                 last, still = now, 0.0
-                # Where code that holds the interpreter hangs, this thread does: then faulthandler's own ends the rank.
+                # Code that hangs with the interpreter's lock stops this thread too: then faulthandler's ends the rank.
                 faulthandler.dump_traceback_later(self._seconds + _AT_MOST, exit=True, file=self._file)
             else:
                 still += tick
@@ -76,7 +78,7 @@ class Watchdog:
         faulthandler.dump_traceback(self._file)
         faulthandler.dump_traceback_later(_AT_MOST, exit=True, file=self._file)  # should anything below hang
         log.error(reason)
-        if self._rank:  # the first rank's log is on the screen, but it may be the one that hangs
+        if self._rank:  # rank 0 logs to the screen, but may be the one that hangs
             print(f"vqscale: error on rank {self._rank}: {reason}", file=sys.stderr, flush=True)
         self._report(reason)
         time.sleep(_GRACE)
@@ -96,7 +98,7 @@ def _pids_here(topology: Topology) -> list[int]:
 
 
 def _handle(pid: int) -> int:
-    """Of this very process: its number may be another's when the handle is used."""
+    """A handle of this very process: its number may be another's when the handle is used."""
     try:
         return os.pidfd_open(pid)
     except (OSError, AttributeError):  # gone already, or a system without handles

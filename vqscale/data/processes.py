@@ -13,7 +13,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from signal import SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2, SIGXCPU
 from typing import Any, TypeVar
+
+from vqscale import progress
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -29,6 +32,7 @@ _last_beat = 0.0
 def made_progress() -> None:
     """A job calls this after each image, or block of bytes: it counts as progress for the watchdog."""
     global _last_beat
+    progress.advance()  # seen by the watchdog from a loader's worker too
     now = time.monotonic()
     if _beat is not None and now - _last_beat >= BEAT_SECONDS:
         _last_beat = now
@@ -109,7 +113,7 @@ def _start_worker(beats: Any) -> None:
 
     _set_beat(beat)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+    for number in (SIGTERM, SIGINT, SIGHUP, SIGXCPU, SIGUSR1, SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     if torch := sys.modules.get("torch"):  # not imported by jobs that do not need it
         torch.set_num_threads(1)  # as many processes as cores

@@ -22,7 +22,7 @@ from vqscale.batch import Batch
 from vqscale.topology import die_with_parent
 
 _INLINE_BYTES = 1 << 16
-_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
+_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGXCPU", "SIGUSR1", "SIGUSR2")
 _REMEDIES = {
     "AF_UNIX path too long": "TMPDIR is too long for a socket, set it to a shorter path",
     "open files": "raise the limit of open files (ulimit -n)",
