@@ -204,6 +204,15 @@ def test_shards_that_are_not_what_was_indexed(own_images: Path) -> None:
         build(own_images)
 
 
+def test_bad_samples_are_logged_where_their_list_cannot_be_written(
+    own_images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    damage(own_images)
+    loader = build(own_images, global_batch=37, bad_path=tmp_path / "missing" / "bad.jsonl", max_bad_fraction=0.2)
+    assert sorted(next(iter(loader))["bad"].tolist())[-3:] == [2, 2, 3]
+    assert "bad.jsonl cannot be written (No such file or directory)" in caplog.text and '"kind": "crc"' in caplog.text
+
+
 def test_when_nothing_can_be_read_it_says_so(own_images: Path) -> None:
     loader = build(own_images, read=lambda *_: (_ for _ in ()).throw(ValueError("never decodes")))
     with pytest.raises(OSError, match="none of 64 samples drawn.*never decodes"):
@@ -266,6 +275,17 @@ def test_slow_storage_gets_many_reads_in_flight(images: Path, monkeypatch: pytes
     began = time.perf_counter()
     assert all(isinstance(data, bytes) for data in files.read([(0, 64 * n, 64) for n in range(96)]))
     assert time.perf_counter() - began < 96 * 0.02 / 4
+    files.close()
+
+
+def test_no_more_handles_than_a_quarter_of_what_the_process_may_have(
+    images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("resource.getrlimit", lambda _: (8, 8))
+    files = OpenFiles([images / f"{n:06d}.tar" for n in range(5)])
+    for n in range(5):
+        files.read([(n, 0, 10)])
+        assert len(files._open) <= 3
     files.close()
 
 

@@ -12,6 +12,7 @@ import pytest
 from vqscale.data.parts import read_samples
 from vqscale.data.shards import IndexRows, Manifest, ShardIndex, ShardInfo, ShardWriter, resolve, shard_info
 from vqscale.data.verify import verify_shard
+from vqscale.files import SEAL, sealed, write_json
 
 SAMPLES = {
     "a/0001": {"jpg": b"x" * 700, "cls": b"3", "json": b"{}"},
@@ -131,6 +132,30 @@ def test_manifest_round_trip_and_tampering(images: Path, tmp_path: Path) -> None
     (tmp_path / "dataset.json").write_text(json.dumps(raw))
     with pytest.raises(ValueError, match="version 2"):
         Manifest.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"shards": [{"name": 5, "num_samples": 1, "bytes": 512, "sha256": ""}]}, "a shard has name=5"),
+        ({"shards": [{"name": "x", "num_samples": -1, "bytes": 512, "sha256": ""}]}, "a shard has num_samples=-1"),
+        ({"shards": [{"name": "x", "num_samples": 1.5, "bytes": 512, "sha256": ""}]}, "a shard has num_samples=1.5"),
+        ({"shards": [{"name": "x", "num_samples": 10**12, "bytes": 512, "sha256": ""}]}, "do not fit in the 512 bytes"),
+        ({"shards": [{"name": "x"}]}, "not a data set's description"),
+        ({"shards": 3}, "not a data set's description"),
+        ({"classes": [1, 2]}, "not a list of names"),
+        ({"extra": [1]}, "no objects"),
+        ({"transform": "abc"}, "no objects"),
+        ({"kind": "videos"}, "not a data set's description"),
+    ],
+)
+def test_an_impossible_description_is_refused(images: Path, tmp_path: Path, change: dict, message: str) -> None:
+    raw = json.loads((images / "dataset.json").read_text())
+    raw.pop(SEAL)
+    write_json(tmp_path / "dataset.json", sealed({**raw, **change}))
+    with pytest.raises(ValueError, match=message) as error:
+        Manifest.load(tmp_path)
+    assert str(error.value).startswith(str(tmp_path / "dataset.json")) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

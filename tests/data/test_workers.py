@@ -61,6 +61,7 @@ def test_batches_arrive_in_order() -> None:
     [
         (raising(ValueError("no such sample")), "^no such sample$"),
         (raising(FileNotFoundError("no such shard")), "^no such shard$"),
+        (raising(MemoryError()), "cannot read a batch: MemoryError; free memory, or read without workers"),
         (
             no_more_files,
             r"cannot send a batch: .*open files.*; raise the limit of open files \(ulimit -n\), or read with",

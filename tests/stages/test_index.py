@@ -124,6 +124,21 @@ def test_samples_without_a_picture_are_counted(
     assert "1 of 22 samples have no picture" in caplog.text and "data-001.tar: key 'odd'" in caplog.text
 
 
+def test_labels_that_do_not_begin_at_0_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, program_log: logging.Logger
+) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name, data in (("a.png", b"x"), ("a.cls", b"1"), ("b.png", b"x"), ("b.cls", b"3")):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    program_log.addHandler(caplog.handler)
+    index.main(config(tmp_path, str(tmp_path / "x.tar")))
+    program_log.removeHandler(caplog.handler)
+    assert "2 of the labels 0 to 3 do not occur, the first is 0" in caplog.text
+    assert Manifest.load(tmp_path / "run" / "train").classes == ("0", "1", "2", "3")
+
+
 def test_a_damaged_index_is_made_again(tmp_path: Path, tars: Path) -> None:
     index.main(config(tmp_path, str(tars)))
     path = tmp_path / "run" / "train" / "000001.index.safetensors"

@@ -326,8 +326,11 @@ def record_bad_samples(batch: Batch, dataset: TarDataset, path: Path | None) -> 
         json.dumps({**dataset.sample_at(position), "position": position, "kind": BAD_KINDS[kind - 1], "error": error})
         for position, kind, error in errors
     ]
-    with open(path, "a") as file:  # all ranks append to this file, with one write each
-        file.write("".join(line + "\n" for line in lines))
+    try:
+        with open(path, "a") as file:  # all ranks append to this file, with one write each
+            file.write("".join(line + "\n" for line in lines))
+    except OSError as error:  # the samples are counted all the same
+        log.warning("%s cannot be written (%s); bad samples: %s", path, error.strerror, "; ".join(lines))
 
 
 def allowed_bad(num_samples: int, max_bad_fraction: float) -> float:

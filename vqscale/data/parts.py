@@ -6,6 +6,7 @@ opened by the process that reads, never inherited; slow storage gets many reads 
 
 import contextlib
 import os
+import resource
 import threading
 import time
 import weakref
@@ -77,7 +78,8 @@ class OpenFiles:
 
     def __init__(self, tars: Sequence[Path | RemoteTar], limit: int = 256):
         self._tars = list(tars)
-        self._limit = limit
+        allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._limit = limit if allowed < 0 else min(limit, allowed // 4)  # below 0: without a limit
         self._reset()
 
     def _reset(self) -> None:

@@ -282,7 +282,9 @@ class Manifest:
             if raw["version"] != 1:
                 raise ValueError(f"{path}: version {raw['version']} is not one this program reads (1)")
             raw = check_seal(path, raw)
-            shards = tuple(ShardInfo(**shard) for shard in raw["shards"])
+            shards = tuple(_checked(ShardInfo(**shard)) for shard in raw["shards"])
+            assert isinstance(raw["transform"], dict) and isinstance(raw["extra"], dict), "transform, extra: no objects"
+            assert all(isinstance(name, str) for name in raw["classes"]), "classes: not a list of names"
             made = cls.of(raw["kind"], shards, raw["classes"], raw["transform"], raw["extra"])
         except _MALFORMED as error:
             raise ValueError(f"{path}: not a data set's description ({type(error).__name__}: {error})") from None
@@ -328,6 +330,17 @@ class Manifest:
                 f"{len(self.classes)} classes of {MANIFEST}"
             )
         return index
+
+
+def _checked(shard: ShardInfo) -> ShardInfo:
+    """As written by others. Raises TypeError for a field that is no text, or no count that the tar has room for."""
+    for name, value in dataclasses.asdict(shard).items():
+        expected = int if name in ("num_samples", "bytes") else str
+        if type(value) is not expected or (isinstance(value, int) and value < 0):
+            raise TypeError(f"a shard has {name}={value!r}")
+    if shard.num_samples > shard.bytes // tarfile.BLOCKSIZE:
+        raise TypeError(f"{shard.num_samples} samples do not fit in the {shard.bytes} bytes of {shard.name}")
+    return shard
 
 
 def resolve(folder: str | Path, split: str = "train", *, made_by: str = "pack") -> Path:

@@ -46,6 +46,7 @@ class _Stream:
             crc32 = zlib.crc32(data, crc32)
             self.at += len(data)
             size -= len(data)
+            made_progress()
         return crc32
 
 

@@ -31,6 +31,9 @@ _REMEDIES = {
     "exited unexpectedly": "free memory or the shared memory in /dev/shm (docker run --shm-size)",
     "Bus error": "free or enlarge the shared memory in /dev/shm (docker run --shm-size)",
     "allocate memory": "free memory",
+    "MemoryError": "free memory",
+    "temporary directory": "set TMPDIR to a folder that can be written",
+    "such file": "make /dev/shm and TMPDIR folders that can be written",
     "denied": "make /dev/shm and TMPDIR writable",
     "Read-only": "make /dev/shm and TMPDIR writable",
 }
@@ -104,6 +107,8 @@ class _InWorker(Dataset):
             batch = self._dataset.__getitems__(positions)
         except (OSError, ValueError) as error:
             return _Sent(error=error)
+        except MemoryError as error:
+            return _Sent(error=_failure("a loader worker cannot read a batch", error))
         try:
             return _Sent(bytes(ForkingPickler.dumps(_small_as_arrays(batch))))
         except (OSError, RuntimeError, MemoryError) as error:

@@ -216,6 +216,7 @@ def _write_manifest(
     usage = {name: torch.zeros(model.num_codes, dtype=torch.int64) for name in levels}
     mine = range(topology.rank, len(shards), topology.world_size)
     for batch in read_shard_blocks(out, mine, read=CodeReader(levels, views=extra["views"]), block=1024):
+        run.stop_requested()  # counts as progress
         for name, histogram in usage.items():
             histogram += torch.bincount(codes_of(batch, name)[batch["weight"] > 0].flatten(), minlength=model.num_codes)
     for histogram in usage.values():

@@ -213,7 +213,13 @@ def _warn_of_missing_pictures(jobs: Sequence[_Job]) -> None:
 def _numbered(jobs: Sequence[_Job], labels: str) -> list[str]:
     if labels == "none":
         return ["all"]
-    return [str(n) for n in range(max(int(ShardIndex.load(job.index).labels.max()) for job in jobs) + 1)]
+    occurring = {label for job in jobs for label in np.unique(ShardIndex.load(job.index).labels).tolist()}
+    if missing := set(range(max(occurring))) - occurring:
+        log.warning(
+            "%d of the labels 0 to %d do not occur, the first is %d; labels number the classes from 0",
+            *(len(missing), max(occurring), min(missing)),
+        )
+    return [str(n) for n in range(max(occurring) + 1)]
 
 
 def _verify(config: IndexConfig, folders: Sequence[Path], run: Any) -> None:
