@@ -12,36 +12,15 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from support.exports import export_prior, export_vqvae
 from support.port import port_state
-from support.vqvaes import vqvae
 from torch import Tensor
 
 from vqscale import cli, sources
-from vqscale.config import as_dict
 from vqscale.files import sealed
 from vqscale.models import pretrained
-from vqscale.models.init import initialise
-from vqscale.models.pixelcnn import PixelCNN
-from vqscale.models.pretrained import read_folder, save_pretrained
-from vqscale.models.prior import PriorConfig
+from vqscale.models.pretrained import read_folder
 from vqscale.sources import load_any, load_prior, load_vqvae, locate
-
-CLASSES = ["star", "001"]
-
-
-def export_vqvae(folder: Path, **facts: Any) -> str:
-    model = vqvae(resolution=16)
-    extra = {"resolution": 16, "classes": CLASSES, "data": "", "weights": "ema", "images_seen": 640} | facts
-    return save_pretrained(folder, model, kind="vqvae", config=as_dict(model.config), extra=extra)
-
-
-def export_prior(folder: Path, tokenizer: str, level: str = "top", **facts: Any) -> str:
-    config = PriorConfig(hidden=8, residual=8, layers=1, heads=2, class_dim=4, conditioning_layers=1)
-    extra: dict[str, Any] = {"level": level, "num_codes": 16, "classes": CLASSES, "tokenizer": tokenizer, "data": ""}
-    extra |= {"grid": [2, 2], "upper_grids": []} if level == "top" else {"grid": [4, 4], "upper_grids": [[2, 2]]}
-    model = PixelCNN(config, num_codes=16, grid=extra["grid"], num_classes=2, upper_grids=extra["upper_grids"])
-    initialise(model, 0)
-    return save_pretrained(folder, model, kind="prior", config=as_dict(config), extra=extra | facts)
 
 
 def change_json(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:

@@ -4,15 +4,16 @@ In: paths of exported folders or of done runs.  Out: tensors.  Images are float 
 int64 [n, h, w] per level, the top level first, in 0 … K - 1.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vqscale.config import level_names
+from vqscale.config import from_dict, level_names
 from vqscale.data.images import decode_image, resize_center_crop, to_float
 from vqscale.sources import load_vqvae
 from vqscale.stages.sample import SampleConfig, check_options, chosen_classes, draw, load_chain
@@ -39,7 +40,7 @@ class VQVAE:
 
         Raises FileNotFoundError where there is none, ValueError for one that is unfinished or damaged.
         """
-        source = load_vqvae(_inside(path, "vqvae"), device=device)
+        source = load_vqvae(path, device=device)
         return cls(source.model, source.description["classes"], source.fingerprint)
 
     @torch.inference_mode()
@@ -48,9 +49,15 @@ class VQVAE:
 
         Raises ValueError for another size or range.
         """
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(
+                f"images have shape {list(images.shape)}: [n, 3, {self.resolution}, {self.resolution}] is needed"
+            )
         if images.dtype == torch.uint8:
             images = to_float(images)
-        elif images.numel() and (most := float(images.abs().max())) > 1.01:
+        elif not images.is_floating_point():
+            raise ValueError(f"images are {images.dtype}: floats in [-1, 1] or uint8 are needed")
+        elif images.numel() and not (most := float(images.abs().max())) <= 1.01:
             raise ValueError(f"images reach {most:g}: floats must be in [-1, 1]; uint8 in [0, 255] is taken as well")
         return self.model.encode(images.to(self._device))
 
@@ -62,13 +69,23 @@ class VQVAE:
         """
         if [tuple(level.shape[1:]) for level in codes] != self.grids:
             raise ValueError(f"codes have grids {[tuple(level.shape[1:]) for level in codes]}, needed are {self.grids}")
+        if len({len(level) for level in codes}) > 1:
+            raise ValueError(f"codes are of {[len(level) for level in codes]} images, level by level")
         for level in codes:
+            if level.is_floating_point() or level.dtype == torch.bool:
+                raise ValueError(f"codes are {level.dtype}: integers are needed")
             if level.numel() and not 0 <= int(level.min()) <= int(level.max()) < self.num_codes:
                 raise ValueError(f"codes from {int(level.min())} to {int(level.max())}, but K = {self.num_codes}")
         return self.model.decode([level.to(self._device) for level in codes]).float().clamp(-1, 1)
 
-    def load_images(self, paths: Sequence[str | Path]) -> Tensor:
-        """Image files -> float [n, 3, R, R] in [-1, 1]: the central square, resized, as `vqscale pack` does it."""
+    def load_images(self, paths: str | Path | Iterable[str | Path]) -> Tensor:
+        """Image files, or one -> float [n, 3, R, R] in [-1, 1]: the central square, resized, as `vqscale pack` does it.
+
+        Raises ValueError for no path, or a file that is no picture.
+        """
+        paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
+        if not paths:
+            raise ValueError("load_images: no paths were given")
         pixels = [resize_center_crop(decode_image(Path(path).read_bytes()), self.resolution) for path in paths]
         return to_float(torch.stack(pixels))
 
@@ -88,46 +105,77 @@ def sample(
     top_p: PerLevel = 1.0,
     guidance: PerLevel = 0.0,
     batch: int = 32,
+    threads: int = 0,
     device: str = "cpu",
 ) -> Tensor:
     """New images, float [n, 3, R, R] in [-1, 1], class by class in the order of `classes`.
 
     path: a folder with a VQ-VAE and a prior per level, exported (`vqvae`, `prior_top`, …) or an experiment's done runs
-    (`train_vqvae`, `train_prior_top`, …). classes: "all", or names and indices. seed: the same seed gives the same
-    images, those of `vqscale sample` with the same seed and batch. temperature, top_k, top_p, guidance: as there; one
-    number, or one by level: {"top": 0.9}.
+    (`train_vqvae`, `train_prior_top`, …). classes: "all", or names (text) and indices (integers). seed: the same seed
+    gives the same images, those of `vqscale sample` with the same seed and batch. temperature, top_k, top_p, guidance:
+    as there; one number, or one by level: {"top": 0.9}. threads: of the CPU, during this call; 0 = as torch is set.
 
     Raises FileNotFoundError for a model that is not there, ValueError for models that do not belong together, an
     unknown class or an option out of range.
     """
-    models: dict[str, Any] = {f"prior_{level}": str(_inside(path, f"prior_{level}")) for level in level_names(3)}
-    config = SampleConfig(seed=seed, vqvae=str(_inside(path, "vqvae")), **models)
+    options = {"seed": seed, "samples_per_class": samples_per_class, "batch": batch, "threads": threads}
+    inputs = dict.fromkeys(["vqvae", *(f"prior_{level}" for level in level_names(3))], str(path))
+    config = _checked(inputs | options)
     chain = load_chain(config, torch.device(device))
+    by_level = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance}
     levels = chain.vqvae.model.level_names
-    config = replace(
-        config,
-        temperature=_by_level(temperature, levels),
-        top_k={level: int(value) for level, value in _by_level(top_k, levels).items()},
-        top_p=_by_level(top_p, levels),
-        guidance=_by_level(guidance, levels),
-    )
+    config = _checked(inputs | options | {key: _by_level(value, levels) for key, value in by_level.items()})
     check_options(config, chain)
-    chosen = chosen_classes(classes, chain.classes)
-    labels = torch.tensor(chosen, dtype=torch.int64).repeat_interleave(samples_per_class).to(device)
+    chosen = _labels(classes, chain.classes)
+    labels = torch.tensor(chosen, dtype=torch.int64).repeat_interleave(config.samples_per_class).to(device)
     if not len(labels):
         raise ValueError(f"nothing to sample: {samples_per_class} samples of {len(chosen)} classes")
     ids = torch.arange(len(labels), device=device)
-    drawn = [draw(config, chain, some, of) for some, of in zip(labels.split(batch), ids.split(batch), strict=True)]
-    return to_float(torch.cat(drawn))
+    with _threads(config.threads):
+        blocks = zip(labels.split(config.batch), ids.split(config.batch), strict=True)
+        return to_float(torch.cat([draw(config, chain, some, of) for some, of in blocks]))
 
 
-def _by_level(value: PerLevel, levels: Sequence[str]) -> dict[str, float]:
-    return dict(value) if isinstance(value, Mapping) else {level: float(value) for level in levels}
+def _checked(options: Mapping[str, Any]) -> SampleConfig:
+    """The stage's config, whose ranges hold for the API as well."""
+    return from_dict(SampleConfig, {key: _plain(value) for key, value in options.items()}, "vqscale.sample")
 
 
-def _inside(path: str | Path, model: str) -> Path:
-    """Where a model lies: `path/vqvae` exported, `path/train_vqvae` as a run, else `path` itself."""
-    inside = (Path(path) / model, Path(path) / f"train_{model}")
-    if (Path(path) / "config.json").is_file():
-        return Path(path)
-    return next((folder for folder in inside if folder.is_dir()), inside[0] if model != "vqvae" else Path(path))
+def _plain(value: Any) -> Any:
+    """NumPy's numbers, and those of others, as Python's."""
+    if isinstance(value, Mapping):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
+
+
+def _by_level(value: Any, levels: Sequence[str]) -> dict[str, Any]:
+    return dict(value) if isinstance(value, Mapping) else dict.fromkeys(levels, value)
+
+
+def _labels(classes: Any, names: Sequence[str]) -> list[int]:
+    """Integers are indices, text is names. Raises ValueError naming what is neither."""
+    if isinstance(classes, str) and classes == "all":
+        return chosen_classes("all", names)
+    single = isinstance(classes, (str, Integral))
+    labels = []
+    for one in [classes] if single else classes:
+        if isinstance(one, str):
+            labels += chosen_classes([one], names)
+        elif isinstance(one, Integral) and not isinstance(one, bool) and 0 <= int(one) < len(names):
+            labels.append(int(one))
+        else:
+            raise ValueError(f"classes: {one!r} is no class name of the {len(names)}, and no index below that")
+    return labels
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """torch's CPU threads, given back afterwards; 0 = as they are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

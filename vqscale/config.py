@@ -48,7 +48,7 @@ _FREE_ON_RESUME = {
     *("total_images", "micro_batch", "strategy", "device", "workers", "threads", "run_dir", "trackers"),
     *("max_bad_fraction", "verify", "cache_dir", "cache_gigabytes", "allow_pipe", "experiment"),
     *("watchdog_seconds", "fresh", "keep_checkpoints", "max_skipped_steps"),
-    *("evaluate_images", "grid_images"),
+    *("evaluate_images", "grid_images", "grid_columns", "images"),
 }
 
 

@@ -68,6 +68,7 @@ def full() -> Report:
     scores["fid/random_0.50"] = Score(30.0, 50)
     lines = [{"images_seen": n, "nll/top": 3 / n, "held_out/nll/top": 3 / n, "accuracy_top1": 0.1} for n in (1, 2, 3)]
     return Report(
+        benchmark="ImageNet",
         title="an-experiment-with-a-long-name: evaluation",
         subtitle="2026-01-01 · 200 samples of 10 classes · " + long,
         scores=scores,
@@ -76,7 +77,9 @@ def full() -> Report:
         examples=Examples(images(5), images(5), ["a", "b", "c", "d", "e"]),
         usage={"top": np.arange(64), "bottom": np.arange(64)},
         curves={"train_prior_top": lines},
-        neighbours=Neighbours(images(3, 4), torch.ones(3, 3), [["a", "b", "c", "d"]] * 3, "Median distance: 1."),
+        neighbours=Neighbours(
+            images(3, 4), torch.ones(3, 3, dtype=torch.float64), [["a", "b", "c", "d"]] * 3, "Median distance: 1."
+        ),
         checks=["The reference is at distance 0 from itself."],
         provenance=[{"name": "vqvae: " + long, "fingerprint": "sha256:" + "0" * 64, "config": "seed: 0\n" * 20}],
         footer="the end",

@@ -6,22 +6,34 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
+from matplotlib import font_manager
+from matplotlib.font_manager import FontEntry
 from PIL import Image
 
 from vqscale.evaluation import report as report_module
-from vqscale.evaluation.figures import curves_svg, error_map, grid_png, png_bytes, usage_svg
+from vqscale.evaluation.figures import (
+    curves_svg,
+    error_map,
+    font_with,
+    grid_png,
+    label_of_class,
+    png_bytes,
+    usage_svg,
+)
 from vqscale.evaluation.reconstructions import Examples
-from vqscale.evaluation.report import PAPER, Report, format_value, render
+from vqscale.evaluation.report import PAPERS, Report, format_value, render
+from vqscale.evaluation.results import benchmark_of
 from vqscale.evaluation.scores import Score
 
 CSS = Path(report_module.__file__).with_name("report.css").read_text()
 SECTIONS = [
-    "summary",
     "samples",
     "reconstructions",
+    "summary",
     "code-usage",
     "curves",
     "rejection",
@@ -74,6 +86,7 @@ def full() -> Report:
             "nll/top": Score(2.5, 20, "codes"),
             "order0_entropy/top": Score(2.9, 20, "codes"),
         },
+        benchmark="ImageNet",
         left_out={"cas_top1": "no classifier", "cas_top5": "no classifier"},
         samples={"<b>cats</b> & dogs": list(images(3)), "plain": list(images(2))},
         examples=Examples(images(4), images(4, 1), ["a", "b", "c", "d"]),
@@ -133,7 +146,8 @@ def test_secrets_of_urls_are_not_on_the_page() -> None:
         "transform": {"a": url},
     }
     scores = {"fid": Score(1.0, 1, url, reason=url)}
-    text = render(Report(url, url, scores, {"kid": url}, checks=[url], provenance=[about], footer=url))
+    facts = {"left_out": {"kid": url}, "checks": [url], "provenance": [about], "footer": url}
+    text = render(Report(title=url, subtitle=url, scores=scores, **facts))
     assert "SECRET" not in text and text.count("https://***@host/a b.tar?sig=***") >= 12
 
 
@@ -145,10 +159,34 @@ def test_an_empty_report_says_what_is_missing() -> None:
 
 
 def test_the_papers_figures_carry_grades_and_none_is_from_memory() -> None:
-    assert {grade for _, _, grade, _ in PAPER} == {"P", "S"}
-    assert not any("0.0047" in value or "0.0050" in value for _, value, _, _ in PAPER)
+    rows = [row for rows in PAPERS.values() for row in rows]
+    assert {grade for _, _, grade, _ in rows} == {"P", "S"}
+    assert not any("0.0047" in value or "0.0050" in value for _, value, _, _ in rows)
     text = render(full())
     assert "31.11" in text and "3.41 nats per code" in text
+
+
+@pytest.mark.parametrize(
+    ("classes", "benchmark"),
+    [
+        ([f"n{n:08d}" for n in [1440764, *range(999)]], "ImageNet"),
+        ([f"n{n:08d}" for n in [1440764, *range(99)]], ""),
+        ([str(n) for n in range(1000)], ""),
+        ("ship truck horse frog dog deer cat bird automobile airplane".split(), "CIFAR-10"),
+        (["cat", "dog"], ""),
+        ([], ""),
+    ],
+)
+def test_the_papers_figures_stand_beside_their_own_data_sets_only(classes: list[str], benchmark: str) -> None:
+    assert benchmark_of(classes) == benchmark
+    text = render(Report("a title", "", {}, benchmark=benchmark))
+    assert ("ImageNet 256" in text) == (benchmark == "ImageNet") and ("4.67" in text) == (benchmark == "CIFAR-10")
+
+
+def test_pictures_come_first() -> None:
+    text = render(full())
+    places = [text.index(f'<section id="{name}">') for name in SECTIONS]
+    assert places == sorted(places) and text.index('<div class="tiles">') > places[2]
 
 
 @pytest.mark.parametrize(
@@ -201,6 +239,40 @@ def test_the_grid_shows_every_pixel_enlarged_and_not_smoothed(tmp_path: Path) ->
     ]
     assert len(found) == 1
     assert list(tmp_path.joinpath("deep").iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [("cat", "cat"), ("Ärger ß", "Ärger ß"), ("a\nb", r"a\nb"), ("\x1b[31m", r"\x1b[31m"), ("\U0003ffff", "class 7")],
+)
+def test_a_class_has_a_label_that_can_be_drawn(tmp_path: Path, name: str, label: str) -> None:
+    assert label_of_class(name, 7) == label
+    grid_png(tmp_path / "grid.png", samples={label: list(images(1))})
+
+
+@pytest.mark.parametrize("name", ["猫", "قط", "बिल्ली", "고양이"])
+def test_names_in_other_scripts_are_drawn_or_numbered(tmp_path: Path, name: str) -> None:
+    label = label_of_class(name, 7)
+    assert label == (name if font_with(name) else "class 7")
+    grid_png(tmp_path / "grid.png", samples={label: list(images(1))})
+
+
+def test_the_machines_fonts_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that cannot be read is passed over; the first that has all characters is taken."""
+    fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    entries = [FontEntry(fname=str(path)) for path in (fonts / "none.ttf", fonts / "STIXNonUni.ttf")]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", entries)
+    font_with.cache_clear()
+    try:
+        assert font_with("\ue000") == str(fonts / "STIXNonUni.ttf") and font_with("a") == str(fonts / "DejaVuSans.ttf")
+        assert font_with("猫") is None
+    finally:
+        font_with.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["a $x_ b$ run", "猫", "a_b^{", "\U0003ffff"])
+def test_a_chart_takes_any_title(name: str) -> None:
+    assert b"<svg" in curves_svg(name, {"loss": ([1, 2], [3, 2])})
 
 
 def test_a_grid_of_nothing_is_refused(tmp_path: Path) -> None:

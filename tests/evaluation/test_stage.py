@@ -1,5 +1,6 @@
 """`vqscale evaluate` as a user runs it, on a small finished pipeline."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from vqscale import cli
+from vqscale.data.shards import Manifest
 from vqscale.evaluation import passes, samples
 from vqscale.evaluation.features import Extractor
 
@@ -152,14 +154,14 @@ def test_what_is_asked_for_by_name_must_be_possible(
 def test_codes_of_another_tokenizer_are_refused_with_both_fingerprints(
     world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    other = json.loads((world.root / "codes" / "holdout" / "dataset.json").read_text())
-    other["extra"]["tokenizer"] = "sha256:" + "e" * 64
+    codes = Manifest.load(world.root / "codes" / "holdout")
+    other = dataclasses.replace(codes, extra={**codes.extra, "tokenizer": "sha256:" + "e" * 64})
     for split in ("holdout", "train"):
         folder = tmp_path / "codes" / split
         folder.mkdir(parents=True)
         for path in (world.root / "codes" / split).iterdir():
             (folder / path.name).write_bytes(path.read_bytes())
-    (tmp_path / "codes" / "holdout" / "dataset.json").write_text(json.dumps(other))
+    other.save(tmp_path / "codes" / "holdout")
     assert run(world, tmp_path, codes=tmp_path / "codes") == 1
     error = capsys.readouterr().err
     assert "e" * 64 in error and world.tokenizer in error

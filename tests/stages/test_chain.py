@@ -143,7 +143,7 @@ def test_a_transformer_takes_the_place_of_a_pixelcnn(chain: Path) -> None:
     [
         (["temperature.botom=0.7"], "temperature.botom: the levels of vqvae=runs/debug/train_vqvae are top, bottom"),
         (["guidance.top=2.0"], "guidance.top=2.0: prior_top=runs/debug/train_prior_top was trained with model.class_d"),
-        (["precision=fp16"], "precision=fp16: choose fp32 or bf16"),
+        (["precision=fp16"], "precision=fp16: choose from fp32, bf16"),
     ],
 )
 def test_sampling_options_that_do_not_fit(

@@ -283,7 +283,7 @@ def test_mistakes_in_the_api_are_named(exported: Path, tmp_path: Path) -> None:
         (lambda: sample(exported, classes=[]), "nothing to sample"),
         (lambda: sample(exported, top_k={"middle": 3}), "top_k.middle: the levels of"),
         (lambda: sample(exported, guidance=1), r"guidance\.(top|bottom)=1\.0.*class_dropout=0"),
-        (lambda: sample(exported, temperature=-1), "temperature=-1.0 must be >= 0"),
+        (lambda: sample(exported, temperature=-1), "temperature=.*-1.*must be at least 0"),
     ]:
         with pytest.raises(ValueError, match=message):
             call()

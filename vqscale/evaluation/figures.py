@@ -5,8 +5,10 @@ In: images, histograms, a run's metrics.  Out: bytes that a page can hold inside
 Shapes: h, w pixels; k codes.
 """
 
+import contextlib
 import io
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from vqscale.files import read_jsonl, replacing
+from vqscale.text import printable
 
 INK, MUTED, PAPER = "#1f2a37", "#6b7280", "#ffffff"
 SERIES = ("#2b5c8a", "#c2703d", "#4d8060", "#8a5a8f", "#9a8430")
@@ -55,11 +58,30 @@ def upscale_for(resolution: int) -> int:
     return max(1, 128 // resolution)
 
 
-def font(size: int) -> Any:
-    """The sans-serif font that comes with matplotlib: the same on every machine."""
-    import matplotlib
+@lru_cache(1024)
+def font_with(text: str) -> str | None:
+    """The file of a font that has all characters of a text: the one that comes with matplotlib, or the machine's."""
+    from matplotlib import font_manager, get_data_path
+    from matplotlib.ft2font import FT2Font
 
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)
+    own = Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+    others = sorted({entry.fname for entry in font_manager.fontManager.ttflist if "LastResort" not in entry.fname})
+    for path in (str(own), *others):
+        with contextlib.suppress(OSError, RuntimeError):  # of a font that cannot be read
+            if all(map(FT2Font(path).get_char_index, {ord(character) for character in text})):
+                return path
+    return None
+
+
+def label_of_class(name: str, number: int) -> str:
+    """The name as it can be drawn here, on one line, or the class's number."""
+    name = printable(name)
+    return name if font_with(f"{name}…") else f"class {number}"
+
+
+def font(size: int, text: str = "") -> Any:
+    """Sans-serif, the same on every machine unless the text needs another."""
+    return ImageFont.truetype(font_with(text) or font_with("") or "", size)
 
 
 Rows = Sequence[tuple[str, Pictures]]  # (label, images)
@@ -71,11 +93,10 @@ def grid_png(
     originals: Pictures = (),
     reconstructions: Pictures = (),
     samples: Mapping[str, Pictures] | None = None,
-    title: str = "",
 ) -> None:
     """Write the labelled grid atomically: reconstructions beside originals, then samples, one class per row.
 
-    `samples` maps class names to images, which are square and of one size. Small images are enlarged without
+    `samples` maps labels of classes to images, which are square and of one size. Small images are enlarged without
     smoothing. Raises ValueError without any image.
     """
     blocks: list[tuple[str, Rows]] = []
@@ -87,36 +108,34 @@ def grid_png(
         blocks.append(("Samples by class", list(samples.items())))
     if not blocks:
         raise ValueError(f"{path}: no images for a grid")
-    picture = _compose(blocks, title)
+    picture = _compose(blocks)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         picture.save(temporary, "PNG", optimize=True)
 
 
-def _compose(blocks: Sequence[tuple[str, Rows]], title: str) -> Image.Image:
+def _compose(blocks: Sequence[tuple[str, Rows]]) -> Image.Image:
     first = blocks[0][1][0][1][0]
     scale = upscale_for(first.shape[-1])
     side = first.shape[-1] * scale
-    text, heading = font(max(13, side // 9)), font(max(16, side // 7))
-    rows = [row for _, block in blocks for row in block]
-    left = _MARGIN + max(int(text.getlength(_short(label))) for label, _ in rows) + 14
+    heading = font(max(16, side // 7))
+    rows = [(_short(label), images) for _, block in blocks for label, images in block]
+    fonts = {label: font(max(13, side // 9), label) for label, _ in rows}
+    left = _MARGIN + max(int(fonts[label].getlength(label)) for label in fonts) + 14
     columns = max(len(images) for _, images in rows)
-    headings = [title] * bool(title) + [name for name, _ in blocks]
+    headings = [name for name, _ in blocks]
     line = 2 * heading.size
     width = left + columns * (side + _GAP) - _GAP + _MARGIN
     width = max(width, 2 * _MARGIN + max(int(heading.getlength(name)) for name in headings))
     height = 2 * _MARGIN + len(headings) * line + len(rows) * (side + _GAP) + (len(blocks) - 1) * _MARGIN
     canvas = Image.new("RGB", (width, height), PAPER)
     draw, y = ImageDraw.Draw(canvas), _MARGIN
-    if title:
-        draw.text((_MARGIN, y), title, INK, heading)
-        y += line
     for name, block in blocks:
         draw.text((_MARGIN, y), name, INK, heading)
         y += line
         for label, images in block:
-            draw.text((left - 14, y + side // 2), _short(label), MUTED, text, anchor="rm")
+            draw.text((left - 14, y + side // 2), _short(label), MUTED, fonts[_short(label)], anchor="rm")
             for column, image in enumerate(images):
                 canvas.paste(to_pil(image, scale), (left + column * (side + _GAP), y))
             y += side + _GAP
@@ -135,8 +154,8 @@ def usage_svg(name: str, counts: Int[np.ndarray, " k"]) -> bytes:
     # One filled outline: a bar per code would make thousands of shapes at K = 65,536.
     axes.fill_between(np.arange(len(share)), share, step="mid", color=SERIES[0], alpha=0.85, linewidth=0)
     axes.axhline(1, color=MUTED, linewidth=0.8, linestyle="--")
+    _set_title(axes, name)
     axes.set(
-        title=name,
         xlabel=f"codes, most used first (K = {len(counts)})",
         ylabel="use / uniform use",
         xlim=(0, max(1, len(share) - 1)),
@@ -204,7 +223,8 @@ def _plot_curves(
         axes.plot(x, y, color=colour, linewidth=1.5, markersize=3.5, label=name, **style)
     if level is not None:
         axes.axhline(level, color=MUTED, linewidth=0.9, linestyle=":", label="order-0 entropy")
-    axes.set(title=title, xlabel=x_label)
+    _set_title(axes, title)
+    axes.set(xlabel=x_label)
     values = [value for _, y in series.values() for value in y]
     if log and min(values) > 0 and max(values) > 10 * min(values):  # over less than a decade, log ticks only confuse
         axes.set_yscale("log")
@@ -231,6 +251,16 @@ def _style(axes: Any) -> None:
     for text in (axes.title, axes.xaxis.label, axes.yaxis.label):
         text.set_color(INK)
         text.set_fontsize(9)
+
+
+def _set_title(axes: Any, text: str) -> None:
+    """As it is: a run's name may hold a $, or characters that no font here has."""
+    from matplotlib.font_manager import FontProperties
+
+    path = font_with(text)
+    axes.set_title(text if path else text.encode("ascii", "replace").decode(), parse_math=False)
+    if path and path != font_with(""):
+        axes.title.set_fontproperties(FontProperties(fname=path, size=9))
 
 
 def _svg(figure: Any) -> bytes:

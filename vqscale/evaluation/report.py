@@ -24,7 +24,7 @@ from vqscale.text import redact_url
 
 # What the papers state. Grade P: read in the paper or the authors' code; S: transcribed by a secondary source. Values
 # known from memory only are not listed. (what, value, grade, our key or "")
-PAPER = (
+_IMAGENET = (
     ("VQ-VAE-2, ImageNet 256: NLL top, validation", "3.41 nats per code", "S", "nll/top"),
     ("VQ-VAE-2, ImageNet 256: NLL top, training", "3.40 nats per code", "S", "nll_train/top"),
     ("VQ-VAE-2, ImageNet 256: NLL bottom, validation", "3.45 nats per code", "S", "nll/bottom"),
@@ -41,8 +41,11 @@ PAPER = (
     ("the same, learned from reconstructions: top-5", "80.98 %", "S", "cas_top5/reconstructions"),
     ("the same, learned from real images: top-1", "73.09 %", "S", "cas_top1/real"),
     ("the same, learned from real images: top-5", "91.47 %", "S", "cas_top5/real"),
+)
+_CIFAR10 = (
     ("VQ-VAE, CIFAR-10: bits per dimension (how it was computed was never published)", "4.67", "P", "bits_per_dim"),
 )
+PAPERS = {"ImageNet": _IMAGENET, "CIFAR-10": _CIFAR10}  # by benchmark
 
 
 @dataclass
@@ -56,6 +59,7 @@ class Report:
     title: str
     subtitle: str
     scores: dict[str, Score]
+    benchmark: str = ""  # of PAPERS, when the data set is one
     left_out: dict[str, str] = field(default_factory=dict)
     samples: Mapping[str, Sequence[UInt8[Tensor, "3 r r"]]] = field(default_factory=dict)
     examples: Examples | None = None
@@ -78,7 +82,7 @@ def render(report: Report) -> str:
         curves=_curves(report),
         rejection=(rejection := _rejection(report.scores)),
         rate_svg=lambda name: _rate_svg(name, rejection),
-        papers=PAPER,
+        papers=PAPERS.get(report.benchmark, ()),
         error_full=ERROR_FULL,
         error_map=error_map,
         usage_svg=usage_svg,

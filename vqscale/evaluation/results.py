@@ -1,9 +1,10 @@
 """What an evaluation leaves behind: scores.json, the labelled grid, report.html, and a table on the terminal.
 
-In: scores, inputs, what is to be shown.  Out: files in the run directory, each whole or not at all; the report last.
+In: scores, inputs, what is to be content.  Out: files in the run directory, each whole or not at all; the report last.
 """
 
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from vqscale import runtime
 from vqscale.data.cache import Cache
 from vqscale.data.shards import Manifest
 from vqscale.evaluation import report
-from vqscale.evaluation.figures import grid_png, metrics_of_run
+from vqscale.evaluation.figures import grid_png, label_of_class, metrics_of_run
 from vqscale.evaluation.gallery import first_of_each_class
 from vqscale.evaluation.inputs import DataSet, EvaluateConfig, Inputs
 from vqscale.evaluation.reconstructions import Examples
@@ -23,10 +24,11 @@ from vqscale.evaluation.samples import Neighbours
 from vqscale.evaluation.scores import Score, Scores, is_of_curve
 from vqscale.files import read_json, write_atomically, write_json
 from vqscale.sources import Source
+from vqscale.text import printable, redact_url
 
 
 @dataclass
-class Shown:
+class Content:
     """What the report shows besides the scores."""
 
     examples: Examples | None = None
@@ -37,34 +39,67 @@ class Shown:
 
 
 def write_results(
-    config: EvaluateConfig, run: runtime.Run, scores: Scores, inputs: Inputs, shown: Shown, cache: Cache
+    config: EvaluateConfig, run: runtime.Run, scores: Scores, inputs: Inputs, content: Content, cache: Cache
 ) -> None:
     """scores.json, samples.png, the picture and report.html."""
     write_json(run.run_dir / "scores.json", scores.as_json())
-    samples = _shown_samples(config, inputs, cache)
-    if samples or shown.examples:
-        columns = (shown.examples.originals, shown.examples.pictures) if shown.examples else ((), ())
+    samples = _first_samples(config, inputs, cache)
+    if samples or content.examples:
+        columns = (content.examples.originals, content.examples.pictures) if content.examples else ((), ())
         originals, pictures = (list(column[: config.samples_shown]) for column in columns)
+        labelled = _labelled(samples, inputs)
         for path in filter(None, (str(run.run_dir / "samples.png"), config.picture)):
-            grid_png(path, originals=originals, reconstructions=pictures, samples=samples)
-    name = Path(config.run_dir).resolve().parent.name
+            grid_png(path, originals=originals, reconstructions=pictures, samples=labelled)
     text = report.render(
         report.Report(
-            title=f"{name}: evaluation",
-            subtitle=f"{time.strftime('%Y-%m-%d')} · {_subtitle(inputs)}",
+            title=_title(config, inputs),
+            subtitle=f"{config.run_dir} · {time.strftime('%Y-%m-%d')} · {_subtitle(inputs)}",
+            benchmark=benchmark_of(_classes(inputs)),
             scores={key: Score(**value) for key, value in scores.as_json().items()},
             left_out=scores.left_out,
             samples=samples,
-            examples=shown.examples,
-            usage=shown.usage,
-            neighbours=shown.neighbours,
-            checks=shown.checks,
+            examples=content.examples,
+            usage=content.usage,
+            neighbours=content.neighbours,
+            checks=content.checks,
             curves={source.path.name: metrics_of_run(source.path) for source in inputs.sources()},
             provenance=_provenance(run, inputs),
             footer=f"Written by vqscale evaluate · {run.run_dir / 'scores.json'} has the same numbers.",
         )
     )
     write_atomically(run.run_dir / "report.html", text.encode())
+
+
+def _title(config: EvaluateConfig, inputs: Inputs) -> str:
+    """The experiment, and the folder that its images came from."""
+    experiment = Path(config.run_dir).resolve().parent.name
+    extra = inputs.reference.manifest.extra if isinstance(inputs.reference, DataSet) else {}
+    source = Path(str(extra.get("source", ""))).name
+    return f"{experiment}: evaluation" + (f" on {source}" if source else "")
+
+
+_CIFAR10 = {"airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"}
+
+
+def benchmark_of(classes: Sequence[str]) -> str:
+    """Whose data set has these classes: ImageNet | CIFAR-10 | "" for any other."""
+    if len(classes) == 1000 and any(name.startswith(("n01440764", "tench")) for name in classes):
+        return "ImageNet"
+    return "CIFAR-10" if set(classes) == _CIFAR10 else ""
+
+
+def _labelled(samples: Mapping[str, list[Tensor]], inputs: Inputs) -> dict[str, list[Tensor]]:
+    """With the classes' names, or their numbers where a name cannot be drawn."""
+    classes = _classes(inputs)
+    numbers = {name: classes.index(name) if name in classes else 0 for name in samples}
+    return {label_of_class(name, numbers[name]): images for name, images in samples.items()}
+
+
+def _classes(inputs: Inputs) -> Sequence[str]:
+    for data in (inputs.samples, inputs.reference):
+        if isinstance(data, DataSet):
+            return data.manifest.classes
+    return inputs.vqvae.description["classes"] if inputs.vqvae else ()
 
 
 def _subtitle(inputs: Inputs) -> str:
@@ -83,7 +118,7 @@ def _grids(source: Source) -> list[tuple[str, tuple[int, int]]]:
     return list(zip(source.model.level_names, source.model.grids, strict=True))
 
 
-def _shown_samples(config: EvaluateConfig, inputs: Inputs, cache: Cache) -> dict[str, list[Tensor]]:
+def _first_samples(config: EvaluateConfig, inputs: Inputs, cache: Cache) -> dict[str, list[Tensor]]:
     if inputs.samples is None:
         return {}
     return first_of_each_class(
@@ -150,9 +185,9 @@ def print_table(scores: Scores) -> None:
         if is_of_curve(key):
             continue
         score = Score(**value)
-        shown = report.format_value(key, score.value)
-        table.add_row(key, shown, f"{score.n:,}", score.extractor or "")
+        table.add_row(key, report.format_value(key, score.value), f"{score.n:,}", score.extractor or "")
     console = Console()
     console.print(table)
     for reason, names in report.by_reason(scores.left_out).items():
-        console.print(f"left out: {', '.join(names)}: {reason}", soft_wrap=True, markup=False, highlight=False)
+        line = printable(redact_url(f"left out: {', '.join(names)}: {reason}"))
+        console.print(line, soft_wrap=True, markup=False, highlight=False)

@@ -9,7 +9,7 @@ from vqscale.evaluation.codes import score_codes
 from vqscale.evaluation.inputs import EvaluateConfig, Inputs, find_inputs
 from vqscale.evaluation.passes import Bench, open_bench
 from vqscale.evaluation.reconstructions import score_reconstructions
-from vqscale.evaluation.results import Shown, print_table, write_results
+from vqscale.evaluation.results import Content, print_table, write_results
 from vqscale.evaluation.samples import check_rates, score_samples
 from vqscale.evaluation.scores import Scores
 from vqscale.files import read_json, write_json
@@ -29,24 +29,24 @@ def main(config: EvaluateConfig) -> None:
             runtime.log.info("nothing left to do: %s is up to date", run.run_dir / "report.html")
             return
         bench = open_bench(config, run, scores)
-        shown = compute(bench, inputs)
+        content = compute(bench, inputs)
         run.images_seen = max((score.n for score in scores.by_key.values()), default=0)
         if run.topology.is_main:
-            write_results(config, run, scores, inputs, shown, bench.shards)
-            if shown.nll_by_class:
-                write_json(run.run_dir / "nll_by_class.json", shown.nll_by_class)
+            write_results(config, run, scores, inputs, content, bench.shards)
+            if content.nll_by_class:
+                write_json(run.run_dir / "nll_by_class.json", content.nll_by_class)
             write_json(run.run_dir / "inputs.json", identity)
             print_table(scores)
         run.topology.barrier()
 
 
-def compute(bench: Bench, inputs: Inputs) -> Shown:
+def compute(bench: Bench, inputs: Inputs) -> Content:
     """All families of metrics, on all ranks."""
     samples = score_samples(bench, inputs)
     reconstructions = score_reconstructions(bench, inputs)
     codes = score_codes(bench, inputs, reconstructions.figures)
     score_cas(bench, inputs)
-    return Shown(
+    return Content(
         examples=reconstructions.examples,
         usage=codes.usage,
         nll_by_class=codes.nll_by_class,

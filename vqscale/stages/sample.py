@@ -1,18 +1,20 @@
 """VQ-VAE + priors -> sample shards: ancestral sampling, level by level from the top, then decoding.
 
 Sample i has the same pixels whatever the number of ranks and restarts: its randomness is addressed by (seed, i), and
-the batch it is computed in is fixed.
+the batch it is computed in is fixed. The pictures beside the shards (grid.png, images/) are made of the shards alone,
+at every start.
 """
 
 import json
-from collections.abc import Callable, Iterator
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
-from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 from vqscale import runtime
@@ -20,9 +22,10 @@ from vqscale.config import StageConfig, run_of
 from vqscale.data.images import decode_image, to_uint8
 from vqscale.data.packing import Encoding, encode_image
 from vqscale.data.parts import read_samples
-from vqscale.data.shards import Manifest, ShardInfo, ShardWriter, shard_info
+from vqscale.data.shards import Manifest, ShardWriter, shard_info
 from vqscale.evaluation.classify import CLASS_PROBABILITY, ImageClassifier
 from vqscale.evaluation.features import NEED_A_PATH
+from vqscale.evaluation.figures import grid_png
 from vqscale.fields import Choice, NonNegativeFloat, NonNegativeInt, PathText, PositiveFraction, PositiveInt
 from vqscale.models.sampling import sample_codes
 from vqscale.sources import Source, build, load_prior, load_vqvae
@@ -32,7 +35,13 @@ from vqscale.sources import Source, build, load_prior, load_vqvae
 class SampleConfig(StageConfig):
     """Class-conditional samples as a data set of kind `samples`."""
 
-    outputs: ClassVar[tuple[str, ...]] = ("[0-9]*.tar", "[0-9]*.index.safetensors", "dataset.json", "grid.png")
+    outputs: ClassVar[tuple[str, ...]] = (
+        "[0-9]*.tar",
+        "[0-9]*.index.safetensors",
+        "dataset.json",
+        "grid.png",
+        "images",
+    )
 
     vqvae: PathText = run_of("train_vqvae")  # the VQ-VAE: a run or an exported folder
     prior_top: PathText = run_of("train_prior_top")  # the prior of the top level, if there is such a level
@@ -52,6 +61,7 @@ class SampleConfig(StageConfig):
     batch: PositiveInt = 32  # samples drawn at a time, one block of consecutive ids
     blocks_per_shard: PositiveInt = 8  # blocks in one shard
     grid_columns: PositiveInt = 10  # samples per class in grid.png
+    images: bool = False  # also write each sample as images/<class>/<id>.png
 
 
 Config = SampleConfig
@@ -71,44 +81,70 @@ class Chain:
     def classes(self) -> list[str]:
         return list(self.priors[0].description["classes"])
 
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Of each model, by its config key."""
+        priors = {f"prior_{prior.description['level']}": prior.fingerprint for prior in self.priors}
+        judge = {"rejection": self.judge.source.fingerprint} if self.judge else {}
+        return {"vqvae": self.vqvae.fingerprint, **priors, **judge}
+
 
 def main(config: SampleConfig) -> None:
     """Sample into `config.run_dir`. Raises ValueError for models that do not belong together or an unknown class."""
     with runtime.run(config, "sample") as run:
-        if run.was_done:
-            runtime.log.info("nothing left to do: the samples are in %s", run.run_dir)
-            return
-        chain = load_chain(config, run.topology.device)
-        labels = [c for c in chosen_classes(config.classes, chain.classes) for _ in range(config.samples_per_class)]
-        if not labels:
-            raise ValueError(f"nothing to sample: {config.samples_per_class} samples of {len(chain.classes)} classes")
-        size, topology = config.batch * config.blocks_per_shard, run.topology
-        count = -(-len(labels) // size)
-        with run.stoppable(), tqdm(total=len(labels), unit="img", disable=not topology.is_main, desc="sample") as bar:
-            for number in range(topology.rank, count, topology.world_size):
-                path = run.run_dir / f"{number:06d}.tar"
-                ids = range(number * size, min(len(labels), (number + 1) * size))
-                if shard_info(path) is None:
-                    with ShardWriter(path) as writer:
-                        for key, parts in _drawn(config, chain, labels, ids, run):
-                            writer.write(key, parts)
-                            bar.update()
-                run.images_seen += len(ids)
-        if topology.is_main:
-            found = [shard_info(run.run_dir / f"{n:06d}.tar") for n in range(count)]
-            _finish(config, chain, run.run_dir, [info for info in found if info is not None])
-        topology.barrier()
+        try:
+            chain = load_chain(config, run.topology.device)
+        except FileNotFoundError as error:
+            if not (run.was_done and _is_whole(run.run_dir)):
+                raise
+            runtime.log.info("the models are not compared with those of the samples: %s", error)
+        else:
+            run.check_inputs(chain.fingerprints)
+            _draw_missing(config, chain, run)
+        if run.topology.is_main:
+            _write_pictures(config, run)
+        run.topology.barrier()
+
+
+def _is_whole(run_dir: Path) -> bool:
+    """Whether dataset.json and all shards that it names are there."""
+    try:
+        return all(shard_info(run_dir / shard.name) is not None for shard in Manifest.load(run_dir).shards)
+    except (OSError, ValueError):
+        return False
+
+
+def _draw_missing(config: SampleConfig, chain: Chain, run: runtime.Run) -> None:
+    """The shards that are not there yet, then dataset.json."""
+    labels = [c for c in chosen_classes(config.classes, chain.classes) for _ in range(config.samples_per_class)]
+    if not labels:
+        raise ValueError(f"nothing to sample: {config.samples_per_class} samples of {len(chain.classes)} classes")
+    size, topology = config.batch * config.blocks_per_shard, run.topology
+    paths = [run.run_dir / f"{number:06d}.tar" for number in range(-(-len(labels) // size))]
+    if topology.gather(run.was_done and _is_whole(run.run_dir))[0]:
+        runtime.log.info("nothing left to do: the samples are in %s", run.run_dir)
+        return
+    with run.stoppable(), tqdm(total=len(labels), unit="img", disable=not topology.is_main, desc="sample") as bar:
+        for number in range(topology.rank, len(paths), topology.world_size):
+            ids = range(number * size, min(len(labels), (number + 1) * size))
+            if shard_info(paths[number]) is None:
+                with ShardWriter(paths[number]) as writer:
+                    for key, parts in _drawn(config, chain, labels, ids, run):
+                        writer.write(key, parts)
+                        bar.update()
+            run.images_seen += len(ids)
+    topology.barrier()
+    if topology.is_main:
+        _write_manifest(config, chain, paths)
 
 
 def load_chain(config: SampleConfig, device: torch.device) -> Chain:
     """The VQ-VAE and one prior per level, checked against each other and against the options."""
-    if config.precision not in _DTYPES:
-        raise ValueError(f"precision={config.precision}: choose {' or '.join(_DTYPES)}")
     vqvae = load_vqvae(config.vqvae, device=device, weights_kind=config.weights_kind)
     priors = []
     for name in vqvae.model.level_names:
         path = getattr(config, f"prior_{name}")
-        prior = load_prior(path, device=device, weights_kind=config.weights_kind)
+        prior = load_prior(path, name, device=device, weights_kind=config.weights_kind)
         if prior.description["level"] != name:
             raise ValueError(f"prior_{name}={path}: this is a prior of the {prior.description['level']} level")
         if prior.description["tokenizer"] != vqvae.fingerprint:
@@ -136,7 +172,7 @@ def load_judge(config: SampleConfig, classes: list[str], device: torch.device) -
 
 
 def check_options(config: SampleConfig, chain: Chain) -> None:
-    """Raises ValueError for an option given for a level that there is not, or that its prior cannot follow."""
+    """Raises ValueError for an option of a level that the models do not have, or that its prior cannot follow."""
     levels = {prior.description["level"]: prior for prior in chain.priors}
     for option in _PER_LEVEL:
         for level in getattr(config, option):
@@ -150,20 +186,16 @@ def check_options(config: SampleConfig, chain: Chain) -> None:
             )
 
 
-def chosen_classes(asked: Any, classes: list[str]) -> list[int]:
+def chosen_classes(asked: str | Sequence[str], classes: Sequence[str]) -> list[int]:
     """Class indices of "all", or of a list of names and indices. Raises ValueError naming what is not a class."""
     if asked == "all":
         return list(range(len(classes)))
-    found = []
-    for one in asked if isinstance(asked, list) else [asked]:
-        text = str(one)
-        if text in classes:
-            found.append(classes.index(text))
-        elif text in (indices := [str(index) for index in range(len(classes))]):
-            found.append(indices.index(text))
-        else:
-            raise ValueError(f"classes: {one!r} is no class name of the {len(classes)}, and no index below that")
-    return found
+    known = {str(index): index for index in range(len(classes))} | {name: i for i, name in enumerate(classes)}
+    words = [asked] if isinstance(asked, str) else asked
+    for word in words:
+        if word not in known:
+            raise ValueError(f"classes: {word!r} is no class name of the {len(classes)}, and no index below that")
+    return [known[word] for word in words]
 
 
 def _drawn(
@@ -212,32 +244,64 @@ def draw(
     return to_uint8(chain.vqvae.model.decode(codes)).cpu()
 
 
-def _finish(config: SampleConfig, chain: Chain, run_dir: Path, shards: list[ShardInfo]) -> None:
-    """dataset.json, and grid.png: one row per class."""
+def _write_manifest(config: SampleConfig, chain: Chain, paths: Sequence[Path]) -> None:
     provenance = {
         "vqvae": chain.vqvae.fingerprint,
         "priors": {prior.description["level"]: prior.fingerprint for prior in chain.priors},
         "tokenizer": chain.vqvae.fingerprint,
         "seed": config.seed,
         "samples_per_class": config.samples_per_class,
-        "temperature": dict(config.temperature),
-        "temperature_end": dict(config.temperature_end),
-        "top_k": dict(config.top_k),
-        "top_p": dict(config.top_p),
-        "guidance": dict(config.guidance),
+        **{option: dict(getattr(config, option)) for option in _PER_LEVEL},
         "precision": config.precision,
         "rejection": chain.judge.identity() if chain.judge else {},
     }
     transform = {"resolution": chain.vqvae.description["resolution"], "format": "png"}
-    Manifest.of("samples", shards, chain.classes, transform, provenance).save(run_dir)
+    shards = [info for path in paths if (info := shard_info(path)) is not None]
+    Manifest.of("samples", shards, chain.classes, transform, provenance).save(paths[0].parent)
+
+
+# --- pictures beside the shards ---------------------------------------------------------------------------------------
+
+
+def _write_pictures(config: SampleConfig, run: runtime.Run) -> None:
+    """grid.png with one row per class and, if wanted, every sample as a file."""
+    manifest = Manifest.load(run.run_dir)
     columns = min(config.grid_columns, config.samples_per_class)
-    rows: dict[int, list[Tensor]] = {}
-    for _, label, parts in read_samples(run_dir, ["png"]):
-        row = rows.setdefault(label, [])
-        if len(row) < columns:
-            row.append(decode_image(parts["png"]))
-    tiles = torch.stack([image for row in rows.values() for image in row]).float() / 255
-    save_image(make_grid(tiles, nrow=columns), run_dir / "grid.png")
+    firsts = range(0, manifest.num_samples, config.samples_per_class)
+    positions = [first + column for first in firsts for column in range(columns)]
+    rows: dict[str, list[Tensor]] = {}
+    for sample in read_samples(run.run_dir, ["png"], positions):
+        rows.setdefault(manifest.classes[sample.label], []).append(decode_image(sample.parts["png"]))
+    grid_png(run.run_dir / "grid.png", samples=rows)
+    if config.images:
+        _write_images(run, manifest)
+
+
+def _write_images(run: runtime.Run, manifest: Manifest) -> None:
+    """images/<class>/<id>.png, as far as they are not there."""
+    folder = run.run_dir / "images"
+    if folder.is_symlink():
+        raise ValueError(f"{folder} is a link; images are written into the run directory only")
+    names = folder_names(manifest.classes)
+    with run.stoppable():
+        for sample in read_samples(run.run_dir, ["png"]):
+            run.poll()
+            path, data = folder / names[sample.label] / f"{sample.key}.png", sample.parts["png"]
+            if path.is_symlink() or not path.is_file() or path.stat().st_size != len(data):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                temporary = path.with_suffix(".tmp")
+                temporary.write_bytes(data)
+                os.replace(temporary, path)
+
+
+def folder_names(classes: Sequence[str]) -> list[str]:
+    """A folder's name for each class: the class's own, where every file system takes it and no other class has it."""
+    names: list[str] = []
+    for label, name in enumerate(classes):
+        cleaned = re.sub(r'[/\\:*?"<>|]', "_", name).strip(". ")
+        usable = cleaned and len(cleaned.encode()) <= 200 and cleaned.casefold() not in map(str.casefold, names)
+        names.append(cleaned if usable else f"{label:06d}")
+    return names
 
 
 def plan(config: SampleConfig) -> str:
@@ -245,11 +309,11 @@ def plan(config: SampleConfig) -> str:
     chain = load_chain(config, torch.device("cpu"))
     classes = chosen_classes(config.classes, chain.classes)
     total = len(classes) * config.samples_per_class
-    held = {prior.description["level"]: bytes_per_sample(prior, config) for prior in chain.priors}
+    caches = {prior.description["level"]: bytes_per_sample(prior, config) for prior in chain.priors}
     return (
-        f"\nsamples: {total:,} of {len(classes)} classes, {', '.join(held)}"
+        f"\nsamples: {total:,} of {len(classes)} classes, {', '.join(caches)}"
         f"\nmemory of a batch of {config.batch}, weights apart: "
-        + ", ".join(f"{level} {config.batch * size / (1 << 20):,.1f} MiB" for level, size in held.items())
+        + ", ".join(f"{level} {config.batch * size / (1 << 20):,.1f} MiB" for level, size in caches.items())
     )
 
 
