@@ -206,3 +206,31 @@ def test_an_export_has_one_state(tmp_path, options, message):
             load_vqvae(tmp_path, **options)
     else:
         assert load_vqvae(tmp_path, **options).images_seen == 640
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"config.json": '{"model_type": "gpt2"}'}, "config.json was not written by this program"),
+        ({"model.safetensors": "weights"}, "model.safetensors was not written by this program"),
+        ({"status.json": "{}"}, "is a run directory; choose a folder outside it"),
+        ({"checkpoints/000000000640/state.json": "{}"}, "is a run directory; choose a folder outside it"),
+    ],
+)
+def test_an_import_replaces_no_file_of_others(tmp_path, capsys, files, message):
+    torch.save(port_state(), tmp_path / "x.pt")
+    for name, text in files.items():
+        (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / name).write_text(text)
+    words = ["import-checkpoint", str(tmp_path / "x.pt"), str(tmp_path / "out"), "resolution=64"]
+    assert cli.main(words) == 1
+    assert message in capsys.readouterr().err
+    assert {name: (tmp_path / "out" / name).read_text() for name in files} == files
+    assert len([path for path in (tmp_path / "out").rglob("*") if path.is_file()]) == len(files)
+
+
+def test_an_import_may_be_done_again(tmp_path):
+    torch.save(port_state(), tmp_path / "x.pt")
+    for _ in range(2):
+        assert cli.main(["import-checkpoint", str(tmp_path / "x.pt"), str(tmp_path / "out"), "resolution=64"]) == 0
+    assert load_vqvae(tmp_path / "out").weights == "exported"

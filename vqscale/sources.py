@@ -116,9 +116,9 @@ def _outline(description: Mapping[str, Any], tensors: int, where: str | Path) ->
     """
     made, most = 0, 10 * tensors + 1000
 
-    def count(*_: Any) -> None:
+    def count(_module: nn.Module, _name: str, parameter: nn.Parameter) -> None:
         nonlocal made
-        made += 1
+        made += parameter.is_meta
         if made > most:
             raise ValueError(
                 f"{where}: its config asks for more than {most} parameters, where it has {tensors} tensors"
@@ -132,10 +132,8 @@ def _outline(description: Mapping[str, Any], tensors: int, where: str | Path) ->
 
 
 def check_model(description: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str | Path) -> None:
-    """Whether the model of a description has exactly these tensors, found out without memory for it.
-
-    Raises ValueError as `check_fits` does.
-    """
+    """Compare the model of a description with tensors before memory is taken for it. Raises ValueError as `check_fits`
+    does."""
     check_fits(_outline(description, len(tensors), where), tensors, where)
 
 
@@ -192,7 +190,7 @@ def load(
     name: vqvae, prior, prior_top, …, classifier, "" = anything. weights_kind: "" = the EMA weights if there are any;
     checkpoint: images seen, 0 = the last one of a done run. An export has but one state: another is refused.
 
-    Raises FileNotFoundError naming the stage that makes such a folder; ValueError for an unfinished run, a model of
+    Raises FileNotFoundError naming the stage that makes a model; ValueError for an unfinished run, a model of
     another kind or weights that do not fit.
     """
     path, kind = locate(path, name), name.partition("_")[0]

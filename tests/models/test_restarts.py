@@ -126,7 +126,7 @@ def test_a_sample_seen_by_two_ranks_is_caught():
     ranks = [with_dead_codes(), with_dead_codes()]
     for q, part in zip(ranks, inputs(images=8).chunk(2), strict=True):
         q(part, torch.arange(4))
-    with pytest.raises(RuntimeError, match="held by no rank, or by two"):
+    with pytest.raises(RuntimeError, match="belongs to no rank, or to two"):
         Ranks(2).run(ranks, 4)
 
 

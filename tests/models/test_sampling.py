@@ -203,8 +203,13 @@ def test_memory_per_sample_counts_what_is_held(kind, blocks):
         ({"sample_ids": torch.arange(3)}, r"label has shape \(2,\), sample_ids \(3,\)"),
         ({"upper": []}, r"codes above have shapes \[\], the prior needs \[\(2, 2, 2\)\]"),
         ({"temperature": -1.0}, "temperature=-1.0 must be >= 0"),
-        ({"temperature_end": -0.5}, "temperature=-0.5 must be >= 0"),
+        ({"temperature_end": -0.5}, "temperature_end=-0.5 must be >= 0"),
+        ({"temperature": float("nan")}, "temperature=nan must be >= 0"),
+        ({"temperature_end": float("inf")}, "temperature_end=inf must be >= 0"),
         ({"top_p": 0.0}, r"top_p=0.0 in \(0, 1\]"),
+        ({"top_p": float("nan")}, r"top_p=nan in \(0, 1\]"),
+        ({"top_k": -1}, "top_k=-1 must be >= 0"),
+        ({"guidance": float("nan")}, "guidance=nan finite"),
     ],
 )
 def test_refuses_what_does_not_fit(change, message):
@@ -212,3 +217,13 @@ def test_refuses_what_does_not_fit(change, message):
     good |= {"seed": 0, "sample_ids": torch.arange(2)}
     with pytest.raises(ValueError, match=message):
         sample_codes(build((4, 4), [(2, 2)]), **(good | change))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_that_are_not_finite_end_sampling(kind):
+    """Weights may all be finite and their products not."""
+    model = build((3, 3), dtype=torch.float32, kind=kind)
+    with torch.no_grad():
+        model.logits.weight.fill_(3e38)
+    with pytest.raises(ValueError, match="logits are not finite in row 0: weights too large for torch.float32"):
+        sample_codes(model, torch.tensor([0]), seed=0, sample_ids=torch.tensor([0]))

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from support.vqvaes import images, loss_of, update, vqvae
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from vqscale.models.vqvae import VQVAE, ResidualBlock, VQVAEConfig
@@ -340,3 +341,12 @@ def test_wrap_units_are_all_the_residual_blocks():
     nn.init.zeros_(block.pointwise.weight), nn.init.zeros_(block.pointwise.bias)
     assert torch.equal(block(-torch.ones(1, 4, 3, 3)), -torch.ones(1, 4, 3, 3))  # the skip carries x, not ReLU(x)
     assert math.prod(model.grids[0]) == 4
+
+
+def test_on_a_gpu_every_image_is_encoded_channels_last():
+    """Extraction and evaluation give rows of pixels; a tensor without memory tells what a GPU would get."""
+    with FakeTensorMode(), torch.device("cuda"):
+        model = VQVAE(VQVAEConfig(hidden=16, residual_hidden=8), resolution=32)
+        features = model._features(torch.zeros(2, 3, 32, 32))
+        assert all(one.is_contiguous(memory_format=torch.channels_last) for one in features)
+        assert [codes.device.type for codes in model.encode(torch.zeros(2, 3, 32, 32))] == ["cuda", "cuda"]

@@ -182,7 +182,7 @@ def choose_restarts(
     so that a busy background is not covered twice.
     """
     vectors, errors, owners = pool.tensor_split([-2, -1], dim=1)
-    torch._assert_async((owners == 1).all(), "a candidate for restarts is held by no rank, or by two")
+    torch._assert_async((owners == 1).all(), "a candidate for restarts belongs to no rank, or to two")
     order = weighted_order(errors[:, 0], mix(key, 2))
     size, codes = cluster_size.topk(len(pool), largest=False)
     return codes, (size < threshold) & (errors[order, 0] > 0), vectors[order]

@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from vqscale.files import check_seal, replacing, sealed, write_atomically
+from vqscale.files import check_seal, read_json, replacing, sealed, write_atomically
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 _MOST_JSON = 1 << 26  # bytes of a config.json: the names of 22,000 classes take 1 MB
@@ -134,7 +134,7 @@ def read_torch(path: str | Path) -> dict[str, Tensor]:
         if isinstance(value, Mapping) and isinstance(value.get(key), Mapping):
             value = value[key]
     if not isinstance(value, Mapping) or not all(isinstance(tensor, Tensor) for tensor in value.values()):
-        raise ValueError(f"{path}: expected names and tensors, found something else")
+        raise ValueError(f"{path}: expected names and tensors, not something else")
     tensors = {str(name): tensor.detach() for name, tensor in value.items()}
     for name, tensor in tensors.items():
         if not _is_plain(tensor):
@@ -234,8 +234,21 @@ def save_pretrained(
     config: Mapping[str, Any],
     extra: Mapping[str, Any] | None = None,
 ) -> str:
-    """Write a plain (unwrapped) model; `config` and `extra` are JSON. Returns the fingerprint, also in the JSON."""
+    """Write a plain (unwrapped) model; `config` and `extra` are JSON. Returns the fingerprint, also in the JSON.
+
+    Raises ValueError for a folder that holds something else under these names.
+    """
+    _check_replaceable(Path(folder))
     tensors = model.state_dict()
     stated = fingerprint(tensors)
     write_folder(folder, tensors, {"kind": kind, "config": dict(config), "fingerprint": stated, **(extra or {})})
     return stated
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Raises ValueError for a run directory, and for files of these names that no model was saved in."""
+    if (folder / "status.json").exists() or (folder / "checkpoints").exists():
+        raise ValueError(f"{folder} is a run directory; choose a folder outside it")
+    existing = [folder / name for name in (CONFIG, WEIGHTS) if (folder / name).exists()]
+    if existing and not (existing[0].name == CONFIG and "fingerprint" in read_json(existing[0])):
+        raise ValueError(f"{existing[0]} was not written by this program; choose another folder")

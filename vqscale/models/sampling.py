@@ -9,6 +9,7 @@ sample i is the same in any batch, on any rank.
 Legend: b batch, h w grid, k codes, t = h w positions in raster order.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -65,7 +66,8 @@ def sample_codes(
     Raises ValueError for labels, ids, codes above or options that do not fit.
     """
     end = temperature if temperature_end is None else temperature_end
-    _check(prior, label, upper, sample_ids, min(temperature, end), top_k, top_p)
+    _check(prior, label, upper, sample_ids)
+    _check_options(temperature, end, top_k, top_p, guidance)
     weight = next(prior.parameters())
     label, upper = label.to(weight.device), [codes.to(weight.device) for codes in upper]
     (height, width), batch, copies = prior.grid, len(label), 2 if guidance else 1
@@ -89,14 +91,14 @@ def sample_codes(
             temperature = temperatures[position]
             chosen = choose(logits, uniforms[position], temperature=temperature, top_k=top_k, top_p=top_p)
             codes[:, row, column] = chosen.repeat(copies) if guidance else chosen
+        if not logits.isfinite().all():  # once a row: each look waits for the device
+            raise ValueError(f"the prior's logits are not finite in row {row}: weights too large for {logits.dtype}")
         if progress is not None:
             progress(row + 1, height)
     return codes[:batch].clone() if guidance else codes
 
 
-def _check(
-    prior: Prior, label: Tensor, upper: Sequence[Tensor], ids: Tensor, temperature: float, top_k: int, top_p: float
-) -> None:
+def _check(prior: Prior, label: Tensor, upper: Sequence[Tensor], ids: Tensor) -> None:
     if label.ndim != 1 or label.shape != ids.shape:
         raise ValueError(f"label has shape {tuple(label.shape)}, sample_ids {tuple(ids.shape)}: both must be [b]")
     if len(label) and not 0 <= int(label.min()) <= int(label.max()) <= prior.num_classes:
@@ -107,8 +109,14 @@ def _check(
     expected = [(len(label), *grid) for grid in prior.upper_grids]
     if shapes != expected:
         raise ValueError(f"codes above have shapes {shapes}, the prior needs {expected}")
-    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
-        raise ValueError(f"temperature={temperature} must be >= 0, top_k={top_k} >= 0, top_p={top_p} in (0, 1]")
+
+
+def _check_options(temperature: float, end: float, top_k: int, top_p: float, guidance: float) -> None:
+    for name, value in {"temperature": temperature, "temperature_end": end}.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name}={value} must be >= 0")
+    if top_k < 0 or not 0 < top_p <= 1 or not math.isfinite(guidance):
+        raise ValueError(f"top_k={top_k} must be >= 0, top_p={top_p} in (0, 1], guidance={guidance} finite")
 
 
 def draw_uniforms(seed: int, level: int, sample_ids: Int[Tensor, " b"], positions: int) -> Float[Tensor, "t b"]:
@@ -140,7 +148,7 @@ def choose(
     mass = probability.cumsum(dim=-1)
     # strictly below the total, whatever the rounding; codes of zero probability are never the first above the target
     target = (uniform * (1 - 2.0**-50))[:, None] * mass[:, -1:]
-    return torch.searchsorted(mass, target, right=True)[:, 0]
+    return torch.searchsorted(mass, target, right=True)[:, 0].clamp_max(logits.shape[-1] - 1)  # beyond it for NaN
 
 
 def _truncate(probability: Tensor, top_k: int, top_p: float) -> Tensor:

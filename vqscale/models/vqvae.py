@@ -265,7 +265,10 @@ class VQVAE(nn.Module):
         """Encoder features [b, c, h, w], top first; a lower level's are the input of the one above."""
         if image.shape[-2:] != (self.resolution, self.resolution):
             raise ValueError(f"images of {tuple(image.shape[-2:])} pixels for a model of resolution {self.resolution}")
-        features = [image.to(self._levels[-1].to_code.weight.dtype)]
+        image = image.to(self._levels[-1].to_code.weight.dtype)
+        if image.is_cuda:  # what its convolutions are fast in; on a CPU the last bits would differ
+            image = image.contiguous(memory_format=torch.channels_last)
+        features = [image]
         for level in reversed(self._levels):
             features.insert(0, level.encoder(features[0]))
         return features[:-1]
