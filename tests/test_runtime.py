@@ -7,12 +7,13 @@ import time
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from support.distributed import run_ranks, started
 
 from vqscale import runtime
@@ -283,6 +284,7 @@ def test_tensorboard_gets_values_and_pictures(tiny: TinyConfig, monkeypatch: pyt
         run.log_image("grid", torch.rand(3, 4, 4), 8)
         assert torch.get_num_threads() == 1 and not {"RANK", "WORLD_SIZE", "MASTER_PORT"} & os.environ.keys()
     files = [p for p in (Path(tiny.run_dir) / "tensorboard").rglob("*") if p.is_file()]
+    assert any("size: 3" in p.read_text() for p in files if p.name == "hparams.yml")
     assert sum(b"loss" in p.read_bytes() for p in files) == 1
     assert sum(b"grid" in p.read_bytes() for p in files) == 1
 
@@ -314,3 +316,42 @@ def test_a_tracker_that_fails_is_left_out_and_named(tiny: TinyConfig, caplog: py
 def test_an_unknown_tracker_is_refused(tiny: TinyConfig) -> None:
     with pytest.raises(ValueError, match="there is no tracker 'tensorbord'"), runtime.run(tiny, "tiny") as run:
         run.start_trackers(["tensorbord"], 0)
+
+
+def test_trackers_get_the_config_and_a_project_of_the_experiments_name(
+    tiny: TinyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Tracker:
+        name = "wandb"
+        started: ClassVar[list[Any]] = []
+
+        def __init__(self, project: str, **options: Any):
+            self.started += [project, options]
+
+        def start(self) -> None:
+            pass
+
+        def store_init_configuration(self, values: dict[str, Any]) -> None:
+            self.started.append(values)
+
+        def finish(self) -> None:
+            pass
+
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "wandb", Tracker)
+    run_dir = Path(tiny.run_dir).parent / "birds" / "train_vqvae"
+    with runtime.run(replace(tiny, run_dir=str(run_dir)), "tiny") as run:
+        run.start_trackers(["wandb"], 0)
+    project, options, values = Tracker.started
+    assert (project, options) == ("birds", {"name": "train_vqvae"})
+    assert values["size"] == 3 and values["run_dir"] == str(run_dir)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"images_seen": "x", "state": []}', "[" * 3000, "\xff"])
+@pytest.mark.parametrize("name", ["status.json", "command.json", "inputs.json"])
+def test_a_damaged_record_of_an_earlier_run_does_not_matter(tiny: TinyConfig, name: str, text: str) -> None:
+    with runtime.run(tiny, "tiny"):
+        pass
+    (Path(tiny.run_dir) / name).write_bytes(text.encode("latin-1"))
+    with runtime.run(tiny, "tiny") as run:
+        run.check_inputs({"data": "sha256:1"})
+        assert runtime.read_status(run.run_dir)["images_seen"] == 0

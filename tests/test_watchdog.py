@@ -12,6 +12,7 @@ from support.distributed import run_ranks, started
 from support.training import TinyConfig, train
 
 from vqscale import runtime
+from vqscale.data.processes import made_progress
 
 SECONDS = 5
 
@@ -76,3 +77,27 @@ def _ask_for_stacks(config: TinyConfig) -> int:
 def test_quit_writes_the_stacks_and_goes_on(tmp_path: Path) -> None:
     assert run_ranks(_ask_for_stacks, 1, replace(settings(tmp_path), watchdog_seconds=600)) == [0]
     assert "in fit" in (tmp_path / "log" / "0.log").read_text()
+
+
+def _read_slowly_in_a_worker(config: TinyConfig, progresses: bool) -> list[int]:
+    """A training step waits, longer than the limit, for a loader's worker that does or does not get on."""
+
+    def on_step(run: runtime.Run, seen: int) -> None:
+        if seen == 16:
+            child = os.fork()
+            if child == 0:
+                for _ in range(30):
+                    time.sleep(0.1)
+                    if progresses:
+                        made_progress()
+                os._exit(0)
+            os.waitpid(child, 0)
+
+    return train(config, on_step=on_step)["applied"]
+
+
+@pytest.mark.parametrize("progresses", [True, False])
+def test_bytes_that_a_worker_reads_are_progress(tmp_path: Path, progresses: bool) -> None:
+    config = replace(settings(tmp_path), watchdog_seconds=1, total_images=24)
+    with started(_read_slowly_in_a_worker, 1, config, progresses) as ranks:
+        assert ranks.wait(60) == [0 if progresses else 1], ranks.output()

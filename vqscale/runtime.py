@@ -158,7 +158,9 @@ class Run(Stoppable):
         if saved.is_file():
             self._changes = [(kind, change) for kind in ("warned", "allowed") for change in changes[kind]]
             self.resumed = True
-            self.previous_status = read_json(self.run_dir / "status.json")
+            self.previous_status = {"images_seen": 0, **read_json(self.run_dir / "status.json")}
+            if not isinstance(self.previous_status["images_seen"], int):  # a damaged file
+                self.previous_status = {"images_seen": 0}
             self.was_done = self.previous_status.get("state") == "done"
         configs.save(self.config, saved)
 
@@ -244,7 +246,8 @@ class Run(Stoppable):
             return
         path = self.run_dir / "command.json"
         if "restarts" not in self._facts:
-            self._facts["restarts"] = read_json(path).get("restarts", -1) + 1
+            earlier = read_json(path).get("restarts", -1)
+            self._facts["restarts"] = earlier + 1 if isinstance(earlier, int) else 0
         topology = self.topology
         write_json(
             path,
@@ -305,7 +308,7 @@ class Run(Stoppable):
     def start_trackers(self, names: list[str], resumed_at: int) -> Callable[[dict[str, float], int], None]:
         """accelerate's trackers by name; returns log(values, images_seen). A tracker that fails is dropped, with a
         warning, and never stops the run."""
-        trackers = _open_trackers(names, self.run_dir, resumed_at, self.topology) if names else []
+        trackers = _open_trackers(names, self.config, resumed_at, self.topology) if names else []
 
         def log_values(values: dict[str, float], images_seen: int) -> None:
             for tracker in list(trackers):
@@ -326,26 +329,39 @@ class Run(Stoppable):
                     tracker.log_images({name: image[None].cpu().numpy()}, step=images_seen)
 
 
-def _open_trackers(names: list[str], run_dir: Path, resumed_at: int, topology: Topology) -> list[Any]:
+def _open_trackers(names: list[str], config: StageConfig, resumed_at: int, topology: Topology) -> list[Any]:
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-    _adopt_process_group(topology)
-    opened = []
     for name in names:
         if name not in LOGGER_TYPE_TO_CLASS:
             raise ValueError(
                 f"trackers: there is no tracker {name!r}; accelerate knows {', '.join(LOGGER_TYPE_TO_CLASS)}"
             )
+    _adopt_process_group(topology)
+    run_dir = Path(config.run_dir)
+    project = config.experiment or run_dir.absolute().parent.name
+    options: dict[str, tuple[list[Any], dict[str, Any]]] = {
+        "tensorboard": (["tensorboard", run_dir], {"purge_step": resumed_at + 1}),
+        "wandb": ([project], {"name": run_dir.name}),
+    }
+    opened = []
+    for name in names:
+        positional, named = options.get(name, ([project], {}))
         try:
-            if name == "tensorboard":
-                tracker = LOGGER_TYPE_TO_CLASS[name]("tensorboard", run_dir, purge_step=resumed_at + 1)
-            else:
-                tracker = LOGGER_TYPE_TO_CLASS[name](run_dir.name)
+            tracker = LOGGER_TYPE_TO_CLASS[name](*positional, **named)
             tracker.start()
+            if not (name == "tensorboard" and resumed_at):  # which would keep a copy of each start
+                tracker.store_init_configuration(_hyperparameters(config))
             opened.append(tracker)
         except Exception as error:
             log.warning("tracker %s could not start and is left out: %s", name, error)
     return opened
+
+
+def _hyperparameters(config: StageConfig) -> dict[str, Any]:
+    """The config for trackers: dotted keys, plain values, no secrets."""
+    values = configs.flatten(configs.as_dict(config))
+    return {key: value if isinstance(value, (bool, int, float)) else redact_url(str(value)) for key, value in values}
 
 
 def _adopt_process_group(topology: Topology) -> None:

@@ -81,7 +81,8 @@ class Stoppable:
     def stop(self, reason: str) -> None:
         """End the run as stopped: removes the STOP file and raises Stopped."""
         if self.topology.is_main:
-            (self.run_dir / "STOP").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # none, or a folder
+                (self.run_dir / "STOP").unlink()
         raise Stopped(reason)
 
     @contextlib.contextmanager

@@ -21,7 +21,7 @@ MOMENTS: dict[str, tuple[str, str, str, str, int, str]] = {
     "codebook init": ("train_vqvae", "train_vqvae", "vqscale.models.vqvae:VQVAE", "_sample_vectors", 1, "SIGTERM"),
     "warm-up": ("train_vqvae", "train_vqvae", "vqscale.models.vqvae:VQVAE", "update_codebooks", 2, "SIGUSR1"),
     "a save": ("train_prior", "train_prior_top", "vqscale.engine.checkpoint:Checkpointer", "save", 1, "SIGTERM"),
-    "evaluation": ("train_vqvae", "train_vqvae", "vqscale.stages.train_vqvae", "psnr", 1, "SIGUSR2"),
+    "evaluation": ("train_vqvae", "train_vqvae", "vqscale.stages.train_vqvae", "psnr_of", 1, "SIGHUP"),
     "evaluation of a prior": ("train_prior", "train_prior_top", "vqscale.stages.train_prior", "code_nll", 1, "SIGTERM"),
     "extraction": ("extract_codes", "extract_codes", "vqscale.stages.extract_codes", "_encode", 3, "SIGTERM"),
     "sampling": ("sample", "sample", "vqscale.models.sampling", "choose", 40, "SIGUSR1"),

@@ -3,7 +3,6 @@
 Everything is read from the files of the runs; where there is Slurm, its queue says which jobs are waiting or gone.
 """
 
-import getpass
 import os
 import shutil
 import subprocess
@@ -134,7 +133,7 @@ def _queue() -> Mapping[str, str] | None:
     """This user's jobs in Slurm, id -> PENDING, RUNNING, …; None where there is no Slurm to ask."""
     if not shutil.which("squeue"):
         return None
-    command = ["squeue", "--noheader", "--format=%A %T", f"--user={getpass.getuser()}"]
+    command = ["squeue", "--noheader", "--format=%A %T", "--me"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
     except (OSError, subprocess.SubprocessError):
