@@ -99,6 +99,9 @@ def test_one_path_is_one_picture(models: Path, tmp_path: Path) -> None:
     assert torch.equal(model.load_images(iter([path, path])), one.repeat(2, 1, 1, 1))
     with pytest.raises(ValueError, match="no paths were given"):
         model.load_images([])
+    path.write_bytes(b"<!doctype html>")
+    with pytest.raises(ValueError, match=f"^{path}: "):
+        model.load_images(path)
 
 
 @pytest.mark.parametrize(
@@ -126,3 +129,11 @@ def test_images_that_are_none(models: Path, images: torch.Tensor, message: str) 
 def test_codes_that_are_none(models: Path, top: torch.Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         VQVAE.from_pretrained(models).decode([top, torch.zeros(1, 4, 4, dtype=torch.int64)])
+
+
+def test_codes_in_any_type_of_integers(models: Path) -> None:
+    model = VQVAE.from_pretrained(models)
+    codes = [torch.full((1, 2, 2), 3), torch.full((1, 4, 4), 15)]
+    expected = model.decode(codes)
+    for dtype in (torch.uint8, torch.uint16, torch.int32):
+        assert torch.equal(model.decode([level.to(dtype) for level in codes]), expected)

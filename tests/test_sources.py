@@ -70,7 +70,7 @@ def test_a_checkpoint_takes_no_memory_before_it_fits(tmp_path, monkeypatch):
 
     class Checkpoint:
         images_seen, folder = 64, tmp_path
-        state = type("State", (), {"model": {"kind": "vqvae", "resolution": 16, "config": {"hidden": 200_000}}})
+        state = type("State", (), {"model": {"kind": "vqvae", "resolution": 16, "classes": [], "config": {}}})
 
         def header(self, _prefix: str) -> dict[str, Tensor]:
             return {"a": torch.empty(10**12, device="meta")}
@@ -96,6 +96,7 @@ def test_a_config_json_that_is_far_too_long_is_not_read(tmp_path, monkeypatch):
         *[("grid", value) for value in ([2], [2, 0], [2, 2.5], "22", [2, 10**9], [True, 2])],
         *[("upper_grids", value) for value in ([2, 2], "x", [[2]])],
         *[("num_codes", value) for value in (0, -1, "16", 10**9, None)],
+        *[("images_seen", value) for value in ("many", -1, 1.5, [])],
         ("config", [1]),
         ("tokenizer", 7),
     ],
@@ -105,6 +106,22 @@ def test_facts_of_a_model_are_checked_where_they_are_read(tmp_path, fact, value)
     change_json(tmp_path, lambda about: about.update({fact: value}))
     with pytest.raises(ValueError, match=f"description of a prior model: {fact} must be "):
         load_prior(tmp_path)
+
+
+@pytest.mark.parametrize("fact", ["level", "classes", "tokenizer", "grid", "config"])
+def test_a_fact_that_is_missing_is_named(tmp_path, fact):
+    export_prior(tmp_path, "sha256:x")
+    change_json(tmp_path, lambda about: about.pop(fact))
+    with pytest.raises(ValueError, match=fact):
+        load_prior(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a": ' * 100_000, "\xff", "1" * 5000, "NaN", ""])
+def test_a_config_json_that_is_none_is_one_line(tmp_path, text):
+    export_vqvae(tmp_path)
+    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match="config.json: "):
+        load_vqvae(tmp_path)
 
 
 # ---- files of torch.save

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vqscale.config import from_dict, level_names
-from vqscale.data.images import decode_image, resize_center_crop, to_float
+from vqscale.data.images import decode_image, read_image_file, resize_center_crop, to_float
 from vqscale.sources import load_vqvae
 from vqscale.stages.sample import SampleConfig, check_options, chosen_classes, draw, load_chain
 
@@ -74,6 +74,8 @@ class VQVAE:
         for level in codes:
             if level.is_floating_point() or level.dtype == torch.bool:
                 raise ValueError(f"codes are {level.dtype}: integers are needed")
+        codes = [level.long() for level in codes]  # torch has no minimum of uint16
+        for level in codes:
             if level.numel() and not 0 <= int(level.min()) <= int(level.max()) < self.num_codes:
                 raise ValueError(f"codes from {int(level.min())} to {int(level.max())}, but K = {self.num_codes}")
         return self.model.decode([level.to(self._device) for level in codes]).float().clamp(-1, 1)
@@ -86,12 +88,18 @@ class VQVAE:
         paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
         if not paths:
             raise ValueError("load_images: no paths were given")
-        pixels = [resize_center_crop(decode_image(Path(path).read_bytes()), self.resolution) for path in paths]
-        return to_float(torch.stack(pixels))
+        return to_float(torch.stack([resize_center_crop(_picture(path), self.resolution) for path in paths]))
 
     @property
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+
+def _picture(path: str | Path) -> Tensor:
+    try:
+        return decode_image(read_image_file(path))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def sample(

@@ -77,6 +77,10 @@ def _is_size(value: Any) -> bool:
     return type(value) is int and 1 <= value <= _LARGEST
 
 
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
 def _is_list(of: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, (list, tuple)) and all(map(of, value))
 
@@ -97,8 +101,15 @@ _FACTS: dict[str, tuple[Callable[[Any], bool], str]] = {  # of descriptions: wha
     "upper_grids": (_is_list(_is_grid), "a list of grids"),
     "classes": (_is_list(_is_name), "a list of printable names"),
     "level": (lambda value: value in level_names(3), f"one of {', '.join(level_names(3))}"),
-    "feature_width": (lambda value: type(value) is int and value >= 0, "an integer of at least 0"),
-    **{key: (_is_name, "text") for key in ("tokenizer", "data", "learned_from", "vqvae", "features")},
+    **{key: (_is_count, "an integer of at least 0") for key in ("feature_width", "images_seen")},
+    **{
+        key: (_is_name, "text") for key in ("tokenizer", "data", "learned_from", "vqvae", "features", "features_sha256")
+    },
+}
+_REQUIRED = {  # by kind: what stages read of a model, besides what `build` reads
+    "vqvae": ("classes",),
+    "prior": ("level", "classes", "tokenizer"),
+    "classifier": ("resolution", "classes", "learned_from", "features", "features_sha256"),
 }
 
 
@@ -200,6 +211,9 @@ def load(
     def check(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         if kind and description.get("kind") != kind:
             raise ValueError(f"{path}: holds a {description.get('kind')} model, expected a {kind}")
+        for key in _REQUIRED.get(str(description.get("kind")), ()):
+            if key not in description:
+                raise ValueError(f"{path}: the description of its model has no {key}")
         check_model(description, tensors, path)
 
     if _has_checkpoints(path):

@@ -183,7 +183,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: {size:,} bytes, where a model's have at most {_MOST_JSON:,}")
     try:
         value = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected an object, found a {type(value).__name__}")

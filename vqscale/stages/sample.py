@@ -179,7 +179,7 @@ def check_options(config: SampleConfig, chain: Chain) -> None:
             if level not in levels:
                 raise ValueError(f"{option}.{level}: the levels of vqvae={config.vqvae} are {', '.join(levels)}")
     for level, weight in config.guidance.items():
-        if weight and not levels[level].description["config"]["class_dropout"]:
+        if weight and not levels[level].model.config.class_dropout:
             raise ValueError(
                 f"guidance.{level}={weight}: prior_{level}={levels[level].path} was trained with model.class_dropout=0 "
                 "and has never seen a sample without its class"
