@@ -53,8 +53,6 @@ def build(description: Mapping[str, Any]) -> nn.Module:
             return VQVAE(config, resolution=description["resolution"])
         if description["kind"] == "prior":
             config = from_dict(PriorConfig, description["config"], where)
-            if config.kind not in PRIORS:
-                raise ValueError(f"model.kind={config.kind}: choose from {', '.join(PRIORS)}")
             return PRIORS[config.kind](
                 config,
                 num_codes=description["num_codes"],

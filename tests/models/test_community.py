@@ -26,9 +26,9 @@ def test_codes_are_equal_and_reconstructions_to_1e_5(in_place: bool) -> None:
     codes, expected = port_forward(state, image, in_place=in_place)
     assert all(len(level.unique()) > 10 for level in codes), "codes that differ, or equality would show nothing"
     model = ours(state, rectified_skip=in_place)
-    found = model(image)
-    assert all(torch.equal(a, b) for a, b in zip(found.codes, codes, strict=True))
-    torch.testing.assert_close(found.reconstruction, expected, rtol=1e-5, atol=1e-5)
+    output = model(image)
+    assert all(torch.equal(a, b) for a, b in zip(output.codes, codes, strict=True))
+    torch.testing.assert_close(output.reconstruction, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(model.decode(codes), expected, rtol=1e-5, atol=1e-5)
     assert expected.std() > 0.1
     other = ours(state, rectified_skip=not in_place)(image).reconstruction

@@ -100,9 +100,9 @@ def test_starts_near_ln_k_and_is_the_same_from_the_meta_device(kind):
 def gradients(model: Any, key: Tensor) -> list[Tensor]:
     codes, upper = draw((3, 4, 4)), [draw((3, 2, 2))]
     nll(model(codes, torch.tensor([0, 1, 3]), upper, dropout_key=key), codes).backward()
-    found = [p.grad for p in model.parameters()]
+    gathered = [p.grad for p in model.parameters()]
     model.zero_grad()
-    return [g for g in found if g is not None]
+    return [g for g in gathered if g is not None]
 
 
 @pytest.mark.slow
@@ -191,8 +191,8 @@ def test_class_dropout_means_the_null_class(kind):
 @pytest.mark.parametrize("kind, changes, sites", [(*ATTENTION[1], 2 + 3 * 3 + 1), (*ATTENTION[2], 2 + 2 * 3)])
 def test_every_dropout_site_and_every_unit_is_numbered_once(kind, changes, sites):
     model = build(kind, (4, 4), [(2, 2)], **changes)
-    found = [m.layer for m in model.modules() if hasattr(m, "layer")]
-    assert sorted(found) == list(range(sites))
+    gathered = [m.layer for m in model.modules() if hasattr(m, "layer")]
+    assert sorted(gathered) == list(range(sites))
     inside = {id(p) for unit in model.wrap_units() for p in unit.parameters()}
     outside = {name for name, p in model.named_parameters() if id(p) not in inside}
     edges = {"embedding", "row", "column", "label", "logits", "project", "0"}
@@ -228,5 +228,5 @@ def test_the_description_says_which_kind():
     assert PRIORS == KINDS
     for kind, made in KINDS.items():
         assert type(build_described(described | {"config": {"kind": kind}})) is made
-    with pytest.raises(ValueError, match="model.kind=rnn: choose from pixelcnn, transformer"):
+    with pytest.raises(ValueError, match="kind=rnn: choose from pixelcnn, transformer"):
         build_described(described | {"config": {"kind": "rnn"}})

@@ -156,21 +156,21 @@ def test_draw_at_the_edges():
 
 
 def test_temperature_changes_linearly_from_the_first_code_to_the_last(monkeypatch):
-    told: list[float] = []
+    temperatures: list[float] = []
 
     def likeliest(logits: Tensor, _uniform: Tensor, *, temperature: float, **_rest: Any) -> Tensor:
-        told.append(temperature)
+        temperatures.append(temperature)
         return logits.argmax(dim=-1)
 
     monkeypatch.setattr(sampling, "choose", likeliest)
     sample_codes(build((2, 3)), torch.tensor([0]), seed=0, sample_ids=torch.tensor([0]), temperature_end=0.5)
-    assert told == pytest.approx([1.0, 0.9, 0.8, 0.7, 0.6, 0.5])
-    told.clear()
+    assert temperatures == pytest.approx([1.0, 0.9, 0.8, 0.7, 0.6, 0.5])
+    temperatures.clear()
     sample_codes(build((2, 2)), torch.tensor([0]), seed=0, sample_ids=torch.tensor([0]), temperature=0.7)
-    assert told == pytest.approx([0.7] * 4)
+    assert temperatures == pytest.approx([0.7] * 4)
 
 
-def test_progress_is_told_row_by_row():
+def test_progress_is_reported_row_by_row():
     model, seen = build((4, 3)), []
     label, ids = torch.tensor([0]), torch.tensor([0])
     threads = torch.get_num_threads()

@@ -164,11 +164,11 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 def train_step(model: VQVAE, call: nn.Module, step: int, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     position = torch.arange(4) + 4 * step
     loss_of(call, images(seed=step), position).backward()
-    found = gradients(model)
+    actual = gradients(model)
     optimizer.step()
     optimizer.zero_grad()
     update(model, step)
-    return found
+    return actual
 
 
 def test_checkpointing_counts_once_and_changes_no_gradient():
@@ -221,8 +221,8 @@ def test_compiled_training_equals_eager(whole):
     try:
         for step in range(3):
             expected = train_step(eager, eager, step, optimizers[0])
-            found = train_step(compiled, call, step, optimizers[1])
-            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+            actual = train_step(compiled, call, step, optimizers[1])
+            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(compiled.state_dict(), eager.state_dict(), rtol=1e-4, atol=1e-5)
     finally:
         torch.compiler.reset()
@@ -322,8 +322,8 @@ def test_bf16_autocast_keeps_codebook_and_losses_in_float32():
 def test_channels_last_gives_the_same_codes_and_close_images():
     model, image = vqvae().eval(), images()
     expected = model(image)
-    found = model.to(memory_format=torch.channels_last)(image.to(memory_format=torch.channels_last))
-    torch.testing.assert_close(found.reconstruction, expected.reconstruction)
+    actual = model.to(memory_format=torch.channels_last)(image.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(actual.reconstruction, expected.reconstruction)
 
 
 def test_a_training_step_leaves_the_global_generator_alone():

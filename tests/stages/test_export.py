@@ -20,6 +20,7 @@ from torch import Tensor
 import vqscale
 from vqscale import cli
 from vqscale.api import VQVAE, sample
+from vqscale.config import Request
 from vqscale.data.images import decode_image, to_float, to_uint8
 from vqscale.data.parts import read_samples
 from vqscale.data.shards import Manifest, resolve
@@ -191,7 +192,7 @@ def test_the_name_of_a_level_is_no_path(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(export, "load_any", lambda *_, **__: source)
     (tmp_path / "runs" / "train_prior_top" / "checkpoints").mkdir(parents=True)
     with pytest.raises(ValueError, match="is none of top, middle, bottom"):
-        export.main(export.Request(tmp_path / "runs", tmp_path / "out" / "deep", ExportConfig()))
+        export.main(Request([tmp_path / "runs", tmp_path / "out" / "deep"], ExportConfig(), []))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["runs"]
 
 

@@ -11,6 +11,7 @@ from support.exports import CLASSES, export_all, export_prior
 from vqscale import cli
 from vqscale.data.parts import read_samples
 from vqscale.data.shards import Manifest
+from vqscale.stages import sample as stage
 from vqscale.stages.sample import chosen_classes, folder_names
 
 MODELS = [f"{key}=models" for key in ("vqvae", "prior_top", "prior_bottom")]
@@ -47,8 +48,17 @@ def test_every_sample_is_a_file_of_its_class_where_asked(folder: Path) -> None:
 
 
 def test_folders_of_classes_are_distinct_and_usable() -> None:
-    names = ["star", "Star", "..", "a/b", "a:b", "", "x" * 300, "caf\u00e9 "]
-    assert folder_names(names) == ["star", "000001", "000002", "a_b", "000004", "000005", "000006", "caf\u00e9"]
+    names = ["000002", "star", "..", "Star", "a/b", "a:b", "", "x" * 300, "caf\u00e9 "]
+    folders = ["000002", "star", "000002_", "000003", "a_b", "000005", "000006", "000007", "caf\u00e9"]
+    assert folder_names(names) == folders
+
+
+def test_a_grid_of_very_many_classes_has_the_first_of_them(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(stage, "_GRID_PIXELS", 2 * 4 * 128 * 128)  # two rows of four
+    assert sample() == 0
+    assert "grid.png has the first 2 of 3 classes" in capsys.readouterr().err
 
 
 def test_pictures_may_change_after_the_start_and_are_checked_before(
@@ -102,12 +112,14 @@ def test_a_done_run_whose_models_are_gone_stays_done(folder: Path, capsys: pytes
     assert json.loads(Path("out/status.json").read_text())["state"] == "done"
 
 
-def test_images_are_written_through_no_link(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("link", ["images", "images/star"])
+def test_images_are_written_through_no_link(folder: Path, capsys: pytest.CaptureFixture[str], link: str) -> None:
     assert sample() == 0
     (folder / "elsewhere").mkdir()
-    (folder / "out" / "images").symlink_to(folder / "elsewhere")
+    (folder / "out" / link).parent.mkdir(exist_ok=True)
+    (folder / "out" / link).symlink_to(folder / "elsewhere")
     assert sample("images=true") == 1
-    assert "images is a link" in capsys.readouterr().err and not list((folder / "elsewhere").iterdir())
+    assert f"{link} is a link" in capsys.readouterr().err and not list((folder / "elsewhere").iterdir())
 
 
 @pytest.mark.parametrize(

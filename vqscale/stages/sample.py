@@ -25,7 +25,7 @@ from vqscale.data.parts import read_samples
 from vqscale.data.shards import Manifest, ShardWriter, shard_info
 from vqscale.evaluation.classify import CLASS_PROBABILITY, ImageClassifier
 from vqscale.evaluation.features import NEED_A_PATH
-from vqscale.evaluation.figures import grid_png
+from vqscale.evaluation.figures import grid_png, upscale_for
 from vqscale.fields import Choice, NonNegativeFloat, NonNegativeInt, PathText, PositiveFraction, PositiveInt
 from vqscale.models.sampling import sample_codes
 from vqscale.sources import Source, build, load_prior, load_vqvae
@@ -66,6 +66,7 @@ class SampleConfig(StageConfig):
 
 Config = SampleConfig
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_GRID_PIXELS = 100_000_000  # of grid.png, at most
 _PER_LEVEL = ("temperature", "temperature_end", "top_k", "top_p", "guidance")
 
 
@@ -264,10 +265,15 @@ def _write_manifest(config: SampleConfig, chain: Chain, paths: Sequence[Path]) -
 
 
 def _write_pictures(config: SampleConfig, run: runtime.Run) -> None:
-    """grid.png with one row per class and, if wanted, every sample as a file."""
+    """grid.png with one row per class and, with images=true, every sample as a file."""
     manifest = Manifest.load(run.run_dir)
     columns = min(config.grid_columns, config.samples_per_class)
     firsts = range(0, manifest.num_samples, config.samples_per_class)
+    side = manifest.transform["resolution"] * upscale_for(manifest.transform["resolution"])
+    most = max(1, _GRID_PIXELS // (columns * side**2))
+    if len(firsts) > most:
+        runtime.log.info("grid.png has the first %d of %d classes", most, len(firsts))
+        firsts = firsts[:most]
     positions = [first + column for first in firsts for column in range(columns)]
     rows: dict[str, list[Tensor]] = {}
     for sample in read_samples(run.run_dir, ["png"], positions):
@@ -278,11 +284,11 @@ def _write_pictures(config: SampleConfig, run: runtime.Run) -> None:
 
 
 def _write_images(run: runtime.Run, manifest: Manifest) -> None:
-    """images/<class>/<id>.png, as far as they are not there."""
-    folder = run.run_dir / "images"
-    if folder.is_symlink():
-        raise ValueError(f"{folder} is a link; images are written into the run directory only")
-    names = folder_names(manifest.classes)
+    """images/<class>/<id>.png: those that are missing or of another length."""
+    folder, names = run.run_dir / "images", folder_names(manifest.classes)
+    for path in (folder, *(folder / name for name in names)):
+        if path.is_symlink():
+            raise ValueError(f"{path} is a link; images are written into the run directory only")
     with run.stoppable():
         for sample in read_samples(run.run_dir, ["png"]):
             run.poll()
@@ -296,12 +302,15 @@ def _write_images(run: runtime.Run, manifest: Manifest) -> None:
 
 def folder_names(classes: Sequence[str]) -> list[str]:
     """A folder's name for each class: the class's own, where every file system takes it and no other class has it."""
-    names: list[str] = []
+    names: dict[str, str] = {}  # without regard to case -> as it is
     for label, name in enumerate(classes):
         cleaned = re.sub(r'[/\\:*?"<>|]', "_", name).strip(". ")
-        usable = cleaned and len(cleaned.encode()) <= 200 and cleaned.casefold() not in map(str.casefold, names)
-        names.append(cleaned if usable else f"{label:06d}")
-    return names
+        usable = cleaned and len(cleaned.encode()) <= 200 and cleaned.casefold() not in names
+        cleaned = cleaned if usable else f"{label:06d}"
+        while cleaned.casefold() in names:
+            cleaned += "_"
+        names[cleaned.casefold()] = cleaned
+    return list(names.values())
 
 
 def plan(config: SampleConfig) -> str:
