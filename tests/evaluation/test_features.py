@@ -2,7 +2,9 @@
 
 import builtins
 import hashlib
+import os
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +123,26 @@ def test_a_broken_weights_file_is_one_line(tmp_path: Path, content: bytes) -> No
     path.write_bytes(content)
     with pytest.raises(ValueError, match="w.pth"):
         read_weights(path, "", True)
+
+
+def test_weights_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    torch.save({"good": torch.ones(2), "bad.weight": torch.tensor([1.0, float("nan")])}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"w\.pth: bad\.weight holds values that are no finite numbers"):
+        read_weights(tmp_path / "w.pth", "", True)
+
+
+def test_the_size_of_weights_is_known_before_they_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sparse = tmp_path / "sparse.pth"
+    sparse.touch()
+    os.truncate(sparse, 3 << 30)
+    with pytest.raises(ValueError, match=r"sparse\.pth: 3,221,225,472 bytes"):
+        read_weights(sparse, "", True)
+    monkeypatch.setattr(features, "_MOST_BYTES", 100_000)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was read"))
+    with zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data/0", bytes(200_000))
+    with pytest.raises(ValueError, match=r"bomb\.pth: .*expands to 200,000 bytes, at most 100,000"):
+        read_weights(tmp_path / "bomb.pth", "", True)
 
 
 def test_a_missing_weights_file_is_named(tmp_path: Path) -> None:

@@ -36,6 +36,13 @@ def test_a_sample_that_is_a_training_image_is_found_first(world: Any, quick: Ext
     assert "40 training images" in found.summary and "26 samples" in found.summary
 
 
+def test_without_held_out_images_there_is_nothing_to_compare_with(world: Any, quick: Extractor) -> None:
+    holdout, train = (DataSet("x", world.root / "pack" / part, _manifest(world, part)) for part in ("holdout", "train"))
+    of_train, of_holdout = quick(world.train).pooled, quick(world.holdout).pooled
+    found = find_neighbours(holdout, of_holdout, train, of_train, of_train[:0], count=2, resolution=16)
+    assert "the reference has no images to compare that with" in found.summary
+
+
 def _manifest(world: Any, part: str) -> Manifest:
     return Manifest.load(world.root / "pack" / part)
 

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.distributed import run_ranks, started
 from support.extractors import projection
 
 from vqscale import cli
 from vqscale.evaluation import passes
+from vqscale.evaluation.statistics import write_tensors
 
 METRICS = "[fd_lite0, kid, inception_score, precision, recall, density, coverage, reconstruction_fd_lite0, psnr, ssim]"
 
@@ -74,7 +76,17 @@ def test_killed_and_run_again_on_other_ranks_gives_the_same(
     assert again <= len(Path(f"{whole}.calls").read_text().splitlines()) - 2 * kept + 2  # two batches of a chunk spared
 
 
-def test_a_damaged_chunk_is_computed_again(tmp_path: Path) -> None:
-    path = passes.chunk_path(tmp_path, range(0, 8))
-    path.write_bytes(b"no tensors")
-    assert passes.unfinished(tmp_path, [range(0, 8)]) == [range(0, 8)]
+@pytest.mark.parametrize("damage", ["cut", "edited", "of other images"])
+def test_a_damaged_chunk_is_computed_again(tmp_path: Path, damage: str) -> None:
+    chunk = range(0, 8)
+    path = passes.chunk_path(tmp_path, chunk)
+    write_tensors(path, {"mse": torch.arange(8.0)})
+    assert passes.unfinished(tmp_path, [chunk]) == []
+    data = path.read_bytes()
+    if damage == "cut":
+        path.write_bytes(data[:-4])
+    elif damage == "edited":
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    else:
+        write_tensors(path, {"mse": torch.arange(7.0)})
+    assert passes.unfinished(tmp_path, [chunk]) == [chunk]

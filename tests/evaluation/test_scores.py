@@ -1,6 +1,7 @@
 """scores.json: the fields, the order, what is asked for and what is left out."""
 
 import dataclasses
+import json
 
 import pytest
 
@@ -52,6 +53,15 @@ def test_a_missing_input_is_an_error_only_for_what_was_asked_by_name() -> None:
     with pytest.raises(ValueError, match="metrics=fid cannot be computed: no samples"):
         Scores(["fid"]).leave_out(["fid", "kid"], "no samples")
     Scores(["psnr"]).leave_out(["fid", "kid"], "no samples")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_value_that_is_no_number_is_null_with_the_reason(value: float) -> None:
+    scores = Scores()
+    scores.put("psnr", Score(value, 9, "real", comparable_with_papers=True))
+    score = scores.by_key["psnr"]
+    assert score.value is None and score.reason == f"the computed value is {value}" and not score.comparable_with_papers
+    json.dumps(scores.as_json(), allow_nan=False)
 
 
 def test_too_few_images_give_null_and_the_reason() -> None:

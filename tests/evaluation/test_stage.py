@@ -1,6 +1,5 @@
 """`vqscale evaluate` as a user runs it, on a small finished pipeline."""
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -11,7 +10,6 @@ import pytest
 import torch
 
 from vqscale import cli
-from vqscale.data.shards import Manifest
 from vqscale.evaluation import passes, samples
 from vqscale.evaluation.features import Extractor
 
@@ -151,22 +149,6 @@ def test_what_is_asked_for_by_name_must_be_possible(
     assert not (tmp_path / "run" / "scores.json").exists()
 
 
-def test_codes_of_another_tokenizer_are_refused_with_both_fingerprints(
-    world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    codes = Manifest.load(world.root / "codes" / "holdout")
-    other = dataclasses.replace(codes, extra={**codes.extra, "tokenizer": "sha256:" + "e" * 64})
-    for split in ("holdout", "train"):
-        folder = tmp_path / "codes" / split
-        folder.mkdir(parents=True)
-        for path in (world.root / "codes" / split).iterdir():
-            (folder / path.name).write_bytes(path.read_bytes())
-    other.save(tmp_path / "codes" / "holdout")
-    assert run(world, tmp_path, codes=tmp_path / "codes") == 1
-    error = capsys.readouterr().err
-    assert "e" * 64 in error and world.tokenizer in error
-
-
 @pytest.mark.parametrize(
     "changes, said",
     [
@@ -239,6 +221,22 @@ def test_statistics_of_another_data_set_are_refused(
     assert run(world, tmp_path, metrics="[fid]", **rest) == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     assert f"{other}: statistics of other images: data is sha256:" in line and "expected sha256:" in line
+
+
+def test_edited_statistics_are_computed_again_with_a_warning(
+    world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rest: dict[str, object] = {"vqvae": "none", "codes": "none", "prior_top": "none", "prior_bottom": "none"}
+    assert run(world, tmp_path, metrics="[fid]", **rest) == 0
+    first = (tmp_path / "run" / "scores.json").read_bytes()
+    path = next((tmp_path / "run" / "statistics").iterdir())
+    data = path.read_bytes()
+    path.write_bytes(data[:-8] + bytes(8))  # a number of the last tensor
+    (tmp_path / "run" / "inputs.json").unlink()
+    capsys.readouterr()
+    assert run(world, tmp_path, metrics="[fid]", **rest) == 0
+    assert (tmp_path / "run" / "scores.json").read_bytes() == first and path.read_bytes() == data
+    assert f"{path}: was damaged or edited" in capsys.readouterr().err
 
 
 def test_adms_reference_takes_the_place_of_images(world: Any, tmp_path: Path, quick: Extractor) -> None:

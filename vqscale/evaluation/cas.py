@@ -12,22 +12,26 @@ from vqscale.evaluation.passes import Bench
 from vqscale.evaluation.scores import Score, keys_of
 
 
-def score_cas(bench: Bench, inputs: Inputs) -> None:
-    """Accuracy on the reference images of every classifier that is given (Ravuri and Vinyals 2019, section 3)."""
+def leave_out_cas(bench: Bench, inputs: Inputs) -> None:
+    """Without reference images, or without the classifier that learned from samples."""
     keys = keys_of("cas")
-    if not bench.scores.wants(*keys):
-        return
     if not isinstance(inputs.reference, DataSet):
         bench.scores.leave_out(keys, inputs.why_no_images())
         return
-    for name in LEARNED_FROM:
-        if name in inputs.classifiers:
-            _score(bench, inputs.classifiers[name], inputs.reference, name)
-        elif name == "samples":
-            bench.scores.leave_out(keys, inputs.absent["classifier_samples"])
+    for name in (name for name in LEARNED_FROM if name not in inputs.classifiers):
+        why = inputs.absent[f"classifier_{name}"]
+        if name == "samples":
+            bench.scores.leave_out(keys, why)
         else:
             for key in keys:
-                bench.scores.leave_out_level(key, name, inputs.absent[f"classifier_{name}"])
+                bench.scores.leave_out_level(key, name, why)
+
+
+def score_cas(bench: Bench, inputs: Inputs) -> None:
+    """Accuracy on the reference images of every classifier that is given (Ravuri and Vinyals 2019, section 3)."""
+    if bench.scores.wants(*keys_of("cas")) and isinstance(inputs.reference, DataSet):
+        for name, classifier in inputs.classifiers.items():
+            _score(bench, classifier, inputs.reference, name)
 
 
 def _score(bench: Bench, classifier: ImageClassifier, reference: DataSet, name: str) -> None:
@@ -35,7 +39,8 @@ def _score(bench: Bench, classifier: ImageClassifier, reference: DataSet, name: 
     batches = bench.watch(bench.batches(reference, about["resolution"]), f"accuracy, learned from {name}")
     *values, n = accuracy(classifier, batches, bench.topology)
     if n != reference.n:
-        raise ValueError(f"{reference.n - n} of {reference.n} images could not be read: bad.jsonl names them")
+        unread = f"{reference.n - n} of {reference.n} images could not be read"
+        raise ValueError(f"{reference.name}: {unread}: bad.jsonl names them")
     for key, value in zip(keys_of("cas"), values, strict=True):
         score = Score(
             value,

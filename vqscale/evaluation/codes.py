@@ -159,6 +159,7 @@ def bits_per_dim(nats_per_code: Mapping[str, float], grids: Mapping[str, tuple[i
 
 # --- scores -----------------------------------------------------------------------------------------------------------
 
+_SHUFFLED = ("nll_shuffled_class", "nll_shuffled_upper")
 _OWN_CODES = "a figure of this tokenizer's codes on this data set"
 
 
@@ -170,11 +171,34 @@ class CodeResults:
     nll_by_class: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
+def leave_out_codes(bench: Bench, inputs: Inputs) -> None:
+    """Without codes or priors; and likelihoods that the config does not ask for."""
+    scores, config = bench.scores, bench.config
+    if inputs.codes is None or inputs.train_codes is None:
+        scores.leave_out([*keys_of("nll"), "order0_entropy"], inputs.absent["codes"])
+        if inputs.vqvae is None or not isinstance(inputs.reference, DataSet):
+            scores.leave_out(USAGE, inputs.absent["codes"])
+        return
+    levels = inputs.codes.manifest.extra["levels"]
+    missing = {level: inputs.absent[f"prior_{level}"] for level in levels if level not in inputs.priors}
+    if len(missing) == len(levels):
+        scores.leave_out(keys_of("nll"), "; ".join(missing.values()))
+        return
+    for level, why in missing.items():
+        scores.leave_out_level("nll", level, why)
+    if missing:
+        why = f"it needs a prior for every level, there is none for {', '.join(missing)}"
+        scores.leave_out(["bits_per_dim"], why)
+    if not config.nll_train_images:
+        scores.leave_out(["nll_train"], "nll_train_images=0")
+    if not config.shuffled_conditioning:
+        scores.leave_out(_SHUFFLED, "shuffled_conditioning=false")
+
+
 def score_codes(bench: Bench, inputs: Inputs, reconstructions: Reconstructions | None) -> CodeResults:
     """Usage of the codes, their order-0 entropy, and their likelihood under the priors."""
     scores = bench.scores
     if inputs.codes is None or inputs.train_codes is None:
-        scores.leave_out([*keys_of("nll"), "order0_entropy"], inputs.absent["codes"])
         return CodeResults(_score_usage_of_reconstructions(bench, inputs, reconstructions))
     if not scores.wants(*keys_of("nll"), *USAGE, "order0_entropy"):
         return CodeResults()
@@ -204,7 +228,6 @@ def _score_usage_of_reconstructions(
     bench: Bench, inputs: Inputs, reconstructions: Reconstructions | None
 ) -> dict[str, np.ndarray]:
     if reconstructions is None or not isinstance(inputs.reference, DataSet):
-        bench.scores.leave_out(USAGE, inputs.absent["codes"])
         return {}
     _score_usage(bench, reconstructions.usage, reconstructions.n, inputs.reference.describe())
     return reconstructions.usage
@@ -218,15 +241,9 @@ def _score_likelihood(
 ) -> dict[str, dict[str, float]]:
     """Nats and bits per code of every level that has a prior. Returns the nats by level and class."""
     scores, config = bench.scores, bench.config
-    if not scores.wants(*keys_of("nll")):
+    if not scores.pending(keys_of("nll")):
         return {}
     priors = {level: inputs.priors[level] for level in codes.levels if level in inputs.priors}
-    missing = {level: inputs.absent[f"prior_{level}"] for level in codes.levels if level not in priors}
-    if not priors:
-        scores.leave_out(keys_of("nll"), "; ".join(missing.values()))
-        return {}
-    for level, why in missing.items():
-        scores.leave_out_level("nll", level, why)
     by_level = {}
     for level, prior in priors.items():
         by_level[level] = _likelihood(bench, prior, codes, level)
@@ -239,12 +256,11 @@ def _score_likelihood(
     manifest = inputs.codes.manifest
     _score_bits_per_dim(bench, by_level, codes, about, manifest.extra["resolution"])
     _score_train_nll(bench, priors, train_codes)
-    for name in ("nll_shuffled_class", "nll_shuffled_upper"):
+    for name in scores.pending(_SHUFFLED):
         if not any(key.startswith(name) for key in scores.by_key):
-            why = "there is nothing to shuffle" if config.shuffled_conditioning else "shuffled_conditioning=false"
-            scores.leave_out([name], why)
+            scores.leave_out([name], "there is nothing to shuffle")
     return {
-        level: {manifest.classes[label]: nats for label, nats in one.by_class().items()}
+        level: {manifest.classes[label]: nats for label, nats in one.by_class().items() if math.isfinite(nats)}
         for level, one in by_level.items()
     }
 
@@ -272,8 +288,7 @@ def _score_shuffled(bench: Bench, prior: Source, codes: Codes, level: str, about
 
 def _score_train_nll(bench: Bench, priors: Mapping[str, Source], data: DataSet) -> None:
     """Nats per code on the first training samples: the distance to the held-out ones is overfitting."""
-    if not bench.config.nll_train_images:
-        bench.scores.leave_out(["nll_train"], "nll_train_images=0")
+    if not bench.scores.pending(["nll_train"]):
         return
     codes = read_codes(data.folder, limit=bench.config.nll_train_images, cache=bench.shards)
     about = describe_set(data.manifest, str(data.folder), len(codes))
@@ -285,10 +300,7 @@ def _score_train_nll(bench: Bench, priors: Mapping[str, Source], data: DataSet) 
 def _score_bits_per_dim(
     bench: Bench, by_level: Mapping[str, Likelihood], codes: Codes, about: str, resolution: int
 ) -> None:
-    missing = [level for level in codes.levels if level not in by_level]
-    if missing:
-        why = f"it needs a prior for every level, there is none for {', '.join(missing)}"
-        bench.scores.leave_out(["bits_per_dim"], why)
+    if not bench.scores.pending(["bits_per_dim"]):
         return
     grids = {level: (array.shape[1], array.shape[2]) for level, array in codes.levels.items()}
     value = bits_per_dim({level: one.per_code() for level, one in by_level.items()}, grids, resolution)

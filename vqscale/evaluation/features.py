@@ -10,6 +10,7 @@ Shapes: b images, h w pixels, f features, s spatial features, c logits.
 import hashlib
 import io
 import warnings
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ NEED_A_PATH = {  # and the file that it is the path of
 }
 # sFID (Nash et al. 2021): the first 7 channels of the 17 x 17 map that ADM's evaluator calls mixed_6/conv.
 SPATIAL_CHANNELS = 7
+_MOST_BYTES = 2 << 30  # of weights; VGG16, the largest, has 553 MB
 _LPIPS_SMALLEST = 16  # px: VGG16 halves the image four times
 
 
@@ -102,6 +104,8 @@ def read_weights(
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{key}={path}: there is no such file")
+    if (size := Path(path).stat().st_size) > _MOST_BYTES:
+        raise ValueError(f"{key}={path}: {size:,} bytes, the weights of a network have at most {_MOST_BYTES:,}")
     data = Path(path).read_bytes()
     sha256 = hashlib.sha256(data).hexdigest()
     verified = sha256.startswith(known_sha256)
@@ -111,6 +115,7 @@ def read_weights(
             "allow_unverified_weights=true uses it all the same, and marks every number"
         )
     try:
+        _check_expanded_size(data)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickle protocols: what can't be read is an error below
             tensors = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
@@ -119,7 +124,19 @@ def read_weights(
         raise ValueError(f"{key}={path}: not a file of plain tensors ({detail})") from None
     if not isinstance(tensors, dict):
         raise ValueError(f"{key}={path}: holds a {type(tensors).__name__}, expected tensors by name")
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Tensor) and tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{key}={path}: {name} holds values that are no finite numbers")
     return tensors, sha256, verified
+
+
+def _check_expanded_size(data: bytes) -> None:
+    """Raises ValueError for an archive, as torch writes them, that expands beyond the size of a network's weights."""
+    if zipfile.is_zipfile(io.BytesIO(data)):
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            size = sum(info.file_size for info in archive.infolist())
+        if size > _MOST_BYTES:
+            raise ValueError(f"expands to {size:,} bytes, at most {_MOST_BYTES:,} are read")
 
 
 def _load_strictly(network: nn.Module, tensors: dict[str, Tensor], path: str | Path, name: str) -> None:

@@ -4,7 +4,7 @@ In: `EvaluateConfig`.  Out: `Inputs` that belong together, with the reason for e
 that names the two inputs that do not fit.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
@@ -18,11 +18,14 @@ from vqscale.evaluation.features import EXTRACTORS
 from vqscale.evaluation.scores import describe_set
 from vqscale.evaluation.statistics import PublishedReference, read_published
 from vqscale.fields import Choice, NonNegativeInt, PathText, PositiveFraction, PositiveInt
+from vqscale.files import sha256_of
+from vqscale.runtime import log
 from vqscale.sources import Source, load_prior, load_vqvae
 
 LEVELS = ("top", "middle", "bottom")
 LEARNED_FROM = {"samples": "samples", "reconstructions": "reconstructions", "real": "images"}  # by classifier_<key>
 CLASSIFIERS = tuple(f"classifier_{name}" for name in LEARNED_FROM)
+INPUT_KEYS = ("samples", "reference", "training", "vqvae", "codes", *(f"prior_{n}" for n in LEVELS), *CLASSIFIERS)
 ACCEPTANCE_RATES = (1.0, 0.7, 0.5, 0.3, 0.1, 0.05)
 T = TypeVar("T")
 
@@ -87,6 +90,10 @@ class DataSet:
         """Pixels per side, None where the data set does not say."""
         return self.manifest.transform.get("resolution")
 
+    @property
+    def fingerprint(self) -> str:
+        return self.manifest.fingerprint
+
     def describe(self) -> str:
         return describe_set(self.manifest, str(self.folder), self.n)
 
@@ -103,15 +110,16 @@ class Inputs:
     train_codes: DataSet | None = None
     priors: dict[str, Source] = field(default_factory=dict)  # by level
     classifiers: dict[str, ImageClassifier] = field(default_factory=dict)  # by what they learned from
+    weights: dict[str, str] = field(default_factory=dict)  # by config key, sha256 of files of weights
     absent: dict[str, str] = field(default_factory=dict)
 
     def identity(self) -> dict[str, str]:
         """What the result depends on besides the config: fingerprints by input."""
-        data = {"samples": self.samples, "reference": self.reference, "training": self.training, "codes": self.codes}
+        data = {key: getattr(self, key) for key in ("samples", "reference", "training", "codes", "train_codes")}
         models = {"vqvae": self.vqvae, **{f"prior_{level}": prior for level, prior in self.priors.items()}}
         models |= {f"classifier_{name}": classifier.source for name, classifier in self.classifiers.items()}
-        fingerprints = {name: one.manifest.fingerprint for name, one in data.items() if isinstance(one, DataSet)}
-        return fingerprints | {name: one.fingerprint for name, one in models.items() if one is not None}
+        fingerprints = {name: one.fingerprint for name, one in data.items() if one is not None}
+        return self.weights | fingerprints | {name: one.fingerprint for name, one in models.items() if one is not None}
 
     def sources(self) -> list[Source]:
         """The models, the VQ-VAE first."""
@@ -146,13 +154,19 @@ def find_inputs(config: EvaluateConfig, device: torch.device) -> Inputs:
             return None
         try:
             return load(path)
-        except FileNotFoundError as error:
-            absent[key] = f"{key}: {error}" if path in str(error) else f"{key}={path}: {error}"
+        except (FileNotFoundError, ValueError) as error:
+            why = f"{key}: {error}" if path in str(error) else f"{key}={path}: {error}"
+            if isinstance(error, ValueError):
+                raise ValueError(why) from None
+            absent[key] = why
             return None
 
     def data(key: str, made_by: str, split: str = "holdout", limit: int = 0) -> DataSet | None:
-        folder = find(key, lambda path: resolve(path, split, made_by=made_by))
-        return DataSet(getattr(config, key), folder, Manifest.load(folder), limit) if folder else None
+        def load(path: str) -> DataSet:
+            folder = resolve(path, split, made_by=made_by)
+            return DataSet(path, folder, Manifest.load(folder), limit)
+
+        return find(key, load)
 
     def vqvae(path: str) -> Source:
         return load_vqvae(path, device=device, weights_kind=config.weights_kind, checkpoint=config.checkpoint)
@@ -164,6 +178,10 @@ def find_inputs(config: EvaluateConfig, device: torch.device) -> Inputs:
 
     def classifier(path: str) -> ImageClassifier:
         return ImageClassifier.load(path, device, extractor_weights)
+
+    def weights_of(key: str) -> str | None:
+        path = Path(getattr(config, key))
+        return f"sha256:{sha256_of(path)}" if path.is_file() else None
 
     def reference() -> DataSet | PublishedReference | None:
         if config.reference.endswith(".npz"):
@@ -179,9 +197,11 @@ def find_inputs(config: EvaluateConfig, device: torch.device) -> Inputs:
         vqvae=find("vqvae", vqvae),
         priors=_present({level: prior(level) for level in LEVELS}),
         classifiers=_present({name: find(f"classifier_{name}", classifier) for name in LEARNED_FROM}),
+        weights=_present({key: weights_of(key) for key in ("weights", "vgg16_weights")}),
         absent=absent,
     )
     _check(config, inputs)
+    _warn_of_overlap(config, inputs)
     return inputs
 
 
@@ -193,21 +213,28 @@ def _present(values: Mapping[str, T | None]) -> dict[str, T]:
 
 
 def _check(config: EvaluateConfig, inputs: Inputs) -> None:
-    for key in ("samples", "reference", "training"):
-        data = getattr(inputs, key)
-        if isinstance(data, DataSet) and data.manifest.kind == "codes":
-            raise ValueError(f"{key}={data.name}: images are needed, this is a data set of codes")
-    if inputs.codes is not None and inputs.codes.manifest.kind != "codes":
-        raise ValueError(f"codes={config.codes}: code shards are needed, these are {inputs.codes.manifest.kind}")
-    _check_tokenizers(config, inputs)
+    for key in ("samples", "reference", "training", "codes", "train_codes"):
+        if isinstance(data := getattr(inputs, key), DataSet):
+            _check_kind(key.removeprefix("train_"), data)
+    _check_fresh(config, inputs)
     if isinstance(inputs.reference, DataSet):
-        _check_reference(config, inputs.samples, inputs.reference)
+        _check_reference(config, inputs, inputs.reference)
         for name, classifier in inputs.classifiers.items():
             _check_classifier(config, name, classifier.source.description, inputs, inputs.reference)
 
 
-def _check_reference(config: EvaluateConfig, samples: DataSet | None, reference: DataSet) -> None:
-    ours, theirs = samples and samples.resolution, reference.resolution
+def _check_kind(key: str, data: DataSet) -> None:
+    kind = data.manifest.kind
+    if key == "codes" and kind != "codes":
+        raise ValueError(f"codes={data.name}: code shards are needed, these are {kind}")
+    if key != "codes" and kind == "codes":
+        raise ValueError(f"{key}={data.name}: images are needed, this is a data set of codes")
+    if not data.n:
+        raise ValueError(f"{key}={data.name}: a data set without samples")
+
+
+def _check_reference(config: EvaluateConfig, inputs: Inputs, reference: DataSet) -> None:
+    ours, theirs = inputs.samples and inputs.samples.resolution, reference.resolution
     if None not in (ours, theirs) and ours != theirs:
         raise ValueError(
             f"samples={config.samples}: images of {ours} px, but reference={config.reference} has {theirs} px"
@@ -216,25 +243,66 @@ def _check_reference(config: EvaluateConfig, samples: DataSet | None, reference:
         raise ValueError(
             f"reference={config.reference}: these are samples; are samples= and reference= the wrong way round?"
         )
+    if inputs.vqvae is not None and theirs not in (None, inputs.vqvae.model.resolution):
+        needed = f"the VQ-VAE takes {inputs.vqvae.model.resolution} px"
+        raise ValueError(f"reference={config.reference}: images of {theirs} px, but {needed}")
 
 
-def _check_tokenizers(config: EvaluateConfig, inputs: Inputs) -> None:
-    """Codes and priors must be of the VQ-VAE, or without one of each other."""
-    tokenizers = {"vqvae": inputs.vqvae.fingerprint} if inputs.vqvae else {}
-    if inputs.codes is not None:
-        tokenizers["codes"] = inputs.codes.manifest.extra["tokenizer"]
+def _check_fresh(config: EvaluateConfig, inputs: Inputs) -> None:
+    """Codes and priors must be of the VQ-VAE, or without one of each other; samples must be drawn from these models.
+
+    Raises ValueError naming all that are not, and the way on.
+    """
+    stale = [*_other_tokenizers(config, inputs), *_other_models_of_samples(config, inputs)]
+    if stale:
+        keys = list(dict.fromkeys(key for key, _ in stale))
+        raise ValueError(
+            f"{'; '.join(why for _, why in stale)}: make {' and '.join(keys)} again with fresh=true, "
+            f"or leave out what does not belong ({' '.join(f'{key}=none' for key in keys)})"
+        )
+
+
+def _other_tokenizers(config: EvaluateConfig, inputs: Inputs) -> Iterator[tuple[str, str]]:
+    tokenizers = [("vqvae", inputs.vqvae.fingerprint)] if inputs.vqvae else []
+    tokenizers += [("codes", data.manifest.extra["tokenizer"]) for data in (inputs.codes, inputs.train_codes) if data]
     for level, prior in inputs.priors.items():
         key = f"prior_{level}"
         if prior.description["level"] != level:
             raise ValueError(f"{key}={getattr(config, key)}: this is a prior of the {prior.description['level']} level")
-        tokenizers[key] = prior.description["tokenizer"]
-    for key, tokenizer in tokenizers.items():
-        first, expected = next(iter(tokenizers.items()))
+        tokenizers.append((key, prior.description["tokenizer"]))
+    for key, tokenizer in tokenizers:
+        first, expected = tokenizers[0]
         if tokenizer != expected:
-            raise ValueError(
-                f"{key}={getattr(config, key)} belongs to the tokenizer {tokenizer}, "
-                f"but {first}={getattr(config, first)} to {expected}"
-            )
+            paths = getattr(config, key), getattr(config, first)
+            yield key, f"{key}={paths[0]} belongs to the tokenizer {tokenizer}, but {first}={paths[1]} to {expected}"
+
+
+def _other_models_of_samples(config: EvaluateConfig, inputs: Inputs) -> Iterator[tuple[str, str]]:
+    """`vqscale sample` records the models that it draws from; samples of other programs say nothing."""
+    if inputs.samples is None:
+        return
+    extra = inputs.samples.manifest.extra
+    drawn_from = {"vqvae": extra.get("vqvae")}
+    drawn_from |= {f"prior_{level}": fingerprint for level, fingerprint in extra.get("priors", {}).items()}
+    models = {"vqvae": inputs.vqvae, **{f"prior_{level}": prior for level, prior in inputs.priors.items()}}
+    for key, model in models.items():
+        if model is not None and drawn_from.get(key) not in (None, model.fingerprint):
+            where = f"{key}={getattr(config, key)} is {model.fingerprint}"
+            yield "samples", f"samples={config.samples} was drawn from {key} {drawn_from[key]}, but {where}"
+
+
+def _warn_of_overlap(config: EvaluateConfig, inputs: Inputs) -> None:
+    """Images that are on both sides of a comparison make it look better than it is."""
+    pairs = [("samples", "reference")] + [("training", "reference"), ("samples", "training")] * bool(config.neighbours)
+    for one, other in pairs:
+        a, b = getattr(inputs, one), getattr(inputs, other)
+        if isinstance(a, DataSet) and isinstance(b, DataSet):
+            shards = [{shard.sha256 for shard in data.manifest.shards} for data in (a, b)]
+            if common := len(shards[0] & shards[1]):
+                log.warning(
+                    "%s=%s and %s=%s have %d of %d shards in common: the same images are compared with themselves",
+                    *(one, a.folder, other, b.folder, common, len(shards[0])),
+                )
 
 
 def _check_classifier(

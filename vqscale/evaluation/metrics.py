@@ -45,6 +45,8 @@ def kid(generated: Float[Tensor, "m f"], real: Float[Tensor, "n f"], subset_size
     """
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
 
+    if subset_size < 2:
+        raise TooFew(f"KID needs subsets of at least 2 images, kid_subset_size={subset_size}")
     _need("KID", subset_size, samples=len(generated), references=len(real))
     scores = kid_features_to_metric(generated, real, kid_subset_size=subset_size, verbose=False)
     return scores[KEY_METRIC_KID_MEAN]

@@ -15,8 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-import safetensors
-import safetensors.torch
 import torch
 from jaxtyping import Float, Int, Shaped, UInt8
 from torch import Tensor
@@ -37,8 +35,16 @@ from vqscale.evaluation.features import (
 )
 from vqscale.evaluation.inputs import DataSet, EvaluateConfig
 from vqscale.evaluation.scores import METRICS, Scores
-from vqscale.evaluation.statistics import FeatureSet, Moments, load_statistics, save_statistics, statistics_path
-from vqscale.files import write_atomically
+from vqscale.evaluation.statistics import (
+    DamagedFile,
+    FeatureSet,
+    Moments,
+    load_statistics,
+    read_tensors,
+    save_statistics,
+    statistics_path,
+    write_tensors,
+)
 from vqscale.runtime import Run, log
 from vqscale.topology import Topology
 
@@ -193,7 +199,7 @@ def chunked_pass(
     batches = bench.runs(data, resolution, missing)
     unread = compute_chunks(folder, missing, bench.share(batches, title), rows, bench.config.batch)
     if unread := sum(topology.gather(unread)):
-        raise ValueError(f"{unread} of {data.n} images could not be read: bad.jsonl names them")
+        raise ValueError(f"{data.name}: {unread} of {data.n} images could not be read: bad.jsonl names them")
     yield folder
     topology.barrier()
     if topology.is_main:
@@ -227,11 +233,10 @@ def compute_chunks(folder: Path, chunks: Iterable[range], batches: Iterable[Batc
     stream, unread = iter(batches), 0
     for chunk in chunks:
         blocks = [_counted_rows(next(stream), rows) for _ in range(math.ceil(len(chunk) / block))]
-        tensors = {name: torch.cat([some[name] for some in blocks]).contiguous() for name in blocks[0]}
+        tensors = {name: torch.cat([some[name] for some in blocks]) for name in blocks[0]}
         missing = len(chunk) - len(next(iter(tensors.values())))
         if not missing:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(chunk_path(folder, chunk), safetensors.torch.save(tensors))
+            write_tensors(chunk_path(folder, chunk), tensors)
         unread += missing
     for _ in stream:  # ends it: ranks leave together
         raise AssertionError("more batches than chunks")
@@ -254,8 +259,8 @@ def finished(folder: Path, chunks: Iterable[range]) -> Iterator[tuple[range, dic
 
 def _load(folder: Path, chunk: range) -> dict[str, Tensor] | None:
     try:
-        tensors = safetensors.torch.load_file(chunk_path(folder, chunk))
-    except (OSError, safetensors.SafetensorError):
+        tensors, _ = read_tensors(chunk_path(folder, chunk))
+    except (OSError, DamagedFile):
         return None
     return tensors if tensors and all(len(rows) == len(chunk) for rows in tensors.values()) else None
 
@@ -348,6 +353,16 @@ def chunk_collector(total: int, resolution: int, extractor: Extractor, topology:
     return collector
 
 
+def _cached_statistics(path: Path, facts: Mapping[str, Any]) -> FeatureSet | None:
+    try:
+        return load_statistics(path, facts)
+    except DamagedFile as error:
+        log.warning("%s; it is computed again", error)
+    except FileNotFoundError:
+        pass
+    return None
+
+
 def features_of(bench: Bench, data: DataSet, resolution: int) -> FeatureSet:
     """Features of a data set's images, cached under everything that they depend on. Every rank must call it."""
     assert bench.extractor is not None
@@ -360,8 +375,10 @@ def features_of(bench: Bench, data: DataSet, resolution: int) -> FeatureSet:
         "split": data.folder.name,
     }
     path = statistics_path(bench.statistics, facts)
-    if all(topology.gather(path.is_file())):
-        return load_statistics(path, facts)
+    cached = _cached_statistics(path, facts)
+    if all(topology.gather(cached is not None)):
+        assert cached is not None
+        return cached
 
     def rows(batch: Batch) -> dict[str, Tensor]:
         return feature_rows(extractor(batch["image"].to(topology.device)))

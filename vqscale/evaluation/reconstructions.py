@@ -74,23 +74,24 @@ class ReconstructionResults:
     examples: Examples | None = None
 
 
+def leave_out_reconstructions(bench: Bench, inputs: Inputs) -> None:
+    """Without a VQ-VAE or reference images."""
+    wanted = bench.scores.pending(keys_of("reconstruction"))
+    if inputs.vqvae is None:
+        bench.scores.leave_out(wanted, inputs.absent["vqvae"])
+    elif not isinstance(inputs.reference, DataSet):
+        bench.scores.leave_out(wanted, inputs.why_no_images())
+
+
 def score_reconstructions(bench: Bench, inputs: Inputs) -> ReconstructionResults:
     """Errors of the VQ-VAE on the reference images, and the distance between them and what it makes of them."""
     scores, config = bench.scores, bench.config
-    wanted = scores.pending(keys_of("reconstruction"))
-    if inputs.vqvae is None:
-        scores.leave_out(wanted, inputs.absent["vqvae"])
-        return ReconstructionResults()
-    if not isinstance(inputs.reference, DataSet):
-        scores.leave_out(wanted, inputs.why_no_images())
+    if inputs.vqvae is None or not isinstance(inputs.reference, DataSet):
         return ReconstructionResults()
     data, model = inputs.reference, inputs.vqvae.model
-    if data.resolution not in (None, model.resolution):
-        sizes = f"images of {data.resolution} px, but the VQ-VAE takes {model.resolution} px"
-        raise ValueError(f"reference={data.name}: {sizes}")
-    count_codes = inputs.codes is None and scores.wants(*USAGE)
+    needed = scores.pending(keys_of("reconstruction")) or (inputs.codes is None and scores.wants(*USAGE))
     return ReconstructionResults(
-        _score(bench, inputs.vqvae, data) if wanted or count_codes else None,
+        _score(bench, inputs.vqvae, data) if needed else None,
         examples_of(model, data, config.num_reconstructions, bench.topology, bench.shards)
         if config.num_reconstructions
         else None,

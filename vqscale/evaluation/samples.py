@@ -82,15 +82,28 @@ def check_rates(rates: Sequence[float]) -> None:
             raise ValueError(f"acceptance={list(rates)}: {rate} is not above 0 and at most 1")
 
 
-def score_samples(bench: Bench, inputs: Inputs) -> SampleResults:
-    """All scores of samples, and the nearest training images of those that lie closest to one."""
+def leave_out_samples(bench: Bench, inputs: Inputs) -> None:
+    """Without samples or a reference. Raises ValueError for what is asked for and lacks its inputs."""
     scores, config = bench.scores, bench.config
-    wanted = scores.pending(keys_of("samples"))
     for key in ("samples", "reference"):
         if getattr(inputs, key) is None:
-            scores.leave_out(wanted, inputs.absent[key])
-            return SampleResults()
-    if not wanted:
+            scores.leave_out(scores.pending(keys_of("samples")), inputs.absent[key])
+    if not scores.pending(keys_of("samples")):
+        return
+    if config.neighbours and inputs.training is None:
+        raise ValueError(f"neighbours={config.neighbours} needs training images: {inputs.absent['training']}")
+    if isinstance(inputs.reference, PublishedReference):
+        if bench.extractor is None or bench.extractor.name != "inception":
+            where = f"reference={config.reference}"
+            raise ValueError(f"{where}: holds moments of Inception features; use extractor=inception")
+        if inputs.reference.spatial is None:
+            scores.leave_out(scores.pending(["sfid"]), "the reference has no moments of spatial features")
+
+
+def score_samples(bench: Bench, inputs: Inputs) -> SampleResults:
+    """All scores of samples, and the nearest training images of those that lie closest to one."""
+    config = bench.config
+    if not bench.scores.pending(keys_of("samples")):
         return SampleResults()
     assert inputs.samples is not None and bench.extractor is not None
     confidence = None
@@ -110,24 +123,19 @@ def score_samples(bench: Bench, inputs: Inputs) -> SampleResults:
 def _reference(bench: Bench, inputs: Inputs) -> _Reference:
     reference, where = inputs.reference, bench.config.reference
     if isinstance(reference, PublishedReference):
-        return _Reference(_published_features(bench, reference, where), where, True)
+        return _Reference(_published_features(bench, reference), where, True)
     assert reference is not None
     features = features_of(bench, reference, inputs.resolution_of(reference))
     return _Reference(features, reference.describe(), is_published_set(reference.manifest, reference.n))
 
 
-def _published_features(bench: Bench, reference: PublishedReference, where: str) -> FeatureSet:
-    """ADM's moments, and features of the images in its file, if it has any.
-
-    Raises ValueError for another extractor than Inception.
-    """
-    extractor = bench.extractor
-    if extractor is None or extractor.name != "inception":
-        raise ValueError(f"reference={where}: holds moments of Inception features; use extractor=inception")
+def _published_features(bench: Bench, reference: PublishedReference) -> FeatureSet:
+    """ADM's moments, and features of the images in its file, if it has any."""
+    assert bench.extractor is not None
     if reference.images is None or not len(reference.images):
         nothing = torch.zeros(0, len(reference.gaussian.mean))
         return FeatureSet(0, reference.gaussian, reference.spatial, nothing, nothing)
-    own = collect_images(reference.images, extractor, bench.topology, bench.config.batch)
+    own = collect_images(reference.images, bench.extractor, bench.topology, bench.config.batch)
     return FeatureSet(own.n, reference.gaussian, reference.spatial, own.features, own.logits)
 
 
@@ -137,8 +145,6 @@ def _published_features(bench: Bench, reference: PublishedReference, where: str)
 def _score(bench: Bench, generated: FeatureSet, reference: _Reference) -> None:
     """Every metric of samples, by rank 0."""
     scores, subset_size = bench.scores, bench.config.kid_subset_size
-    if reference.features.spatial is None:
-        scores.leave_out(scores.pending(["sfid"]), "the reference has no moments of spatial features")
     if not bench.topology.is_main:
         return
     compute = _computations(generated, reference.features, subset_size)
@@ -323,11 +329,8 @@ def _score_subset(bench: Bench, name: str, subset: FeatureSet, reference: _Refer
 
 
 def _neighbours(bench: Bench, inputs: Inputs, generated: FeatureSet, real: FeatureSet) -> Neighbours | None:
-    """On rank 0. Raises ValueError without training images: they were asked for."""
-    count = bench.config.neighbours
-    if inputs.training is None:
-        raise ValueError(f"neighbours={count} needs training images: {inputs.absent['training']}")
-    assert inputs.samples is not None
+    """On rank 0."""
+    assert inputs.samples is not None and inputs.training is not None
     resolution = inputs.resolution_of(inputs.samples)
     training = features_of(bench, inputs.training, resolution)
     if not bench.topology.is_main:
@@ -338,7 +341,7 @@ def _neighbours(bench: Bench, inputs: Inputs, generated: FeatureSet, real: Featu
         inputs.training,
         training.features,
         real.features,
-        count=count,
+        count=bench.config.neighbours,
         resolution=resolution,
         cache=bench.shards,
     )
@@ -378,15 +381,17 @@ def find_neighbours(
         others = images_at(training.folder, training.manifest, rows[sample].tolist(), resolution, cache)
         images.append(torch.stack([image for image, _ in [*one, *others]]))
         names.append([name for _, name in [*one, *others]])
-    summary = _summary(distances[:, 0], nearest(of_held_out, of_training, 1)[0][:, 0], len(of_training))
+    held_out = nearest(of_held_out, of_training, 1)[0][:, 0] if len(of_held_out) else distances.new_zeros(0)
+    summary = _summary(distances[:, 0], held_out, len(of_training))
     return Neighbours(torch.stack(images), distances[closest], names, summary)
 
 
 def _summary(of_samples: Float64[Tensor, " n"], of_held_out: Float64[Tensor, " r"], training: int) -> str:
-    close = of_held_out.quantile(_CLOSE)
-    share = (of_samples < close).double().mean()
+    median = f"Median distance to the nearest of {training:,} training images: {of_samples.median():.3g} for "
+    if not len(of_held_out):
+        return f"{median}{len(of_samples):,} samples; the reference has no images to compare that with."
+    share = (of_samples < of_held_out.quantile(_CLOSE)).double().mean()
     return (
-        f"Median distance to the nearest of {training:,} training images: {of_samples.median():.3g} for "
-        f"{len(of_samples):,} samples, {of_held_out.median():.3g} for {len(of_held_out):,} held-out images. "
+        f"{median}{len(of_samples):,} samples, {of_held_out.median():.3g} for {len(of_held_out):,} held-out images. "
         f"{share:.1%} of the samples are closer than the closest {_CLOSE:.0%} of held-out images."
     )

@@ -5,6 +5,7 @@ In: values as they are computed.  Out: one object per metric, in a fixed order; 
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -119,7 +120,10 @@ class Scores:
         return [name for name in names if name in self._chosen and name not in self.left_out]
 
     def put(self, key: str, score: Score) -> None:
-        """Record a score if it is to be computed; `key` may end in a level."""
+        """Record a score if it is to be computed; `key` may end in a level. A value that is no number becomes null."""
+        if score.value is not None and not math.isfinite(score.value):
+            why = f"the computed value is {score.value}"
+            score = dataclasses.replace(score, value=None, comparable_with_papers=False, reason=why)
         if self.wants(key.split("/")[0]):
             self.by_key[key] = score
 

@@ -8,11 +8,13 @@ Shapes: n images, f features, s spatial features, c logits, h w pixels.
 
 import hashlib
 import json
+import math
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import safetensors
@@ -21,7 +23,7 @@ import torch
 from jaxtyping import Float, Float32, Float64, Int, UInt8
 from torch import Tensor
 
-from vqscale.files import write_atomically
+from vqscale.files import sha256_of, write_atomically
 
 
 @dataclass(frozen=True)
@@ -133,26 +135,53 @@ def statistics_path(folder: Path, facts: Mapping[str, Any]) -> Path:
     return folder / f"{key_of_facts(facts)[:24]}.safetensors"
 
 
+class DamagedFile(ValueError):
+    """A file of tensors is not as it was written; what it holds can be computed again."""
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], **about: Any) -> None:
+    """Write tensors of the CPU, and what is true of them, atomically and with a checksum of both."""
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    text = json.dumps({**about, "checksum": _checksum(contiguous, about)}, sort_keys=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, safetensors.torch.save(contiguous, {"statistics": text}))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `write_tensors` wrote. Raises DamagedFile where the file is damaged or was edited, OSError without one."""
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as file:
+            about = dict(json.loads((file.metadata() or {})["statistics"]))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        checksum = about.pop("checksum")
+    except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise DamagedFile(f"{path}: not a file of feature statistics ({error})") from None
+    if checksum != _checksum(tensors, about):
+        raise DamagedFile(f"{path}: was damaged or edited, its checksum is not the one written in it")
+    return tensors, about
+
+
+def _checksum(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(dict(about), sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def save_statistics(path: Path, statistics: FeatureSet, facts: Mapping[str, Any]) -> None:
     """Write atomically."""
-    tensors = {"features": statistics.features.contiguous(), "logits": statistics.logits.contiguous()}
+    tensors = {"features": statistics.features, "logits": statistics.logits}
     for name, gaussian in (("pooled", statistics.gaussian), ("spatial", statistics.spatial)):
         if gaussian is not None:
-            tensors[f"{name}.mean"] = gaussian.mean.contiguous()
-            tensors[f"{name}.covariance"] = gaussian.covariance.contiguous()
-    about = json.dumps({"key": key_of_facts(facts), "n": statistics.n, "facts": dict(facts)}, sort_keys=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, safetensors.torch.save(tensors, {"statistics": about}))
+            tensors |= {f"{name}.mean": gaussian.mean, f"{name}.covariance": gaussian.covariance}
+    write_tensors(path, tensors, key=key_of_facts(facts), n=statistics.n, facts=dict(facts))
 
 
 def load_statistics(path: Path, facts: Mapping[str, Any]) -> FeatureSet:
-    """Read statistics back. Raises ValueError when the file is damaged or true for other facts (naming one)."""
-    try:
-        with safetensors.safe_open(str(path), framework="pt") as file:
-            about = json.loads((file.metadata() or {})["statistics"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (safetensors.SafetensorError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not a file of feature statistics ({error})") from None
+    """Read statistics back. Raises DamagedFile, and ValueError when they are true for other facts (naming one)."""
+    tensors, about = read_tensors(path)
     if about["key"] != key_of_facts(facts):
         have = about["facts"]
         name = next((name for name in facts if have.get(name) != facts[name]), "key")
@@ -167,9 +196,16 @@ def load_statistics(path: Path, facts: Mapping[str, Any]) -> FeatureSet:
     return FeatureSet(n, gaussian("pooled"), gaussian("spatial"), tensors["features"], tensors["logits"])
 
 
+_ARRAYS = ("mu", "sigma", "mu_s", "sigma_s", "arr_0")
+_MOST_BYTES = 16 << 30  # of a reference file's arrays; 10,000 images of 512 px are 7.9 GB
+_FREE_BYTES, _MOST_EXPANSION = 256 << 20, 20  # above so many bytes, an array may be so many times its compressed size
+
+
 @dataclass(frozen=True)
 class PublishedReference:
     """ADM's npz: moments of a whole set and, where it has them, some of its images."""
+
+    fingerprint: str
 
     gaussian: Gaussian
     spatial: Gaussian | None
@@ -179,27 +215,60 @@ class PublishedReference:
 def read_published(path: Path) -> PublishedReference:
     """Read ADM's reference file (Dhariwal and Nichol 2021): mu, sigma, mu_s, sigma_s, arr_0.
 
-    Raises FileNotFoundError, or ValueError for a file that is not one; nothing in it can run.
+    Raises FileNotFoundError, or ValueError for a file that is not one; nothing in it can run, and its size is known
+    before it is read.
     """
     if not path.is_file():
         raise FileNotFoundError(f"reference={path}: there is no such file")
     try:
+        with zipfile.ZipFile(path) as archive:
+            _check_sizes(archive)
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in ("mu", "sigma", "mu_s", "sigma_s", "arr_0") if name in file}
-    except (ValueError, OSError, BadZipFile, EOFError) as error:
+            arrays = {name: file[name] for name in _ARRAYS if name in file}
+    except (ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"reference={path}: not an .npz of plain arrays ({error})") from None
     if "mu" not in arrays or "sigma" not in arrays:
         raise ValueError(f"reference={path}: has no mu and sigma, only {', '.join(arrays) or 'unknown arrays'}")
-    images = None
-    if "arr_0" in arrays:
-        images = torch.from_numpy(arrays["arr_0"]).permute(0, 3, 1, 2).contiguous()
-    spatial = _gaussian(arrays, "mu_s", "sigma_s", path) if "mu_s" in arrays else None
-    return PublishedReference(_gaussian(arrays, "mu", "sigma", path), spatial, images)
+    spatial = _gaussian(arrays, "mu_s", "sigma_s", path) if {"mu_s", "sigma_s"} <= arrays.keys() else None
+    gaussian, images = _gaussian(arrays, "mu", "sigma", path), _images(arrays, path)
+    return PublishedReference(f"sha256:{sha256_of(path)}", gaussian, spatial, images)
+
+
+def _check_sizes(archive: zipfile.ZipFile) -> None:
+    """From the headers alone. Raises ValueError for arrays larger than they may be, or than their bytes."""
+    members = [info for info in archive.infolist() if info.filename.removesuffix(".npy") in _ARRAYS]
+    if (total := sum(info.file_size for info in members)) > _MOST_BYTES:
+        raise ValueError(f"arrays of {total:,} bytes, at most {_MOST_BYTES:,} are read")
+    for info in members:
+        if info.file_size > _FREE_BYTES + _MOST_EXPANSION * info.compress_size:
+            raise ValueError(f"{info.filename}: {info.compress_size:,} bytes that expand to {info.file_size:,}")
+        with archive.open(info) as file:
+            readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+            version = np.lib.format.read_magic(file)
+            if version not in readers:
+                raise ValueError(f"{info.filename}: array format {version}")
+            shape, _, dtype = readers[version](file)
+        if dtype.hasobject:
+            raise ValueError(f"{info.filename}: holds pickled objects")
+        if (size := math.prod(shape) * dtype.itemsize) > info.file_size:
+            raise ValueError(f"{info.filename}: an array of {size:,} bytes in {info.file_size:,}")
+
+
+def _images(arrays: Mapping[str, np.ndarray], path: Path) -> UInt8[Tensor, "m 3 h w"] | None:
+    if "arr_0" not in arrays:
+        return None
+    images = arrays["arr_0"]
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+        raise ValueError(f"reference={path}: arr_0 is {images.dtype} {list(images.shape)}, expected uint8 [m, h, w, 3]")
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
 
 def _gaussian(arrays: Mapping[str, np.ndarray], mean: str, covariance: str, path: Path) -> Gaussian:
     mu, sigma = arrays[mean], arrays[covariance]
     if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
         raise ValueError(f"reference={path}: {mean} {list(mu.shape)} and {covariance} {list(sigma.shape)} do not fit")
+    for name, values in ((mean, mu), (covariance, sigma)):
+        if values.dtype.kind not in "fiu" or not np.isfinite(values).all():
+            raise ValueError(f"reference={path}: {name} holds values that are no finite numbers")
     # The file does not say how many images its moments are of.
     return Gaussian(0, torch.from_numpy(mu.astype(np.float64)), torch.from_numpy(sigma.astype(np.float64)))

@@ -1,16 +1,18 @@
 """Samples, reconstructions, codes and priors -> scores.json, report.html and a table on the terminal."""
 
+from pathlib import Path
+
 import torch
 
 from vqscale import runtime
 from vqscale.config import fingerprint
-from vqscale.evaluation.cas import score_cas
-from vqscale.evaluation.codes import score_codes
-from vqscale.evaluation.inputs import EvaluateConfig, Inputs, find_inputs
+from vqscale.evaluation.cas import leave_out_cas, score_cas
+from vqscale.evaluation.codes import leave_out_codes, score_codes
+from vqscale.evaluation.inputs import INPUT_KEYS, EvaluateConfig, Inputs, find_inputs
 from vqscale.evaluation.passes import Bench, open_bench
-from vqscale.evaluation.reconstructions import score_reconstructions
+from vqscale.evaluation.reconstructions import leave_out_reconstructions, score_reconstructions
 from vqscale.evaluation.results import Content, print_table, write_results
-from vqscale.evaluation.samples import check_rates, score_samples
+from vqscale.evaluation.samples import check_rates, leave_out_samples, score_samples
 from vqscale.evaluation.scores import Scores
 from vqscale.files import read_json, write_json
 
@@ -25,8 +27,11 @@ def main(config: EvaluateConfig) -> None:
     with runtime.run(config, "evaluate") as run:
         inputs = find_inputs(config, run.topology.device)
         identity = {"config": fingerprint(config), **inputs.identity()}
-        if run.was_done and read_json(run.run_dir / "inputs.json") == identity:
+        recorded = read_json(run.run_dir / "inputs.json")
+        check_none_is_gone(config, inputs, recorded)
+        if run.was_done and recorded == identity and has_outputs(config):
             runtime.log.info("nothing left to do: %s is up to date", run.run_dir / "report.html")
+            run.images_seen = max((score["n"] for score in read_json(run.run_dir / "scores.json").values()), default=0)
             return
         bench = open_bench(config, run, scores)
         content = compute(bench, inputs)
@@ -35,13 +40,34 @@ def main(config: EvaluateConfig) -> None:
             write_results(config, run, scores, inputs, content, bench.shards)
             if content.nll_by_class:
                 write_json(run.run_dir / "nll_by_class.json", content.nll_by_class)
+            else:
+                (run.run_dir / "nll_by_class.json").unlink(missing_ok=True)
             write_json(run.run_dir / "inputs.json", identity)
             print_table(scores)
         run.topology.barrier()
 
 
+def check_none_is_gone(config: EvaluateConfig, inputs: Inputs, recorded: dict[str, str]) -> None:
+    """Raises ValueError where an input of the last scores is gone: they must not be replaced by fewer."""
+    for key in INPUT_KEYS:
+        if key in recorded and key in inputs.absent and getattr(config, key) != "none":
+            raise ValueError(
+                f"{inputs.absent[key]}; the scores in {config.run_dir} were computed with it: "
+                f"bring it back, or leave it out with {key}=none"
+            )
+
+
+def has_outputs(config: EvaluateConfig) -> bool:
+    """Whether what a run leaves behind is still there."""
+    run_dir = Path(config.run_dir)
+    pages = [run_dir / "report.html", *map(Path, filter(None, [config.picture]))]
+    return bool(read_json(run_dir / "scores.json")) and all(path.is_file() for path in pages)
+
+
 def compute(bench: Bench, inputs: Inputs) -> Content:
-    """All families of metrics, on all ranks."""
+    """All families of metrics, on all ranks. What cannot be computed is left out, or refused, before any of them."""
+    for leave_out in (leave_out_samples, leave_out_reconstructions, leave_out_codes, leave_out_cas):
+        leave_out(bench, inputs)
     samples = score_samples(bench, inputs)
     reconstructions = score_reconstructions(bench, inputs)
     codes = score_codes(bench, inputs, reconstructions.figures)
