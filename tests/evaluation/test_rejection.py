@@ -111,4 +111,4 @@ def test_mistakes_are_one_line(
     assert run(world, tmp_path, "metrics=[fid]") == 1
     assert "000020 has no class_probability" in capsys.readouterr().err
     assert run(world, tmp_path, "metrics=[fid]", "acceptance=[0.5,0]") == 1
-    assert "acceptance=[0.5, 0.0]: 0.0 is not above 0" in capsys.readouterr().err
+    assert "must be above 0 and at most 1" in capsys.readouterr().err

@@ -10,7 +10,7 @@ Shapes: b images, n samples, m training images or rows of neighbours, f features
 
 import functools
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -73,13 +73,6 @@ class _Reference:
     features: FeatureSet
     about: str
     published: bool
-
-
-def check_rates(rates: Sequence[float]) -> None:
-    """Raises ValueError for a rate that is no share."""
-    for rate in rates:
-        if not 0 < rate <= 1:
-            raise ValueError(f"acceptance={list(rates)}: {rate} is not above 0 and at most 1")
 
 
 def leave_out_samples(bench: Bench, inputs: Inputs) -> None:

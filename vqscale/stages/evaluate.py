@@ -12,7 +12,7 @@ from vqscale.evaluation.inputs import INPUT_KEYS, EvaluateConfig, Inputs, find_i
 from vqscale.evaluation.passes import Bench, open_bench
 from vqscale.evaluation.reconstructions import leave_out_reconstructions, score_reconstructions
 from vqscale.evaluation.results import Content, print_table, write_results
-from vqscale.evaluation.samples import check_rates, leave_out_samples, score_samples
+from vqscale.evaluation.samples import leave_out_samples, score_samples
 from vqscale.evaluation.scores import Scores
 from vqscale.files import read_json, write_json
 
@@ -23,7 +23,6 @@ def main(config: EvaluateConfig) -> None:
     """Evaluate into `config.run_dir`. Raises ValueError for inputs that do not belong together, and for a metric asked
     for by name that cannot be computed."""
     scores = Scores(config.metrics)
-    check_rates(config.acceptance)
     with runtime.run(config, "evaluate") as run:
         inputs = find_inputs(config, run.topology.device)
         identity = {"config": fingerprint(config), **inputs.identity()}
