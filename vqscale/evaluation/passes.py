@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int, Shaped, UInt8
@@ -24,15 +24,7 @@ from vqscale.batch import Batch
 from vqscale.data.cache import Cache
 from vqscale.data.images import ImageReader
 from vqscale.data.sequential import SequentialBatches, read_runs, sequential_batches
-from vqscale.evaluation.features import (
-    NEED_A_PATH,
-    Extractor,
-    Features,
-    MissingPackage,
-    PerceptualDistance,
-    load_extractor,
-    load_lpips,
-)
+from vqscale.evaluation.features import Extractor, Features, PerceptualDistance, Unavailable, load_extractor, load_lpips
 from vqscale.evaluation.inputs import DataSet, EvaluateConfig
 from vqscale.evaluation.scores import METRICS, Scores
 from vqscale.evaluation.statistics import (
@@ -52,14 +44,7 @@ CHUNK = 256  # images; of Inception's features some 5 MB
 KEPT = 50_000  # images whose features are held in memory, for the metrics that compare pairs
 
 Rows = Callable[[Batch], dict[str, Tensor]]  # a batch -> what to keep of it, tensors of [b, ...]
-T = TypeVar("T", covariant=True)
-
-
-class Series(Protocol[T]):
-    """What can be iterated and knows its length."""
-
-    def __iter__(self) -> Iterator[T]: ...
-    def __len__(self) -> int: ...
+N = TypeVar("N", Extractor, PerceptualDistance)
 
 
 @dataclass(frozen=True)
@@ -101,7 +86,7 @@ class Bench:
         bad, workers = self.run.run_dir / "bad.jsonl", self.config.workers
         return {"read": ImageReader(resolution), "workers": workers, "bad_path": bad, "cache": self.shards}
 
-    def watch(self, batches: Series[T], title: str) -> Iterator[T]:
+    def watch(self, batches: Sequence[Any] | SequentialBatches, title: str) -> Iterator[Any]:
         """The batches, equally many on every rank, under a progress bar; between two of them all ranks may stop."""
         main = self.topology.is_main
         for batch in tqdm(batches, desc=title, total=len(batches), unit="batch", disable=not main):
@@ -109,7 +94,7 @@ class Bench:
                 self.run.stop(reason)
             yield batch
 
-    def share(self, batches: Series[T], title: str) -> Iterator[T]:
+    def share(self, batches: Sequence[Any] | SequentialBatches, title: str) -> Iterator[Any]:
         """The same for ranks that have different numbers of batches; they leave it together."""
         main = self.topology.is_main
         with self.run.stoppable(), tqdm(total=len(batches), desc=title, unit="batch", disable=not main) as bar:
@@ -124,63 +109,42 @@ class Bench:
 
 def open_bench(config: EvaluateConfig, run: Run, scores: Scores) -> Bench:
     """With the networks that the metrics need; metrics whose network is absent are left out."""
-    extractor = _open_extractor(config, run, scores)
-    return Bench(config, run, scores, extractor, _open_perceptual(config, run, scores), Cache.of(config))
-
-
-def _open_extractor(config: EvaluateConfig, run: Run, scores: Scores) -> Extractor | None:
-    """A missing package or path matters only if a metric of features is asked for by name."""
     keys = [metric.key for metric in METRICS.values() if metric.features]
-    extractor, why_none = None, "no metric of features was asked for"
-    if scores.wants(*keys):
-        extractor, why_none = _load_extractor(config, run)
-    if extractor is None:
-        scores.leave_out(keys, why_none)
+    options: dict[str, Any] = {
+        "allow_unverified_weights": config.allow_unverified_weights,
+        "device": run.topology.device,
+    }
+    extractor = _open(
+        scores, keys, f"weights={config.weights}", lambda: load_extractor(config.extractor, config.weights, **options)
+    )
+    path = config.vgg16_weights
+    perceptual = _open(scores, ["lpips"], f"vgg16_weights={path}", lambda: load_lpips(path, **options))
+    if extractor is not None:
+        _leave_out_other_features(scores, keys, extractor)
+    return Bench(config, run, scores, extractor, perceptual, Cache.of(config))
+
+
+def _open(scores: Scores, keys: Sequence[str], where: str, load: Callable[[], N]) -> N | None:
+    """A network, if any of the metrics is chosen; if it cannot be had, they are left out."""
+    if not scores.wants(*keys):
         return None
-    if not extractor.verified:
-        _warn_of_origin("weights", config.weights)
+    try:
+        network = load()
+    except Unavailable as error:
+        scores.leave_out(keys, str(error))
+        return None
+    if not network.verified:
+        log.warning("%s are of unknown origin: none of its numbers is comparable with papers", where)
+    return network
+
+
+def _leave_out_other_features(scores: Scores, keys: Sequence[str], extractor: Extractor) -> None:
     for key in keys:
         needed = METRICS[key].features
         if needed not in ("any", extractor.name):
             scores.leave_out([key], f"it is named after the features of extractor={needed}, this is {extractor.name}")
     if extractor.name == "vgg16":
         scores.leave_out(["inception_score"], "vgg16 is used for its features, not its classes")
-    return extractor
-
-
-def _load_extractor(config: EvaluateConfig, run: Run) -> tuple[Extractor | None, str]:
-    """The extractor, or why there is none."""
-    if config.extractor in NEED_A_PATH and not config.weights:
-        return None, f"extractor={config.extractor} needs weights=PATH, {NEED_A_PATH[config.extractor]}"
-    try:
-        return load_extractor(
-            config.extractor,
-            weights=config.weights,
-            allow_unverified_weights=config.allow_unverified_weights,
-            device=run.topology.device,
-        ), ""
-    except MissingPackage as error:
-        return None, str(error)
-
-
-def _open_perceptual(config: EvaluateConfig, run: Run, scores: Scores) -> PerceptualDistance | None:
-    if not scores.wants("lpips"):
-        return None
-    perceptual, why_none = None, f"lpips needs vgg16_weights=PATH, {NEED_A_PATH['vgg16']}"
-    if config.vgg16_weights:
-        try:
-            perceptual = load_lpips(config.vgg16_weights, config.allow_unverified_weights, run.topology.device)
-        except MissingPackage as error:
-            why_none = str(error)
-    if perceptual is None:
-        scores.leave_out(["lpips"], why_none)
-    elif not perceptual.verified:
-        _warn_of_origin("vgg16_weights", config.vgg16_weights)
-    return perceptual
-
-
-def _warn_of_origin(key: str, path: str) -> None:
-    log.warning("%s=%s are of unknown origin: none of its numbers is comparable with papers", key, path)
 
 
 # --- chunks -----------------------------------------------------------------------------------------------------------

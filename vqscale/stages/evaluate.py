@@ -8,7 +8,7 @@ from vqscale import runtime
 from vqscale.config import fingerprint
 from vqscale.evaluation.cas import leave_out_cas, score_cas
 from vqscale.evaluation.codes import leave_out_codes, score_codes
-from vqscale.evaluation.inputs import INPUT_KEYS, EvaluateConfig, Inputs, find_inputs
+from vqscale.evaluation.inputs import EvaluateConfig, Inputs, find_inputs
 from vqscale.evaluation.passes import Bench, open_bench
 from vqscale.evaluation.reconstructions import leave_out_reconstructions, score_reconstructions
 from vqscale.evaluation.results import Content, print_table, write_results
@@ -48,12 +48,10 @@ def main(config: EvaluateConfig) -> None:
 
 def check_none_is_gone(config: EvaluateConfig, inputs: Inputs, recorded: dict[str, str]) -> None:
     """Raises ValueError where an input of the last scores is gone: they must not be replaced by fewer."""
-    for key in INPUT_KEYS:
-        if key in recorded and key in inputs.absent and getattr(config, key) != "none":
-            raise ValueError(
-                f"{inputs.absent[key]}; the scores in {config.run_dir} were computed with it: "
-                f"bring it back, or leave it out with {key}=none"
-            )
+    for key, why in inputs.absent.items():
+        if key in recorded and getattr(config, key) != "none":
+            made = f"the scores in {config.run_dir} were computed with it"
+            raise ValueError(f"{why}; {made}: bring it back, or leave it out with {key}=none")
 
 
 def has_outputs(config: EvaluateConfig) -> bool:
