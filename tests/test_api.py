@@ -28,6 +28,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("001", 1),
         (("star", 1, np.uint8(2)), 3),
         (np.array([0, 2]), 2),
+        (np.array(2), 1),
+        (torch.tensor([0, 2]), 2),
+        (np.array(["star", "001"]), 2),
+        ((name for name in ("star", "001")), 2),
         (["star", "star"], 2),
         ("all", 3),
     ],
@@ -63,6 +67,8 @@ def test_numbers_of_other_libraries(models: Path) -> None:
             ({"classes": [value]}, "classes: ")
             for value in (True, 3, -1, 1.0, None, "sun", np.int64(9), np.bool_(True))
         ],
+        *[({"classes": value}, "classes: ") for value in (None, 1.0, True, 3, {"sun": 1})],
+        *[({"device": value}, "device=.* cannot be used") for value in ("gpu", "cuda:99", "meta:x", None)],
         *[({"batch": value}, "batch=.*must be at least 1") for value in (0, -3, np.int64(0))],
         *[({"batch": value}, "batch=.*takes an integer") for value in (True, 1.5, "many", None, math.nan)],
         *[({"samples_per_class": value}, "samples_per_class=") for value in (0, -1, True, 2.5)],

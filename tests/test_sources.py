@@ -45,6 +45,18 @@ def test_weights_that_are_not_finite_are_named(tmp_path, name, number):
         load_vqvae(tmp_path)
 
 
+def test_weights_that_become_infinite_in_the_models_precision_are_named(tmp_path):
+    export_vqvae(tmp_path)
+    tensors, about = read_folder(tmp_path)
+    name = "levels.0.encoder.0.weight"
+    tensors[name] = tensors[name].double()
+    tensors[name].view(-1)[0] = 1e300
+    del about["fingerprint"]
+    pretrained.write_folder(tmp_path, tensors, about)
+    with pytest.raises(ValueError, match=f"{name} has 1 of .* numbers that are NaN or infinite as torch.float32"):
+        load_vqvae(tmp_path)
+
+
 # ---- more than the file holds
 
 

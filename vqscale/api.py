@@ -40,7 +40,7 @@ class VQVAE:
 
         Raises FileNotFoundError where there is none, ValueError for one that is unfinished or damaged.
         """
-        source = load_vqvae(path, device=device)
+        source = load_vqvae(path, device=_usable_device(device))
         return cls(source.model, source.description["classes"], source.fingerprint)
 
     @torch.inference_mode()
@@ -129,7 +129,7 @@ def sample(
     options = {"seed": seed, "samples_per_class": samples_per_class, "batch": batch, "threads": threads}
     inputs = dict.fromkeys(["vqvae", *(f"prior_{level}" for level in level_names(3))], str(path))
     config = _checked(inputs | options)
-    chain = load_chain(config, torch.device(device))
+    chain = load_chain(config, _usable_device(device))
     by_level = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance}
     levels = chain.vqvae.model.level_names
     config = _checked(inputs | options | {key: _by_level(value, levels) for key, value in by_level.items()})
@@ -166,9 +166,10 @@ def _labels(classes: Any, names: Sequence[str]) -> list[int]:
     """Integers are indices, text is names. Raises ValueError naming what is neither."""
     if isinstance(classes, str) and classes == "all":
         return chosen_classes("all", names)
-    single = isinstance(classes, (str, Integral))
+    if hasattr(classes, "tolist"):  # arrays and tensors
+        classes = classes.tolist()
     labels = []
-    for one in [classes] if single else classes:
+    for one in classes if isinstance(classes, Iterable) and not isinstance(classes, str) else [classes]:
         if isinstance(one, str):
             labels += chosen_classes([one], names)
         elif isinstance(one, Integral) and not isinstance(one, bool) and 0 <= int(one) < len(names):
@@ -176,6 +177,15 @@ def _labels(classes: Any, names: Sequence[str]) -> list[int]:
         else:
             raise ValueError(f"classes: {one!r} is no class name of the {len(names)}, and no index below that")
     return labels
+
+
+def _usable_device(name: str | torch.device) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).add_(1)
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+        raise ValueError(f"device={name!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return device
 
 
 @contextlib.contextmanager

@@ -210,19 +210,22 @@ def check_fits(model: nn.Module, tensors: Mapping[str, Tensor], where: str | Pat
             raise ValueError(f"{where}: {name} is {given.dtype}, the model needs {tensor.dtype}")
 
 
-def _check_finite(tensors: Mapping[str, Tensor], where: str | Path) -> None:
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not (finite := tensor.isfinite()).all():
-            bad = finite.numel() - int(finite.sum())
-            raise ValueError(f"{where}: {name} has {bad:,} of {finite.numel():,} numbers that are NaN or infinite")
+def _check_finite(tensor: Tensor, where: str) -> None:
+    if tensor.is_floating_point() and not (finite := tensor.isfinite()).all():
+        bad = finite.numel() - int(finite.sum())
+        raise ValueError(
+            f"{where} has {bad:,} of {finite.numel():,} numbers that are NaN or infinite as {tensor.dtype}"
+        )
 
 
 def load_into(model: nn.Module, tensors: Mapping[str, Tensor], where: str | Path) -> None:
     """Copy tensors into a model. Raises ValueError as `check_fits` does, and for numbers that are not finite."""
     check_fits(model, tensors, where)
-    _check_finite(tensors, where)
+    own = model.state_dict()
+    for name, tensor in own.items():
+        _check_finite(tensors[name].to(tensor.dtype), f"{where}: {name}")
     with torch.no_grad():
-        for name, tensor in model.state_dict().items():
+        for name, tensor in own.items():
             tensor.copy_(tensors[name])
 
 
