@@ -140,6 +140,17 @@ def convert(hint: Any, value: Any) -> Any:
     return converted
 
 
+def check_values(config: Any) -> None:
+    """Raises ValueError for a field outside its range: what `convert` finds out, for a config made in Python."""
+    cls: Any = type(config)
+    for name, hint in hints_of(cls).items():
+        if not is_config(hint):
+            try:
+                convert(hint, getattr(config, name))
+            except ValueError as error:
+                raise ValueError(f"{name}={shown(getattr(config, name))}: {error}") from None
+
+
 def to_bool(value: Any) -> bool:
     word = str(value).lower() if isinstance(value, (bool, str)) else ""
     if word not in (*_YES, *_NO):

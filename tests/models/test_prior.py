@@ -211,7 +211,7 @@ def test_nll_is_the_mean_of_minus_log_p():
     [
         ("pixelcnn", {"filter": 4}, "model.filter must be odd, got 4"),
         ("pixelcnn", {"attention_every": 1, "heads": 3}, "model.hidden=16 is not divisible by model.heads=3"),
-        ("pixelcnn", {"class_dropout": 1.0}, "model.class_dropout must be in"),
+        ("pixelcnn", {"class_dropout": 1.0}, "class_dropout=1.0: must be at least 0 and below 1"),
         ("transformer", {"conditioning_filter": 2}, "model.conditioning_filter must be odd, got 2"),
         ("transformer", {"heads": 8}, "model.hidden=16 is not divisible by 4 x model.heads=8"),
         ("transformer", {"filter": 3}, "model.filter=3 is a key of model.kind=pixelcnn: leave it out"),

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vqscale.fields import Choice, PositiveInt, Range
+from vqscale.fields import Choice, PositiveInt, Range, check_values
 
 NETWORKS = ("small", "resnet50", "linear")
 _RELU_GAIN = math.sqrt(2)  # He et al. 2015, equation 10
@@ -32,13 +32,9 @@ class ClassifierConfig:
     stem_stride: PositiveInt = 1  # small: 2 halves the picture before the first stage
 
     def __post_init__(self) -> None:
-        if self.network not in NETWORKS:
-            raise ValueError(f"network={self.network}: choose {', '.join(NETWORKS)}")
-        for name in ("stages", "blocks", "stem_stride"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: at least 1")
-        if self.hidden < 2 or self.hidden % 2:
-            raise ValueError(f"hidden={self.hidden}: an even number of at least 2")
+        check_values(self)
+        if self.hidden % 2:
+            raise ValueError(f"hidden={self.hidden}: an even number is needed")
 
 
 class Norm(nn.GroupNorm):

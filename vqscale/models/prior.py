@@ -16,7 +16,7 @@ from einops import rearrange
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-from vqscale.fields import Choice, Fraction, NonNegativeInt, PositiveInt, Range
+from vqscale.fields import Choice, NonNegativeInt, PositiveInt, Range, check_values
 from vqscale.models.causal import CachedBlock, CachedLinear, CheckpointableBlock, ConditioningBlock, Key, normalise
 from vqscale.models.dropout import drop_labels
 
@@ -48,21 +48,22 @@ class PriorConfig:
     conditioning_hidden: NonNegativeInt = 0  # channels of that stack; 0 = hidden
     conditioning_filter: PositiveInt = 3  # its kernel size, odd
     class_dim: PositiveInt = _pixelcnn_only(128)  # width of the class embedding; the transformer's is hidden
-    class_dropout: Fraction = 0.0  # share of training samples that lose their class, for classifier-free guidance
+    class_dropout: Annotated[float, Range(ge=0, lt=1)] = 0.0  # share of samples trained without class, for guidance
     activation_checkpointing: bool = False  # recompute each block in backward: less memory, a third more time
 
+    def __post_init__(self) -> None:
+        check_values(self)
+        for name in ("filter", "conditioning_filter"):
+            if getattr(self, name) % 2 == 0:
+                raise ValueError(f"model.{name} must be odd, got {getattr(self, name)}")
 
-def _check(config: PriorConfig, kind: str) -> None:
-    """Raises ValueError for sizes that cannot be, and for keys that this kind would not read."""
+
+def _check_kind(config: PriorConfig, kind: str) -> None:
+    """Raises ValueError for keys that this kind would not read."""
     for f in fields(PriorConfig):
         value = getattr(config, f.name)
         if f.metadata.get("kind", kind) != kind and value != f.default:
             raise ValueError(f"model.{f.name}={value} is a key of model.kind={f.metadata['kind']}: leave it out")
-    for name in ("filter", "conditioning_filter"):
-        if getattr(config, name) % 2 == 0:
-            raise ValueError(f"model.{name} must be odd, got {getattr(config, name)}")
-    if not 0 <= config.class_dropout < 1:
-        raise ValueError(f"model.class_dropout must be in [0, 1), got {config.class_dropout}")
 
 
 class Conditioning(nn.Module):
@@ -124,7 +125,7 @@ class LevelPrior(nn.Module):
     ):
         """class_dim: width of the class embedding; 0 = hidden."""
         super().__init__()
-        _check(config, self.kind)
+        _check_kind(config, self.kind)
         self.config, self.num_codes, self.num_classes = config, num_codes, num_classes
         self.grid: Grid = (grid[0], grid[1])
         self.upper_grids: list[Grid] = [(h, w) for h, w in upper_grids]

@@ -19,7 +19,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from vqscale.fields import Choice, NonNegativeFloat, NonNegativeInt, PositiveInt, Range
+from vqscale.fields import Choice, NonNegativeFloat, NonNegativeInt, PositiveInt, Range, check_values
 from vqscale.models.codebook import choose_restarts, draw_pool, nearest_codes, perplexity, pick_candidates
 
 AllReduce = Callable[[Tensor], object]  # sums a tensor in place over all ranks
@@ -31,7 +31,7 @@ _ADAM_BETAS, _ADAM_EPS = (0.9, 0.999), 1e-8  # Kingma & Ba 2015, the defaults of
 
 @dataclass(frozen=True)
 class QuantizerConfig:
-    num_codes: Annotated[int, Range(ge=2, le=65536)] = 512  # K
+    num_codes: Annotated[int, Range(ge=2, le=65536)] = 512  # K; codes are stored as uint16
     code_dim: PositiveInt = 64  # D
     codebook: Annotated[str, Choice("ema", "gradient")] = "ema"  # 2017: appendix A.1 or equation 3
     decay: Annotated[float, Range(ge=0, lt=1)] = 0.99  # gamma of the moving averages
@@ -40,20 +40,7 @@ class QuantizerConfig:
     restart_below: Annotated[float, Range(ge=0, lt=1)] = 0.1  # of the mean use: codes below it are replaced; 0 = never
 
     def __post_init__(self) -> None:
-        if self.num_codes < 2 or self.num_codes > 65536:
-            raise ValueError(f"num_codes={self.num_codes}: from 2 to 65536 (codes are stored as uint16)")
-        if self.code_dim < 1:
-            raise ValueError(f"code_dim={self.code_dim}: at least 1")
-        if self.codebook not in ("ema", "gradient"):
-            raise ValueError(f"codebook={self.codebook!r}: one of 'ema', 'gradient'")
-        if not 0 <= self.decay < 1:
-            raise ValueError(f"decay={self.decay}: from 0 up to but not including 1")
-        if self.decay_warmup < 0:
-            raise ValueError(f"decay_warmup={self.decay_warmup}: not negative (0 = the same decay from the start)")
-        if self.commitment < 0:
-            raise ValueError(f"commitment={self.commitment}: not negative")
-        if not 0 <= self.restart_below < 1:
-            raise ValueError(f"restart_below={self.restart_below}: from 0 up to but not including 1")
+        check_values(self)
 
 
 class Quantized(NamedTuple):

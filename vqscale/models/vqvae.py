@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vqscale.config import level_names
-from vqscale.fields import NonNegativeInt, Range
+from vqscale.fields import NonNegativeInt, Range, check_values
 from vqscale.models.codebook import addressed_cells, fit_codebook, sample_size
 from vqscale.models.quantizer import AllReduce, Quantized, QuantizerConfig, VectorQuantizer, update_quantizers
 from vqscale.seeding import key_of, mix
@@ -52,11 +52,7 @@ class VQVAEConfig:
         for stride in self.downsample:
             if stride < 2 or stride & (stride - 1):
                 raise ValueError(f"downsample={list(self.downsample)}: {stride} is not a power of 2 (2, 4, 8, ...)")
-        for name in ("hidden", "residual_hidden"):
-            if getattr(self, name) < 2:
-                raise ValueError(f"{name}={getattr(self, name)}: at least 2")
-        if self.residual_layers < 0:
-            raise ValueError(f"residual_layers={self.residual_layers}: not negative")
+        check_values(self)
 
 
 Image = Float[Tensor, "b 3 _ _"]
