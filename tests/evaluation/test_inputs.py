@@ -118,7 +118,7 @@ def test_what_cannot_be_computed_is_said_before_anything_is(
     assert not (tmp_path / "run" / "statistics").exists()
 
 
-@pytest.mark.parametrize("gone", ["scores.json", "report.html", "picture"])
+@pytest.mark.parametrize("gone", ["scores.json", "report.html", "samples.png", "picture"])
 def test_outputs_that_are_gone_are_made_again(world: Any, tmp_path: Path, gone: str) -> None:
     changes = {"metrics": "[psnr]", "picture": tmp_path / "picture.png"}
     assert run(world, tmp_path, **changes) == 0
@@ -127,6 +127,42 @@ def test_outputs_that_are_gone_are_made_again(world: Any, tmp_path: Path, gone: 
     path.unlink()
     assert run(world, tmp_path, **changes) == 0
     assert path.stat().st_size and scores_of(tmp_path) == first
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"samples_shown": 0},
+        {"classes_shown": 0},
+        {"num_reconstructions": 0},
+        {"samples_shown": 0, "num_reconstructions": 0},
+        {"reference_images": 1},
+        {"nll_images": 1, "nll_train_images": 1},
+        {"neighbours": 1_000, "training": "pack", "training_images": 1},
+        {"acceptance": "[]", "kid_subset_size": 2, "batch": 1, "reference_images": 3},
+    ],
+    ids=str,
+)
+def test_little_or_nothing_of_everything(
+    world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any]
+) -> None:
+    if "training" in changes:
+        changes = changes | {"training": world.root / "pack"}
+    assert run(world, tmp_path, **changes) == 0
+    scores = scores_of(tmp_path)
+    assert all(score["reason"] for score in scores.values() if score["value"] is None)
+    assert run(world, tmp_path, **changes) == 0
+    assert "nothing left to do" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("picture", ["", "a file/picture.png"])
+def test_a_picture_that_cannot_be_written_is_said_at_once(
+    world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], picture: str
+) -> None:
+    (tmp_path / "a file").touch()
+    assert run(world, tmp_path, picture=tmp_path / picture) == 1
+    assert f"picture={tmp_path / picture}: " in the_error(capsys)
+    assert not (tmp_path / "run" / "statistics").exists()
 
 
 def test_a_damaged_scores_file_is_made_again(world: Any, tmp_path: Path) -> None:

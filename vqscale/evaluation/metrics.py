@@ -27,7 +27,8 @@ class TooFew(ValueError):
 def _need(metric: str, needed: int, **sizes: int) -> None:
     for name, n in sizes.items():
         if n < needed:
-            raise TooFew(f"{metric} needs at least {needed} images, there are {n} {name}")
+            verb = "need" if " and " in metric else "needs"
+            raise TooFew(f"{metric} {verb} at least {needed} images, there are {n} {name}")
 
 
 def frechet(generated: FeatureSet, real: FeatureSet, layer: str = "pooled") -> float:

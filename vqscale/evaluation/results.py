@@ -44,9 +44,9 @@ def write_results(
     """scores.json, samples.png, the picture and report.html."""
     write_json(run.run_dir / "scores.json", scores.as_json())
     samples = _first_samples(config, inputs, cache)
-    if samples or content.examples:
-        columns = (content.examples.originals, content.examples.pictures) if content.examples else ((), ())
-        originals, pictures = (list(column[: config.samples_shown]) for column in columns)
+    columns = (content.examples.originals, content.examples.pictures) if content.examples else ((), ())
+    originals, pictures = (list(column[: config.samples_shown]) for column in columns)
+    if samples or originals:
         labelled = _labelled(samples, inputs)
         for path in filter(None, (str(run.run_dir / "samples.png"), config.picture)):
             grid_png(path, originals=originals, reconstructions=pictures, samples=labelled)
@@ -119,7 +119,7 @@ def _grids(source: Source) -> list[tuple[str, tuple[int, int]]]:
 
 
 def _first_samples(config: EvaluateConfig, inputs: Inputs, cache: Cache) -> dict[str, list[Tensor]]:
-    if inputs.samples is None:
+    if inputs.samples is None or not (config.samples_shown and config.classes_shown):
         return {}
     return first_of_each_class(
         inputs.samples.folder,

@@ -1,5 +1,6 @@
 """Samples, reconstructions, codes and priors -> scores.json, report.html and a table on the terminal."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -8,7 +9,7 @@ from vqscale import runtime
 from vqscale.config import fingerprint
 from vqscale.evaluation.cas import leave_out_cas, score_cas
 from vqscale.evaluation.codes import leave_out_codes, score_codes
-from vqscale.evaluation.inputs import EvaluateConfig, Inputs, find_inputs
+from vqscale.evaluation.inputs import DataSet, EvaluateConfig, Inputs, find_inputs
 from vqscale.evaluation.passes import Bench, open_bench
 from vqscale.evaluation.reconstructions import leave_out_reconstructions, score_reconstructions
 from vqscale.evaluation.results import Content, print_table, write_results
@@ -23,12 +24,13 @@ def main(config: EvaluateConfig) -> None:
     """Evaluate into `config.run_dir`. Raises ValueError for inputs that do not belong together, and for a metric asked
     for by name that cannot be computed."""
     scores = Scores(config.metrics)
+    check_picture(config.picture)
     with runtime.run(config, "evaluate") as run:
         inputs = find_inputs(config, run.topology.device)
         identity = {"config": fingerprint(config), **inputs.identity()}
         recorded = read_json(run.run_dir / "inputs.json")
         check_none_is_gone(config, inputs, recorded)
-        if run.was_done and recorded == identity and has_outputs(config):
+        if run.was_done and recorded == identity and has_outputs(config, inputs):
             runtime.log.info("nothing left to do: %s is up to date", run.run_dir / "report.html")
             run.images_seen = max((score["n"] for score in read_json(run.run_dir / "scores.json").values()), default=0)
             return
@@ -54,11 +56,23 @@ def check_none_is_gone(config: EvaluateConfig, inputs: Inputs, recorded: dict[st
             raise ValueError(f"{why}; {made}: bring it back, or leave it out with {key}=none")
 
 
-def has_outputs(config: EvaluateConfig) -> bool:
+def check_picture(path: str) -> None:
+    """Raises ValueError for a picture that could not be written in the end."""
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"picture={path}: its folder cannot be made: {error.strerror}") from None
+    if path and (Path(path).is_dir() or not os.access(Path(path).parent, os.W_OK)):
+        raise ValueError(f"picture={path}: no file can be written there")
+
+
+def has_outputs(config: EvaluateConfig, inputs: Inputs) -> bool:
     """Whether what a run leaves behind is still there."""
-    run_dir = Path(config.run_dir)
-    pages = [run_dir / "report.html", *map(Path, filter(None, [config.picture]))]
-    return bool(read_json(run_dir / "scores.json")) and all(path.is_file() for path in pages)
+    files = [Path(config.run_dir) / "report.html"]
+    reconstructs = inputs.vqvae and isinstance(inputs.reference, DataSet) and config.num_reconstructions
+    if config.samples_shown and (reconstructs or (inputs.samples and config.classes_shown)):
+        files += [Path(config.run_dir) / "samples.png", *map(Path, filter(None, [config.picture]))]
+    return bool(read_json(Path(config.run_dir) / "scores.json")) and all(path.is_file() for path in files)
 
 
 def compute(bench: Bench, inputs: Inputs) -> Content:
