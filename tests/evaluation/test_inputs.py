@@ -88,6 +88,19 @@ def test_codes_of_another_tokenizer_are_refused_with_both_fingerprints(
     assert OTHER in error and world.tokenizer in error and "codes=none" in error
 
 
+def test_codes_of_other_classes_than_the_priors_are_refused(
+    world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(world.root / "codes", tmp_path / "codes")
+    for split in ("train", "holdout"):
+        whole = Manifest.load(tmp_path / "codes" / split)
+        Manifest.of("codes", whole.shards, ["a", "b", "c", "d"], whole.transform, whole.extra).save(
+            tmp_path / "codes" / split
+        )
+    assert run(world, tmp_path, codes=tmp_path / "codes") == 1
+    assert f"a prior of 3 classes, but codes={tmp_path / 'codes'} has 4" in the_error(capsys)
+
+
 def test_all_that_is_stale_is_named_at_once(world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stale = with_extra(tmp_path / "samples", world.root / "samples", vqvae=OTHER)
     shutil.copytree(world.root / "codes", tmp_path / "codes", ignore=shutil.ignore_patterns("train"))

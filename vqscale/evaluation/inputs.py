@@ -215,6 +215,8 @@ def _check(config: EvaluateConfig, inputs: Inputs) -> None:
     for key in ("samples", "reference", "training", "codes", "train_codes"):
         if isinstance(data := getattr(inputs, key), DataSet):
             _check_kind(key.removeprefix("train_"), data)
+    for level, prior in inputs.priors.items():
+        _check_prior(config, level, prior.description, inputs.codes)
     _check_fresh(config, inputs)
     if isinstance(inputs.reference, DataSet):
         _check_reference(config, inputs, inputs.reference)
@@ -247,6 +249,14 @@ def _check_reference(config: EvaluateConfig, inputs: Inputs, reference: DataSet)
         raise ValueError(f"reference={config.reference}: images of {theirs} px, but {needed}")
 
 
+def _check_prior(config: EvaluateConfig, level: str, about: Mapping[str, Any], codes: DataSet | None) -> None:
+    where = f"prior_{level}={getattr(config, f'prior_{level}')}"
+    if about["level"] != level:
+        raise ValueError(f"{where}: this is a prior of the {about['level']} level")
+    if codes is not None and len(about["classes"]) != (count := len(codes.manifest.classes)):
+        raise ValueError(f"{where}: a prior of {len(about['classes'])} classes, but codes={codes.name} has {count}")
+
+
 def _check_fresh(config: EvaluateConfig, inputs: Inputs) -> None:
     """Codes and priors must be of the VQ-VAE, or without one of each other; samples must be drawn from these models.
 
@@ -265,10 +275,7 @@ def _other_tokenizers(config: EvaluateConfig, inputs: Inputs) -> Iterator[tuple[
     tokenizers = [("vqvae", inputs.vqvae.fingerprint)] if inputs.vqvae else []
     tokenizers += [("codes", data.manifest.extra["tokenizer"]) for data in (inputs.codes, inputs.train_codes) if data]
     for level, prior in inputs.priors.items():
-        key = f"prior_{level}"
-        if prior.description["level"] != level:
-            raise ValueError(f"{key}={getattr(config, key)}: this is a prior of the {prior.description['level']} level")
-        tokenizers.append((key, prior.description["tokenizer"]))
+        tokenizers.append((f"prior_{level}", prior.description["tokenizer"]))
     for key, tokenizer in tokenizers:
         first, expected = tokenizers[0]
         if tokenizer != expected:
