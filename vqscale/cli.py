@@ -29,6 +29,7 @@ STAGES = {
 }
 # Commands that make no run: each module holds `USAGE`, `Config`, `load(words) -> request` and `main(request)`.
 TOOLS = {
+    "run": "a folder of configs -> its whole chain on this machine, resumable, in the minutes that there are",
     "status": "a folder of runs -> how each stage stands",
     "plan": "a trainer's config -> memory, communication and time at any number of ranks",
     "export": "a run -> a folder to share: model.safetensors, config.json and a model card",

@@ -171,7 +171,7 @@ def _profile(request: Request, description: dict[str, Any], micro: int, *, check
         if gathered_bytes(request.plan.strategy, request.trainer.precision) == 2:
             for parameter in model.parameters():
                 parameter.data = parameter.data.to(torch.bfloat16)
-        step = _vqvae_step(model, micro) if request.stage == "train_vqvae" else _prior_step(request, model, micro)
+        step = training_loss(request, model, micro)
 
         def forward() -> Tensor:
             with torch.autocast("cpu", torch.bfloat16, enabled=request.trainer.precision == "bf16"):
@@ -180,11 +180,17 @@ def _profile(request: Request, description: dict[str, Any], micro: int, *, check
         return profile_step(model, forward)
 
 
+def training_loss(request: Request, model: Any, micro: int) -> Callable[[], Tensor]:
+    """The loss of a micro-batch of zeros, on the model's device."""
+    return _vqvae_step(model, micro) if request.stage == "train_vqvae" else _prior_step(request, model, micro)
+
+
 def _vqvae_step(model: Any, micro: int) -> Callable[[], Tensor]:
     for quantizer in model.quantizers.values():
         quantizer.eval()  # the codebooks' statistics look at values, and are small
     side = model.resolution
     batch: Any = {"image": torch.zeros(micro, 3, side, side, dtype=torch.uint8), "position": torch.arange(micro)}
+    batch = _on_device_of(model, batch)
     return lambda: train_vqvae.training_step(model, batch)[0]
 
 
@@ -195,8 +201,13 @@ def _prior_step(request: Request, model: Any, micro: int) -> Callable[[], Tensor
     names = {1: ["top"], 2: ["top", trainer.level], 3: configs.level_names(3)}[len(grids)]
     batch: Any = {name: torch.zeros(micro, *grid, dtype=torch.int16) for name, grid in zip(names, grids, strict=True)}
     batch |= {"label": torch.zeros(micro, dtype=torch.int64), "position": torch.arange(micro)}
-    step = train_prior.training_step(trainer)
-    return lambda: step(model, batch)[0]
+    step, moved = train_prior.training_step(trainer), _on_device_of(model, batch)
+    return lambda: step(model, moved)[0]
+
+
+def _on_device_of(model: Any, batch: dict[str, Tensor]) -> Any:
+    device = next(model.parameters()).device
+    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 # --- what the model is built from -------------------------------------------------------------------------------------

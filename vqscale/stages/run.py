@@ -1,0 +1,302 @@
+"""A folder of configs -> the whole chain of its stages on this machine, one after the other, each in its own program.
+
+In: an experiment's folder, a folder of pictures, minutes.  Out: `runs/<experiment>/<stage>/`, as the stages make it;
+`run.yaml` there keeps what was chosen for the time there is. Run again, it goes on where it was.
+"""
+
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+
+from vqscale import config as configs
+from vqscale.config import RUNS, Request, StageConfig, changes, read_request
+from vqscale.fields import Choice, Name, NonNegativeFloat, PathText, read_text
+from vqscale.files import write_atomically
+from vqscale.rundir import damage_of, holds_outputs, read_status
+from vqscale.runtime import Stopped
+from vqscale.stages import evaluate, extract_codes, pack, sample, sizing
+
+USAGE = "CONFIG_FOLDER [source=DIR] [experiment=NAME] [minutes=N] [device=cpu]"
+EXIT_UNFINISHED = 75
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+_MODULES: dict[str, Any] = {
+    **{"pack": pack, "extract_codes": extract_codes, "sample": sample, "evaluate": evaluate},
+    **sizing.TRAINERS,
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """A config of the chain: those that it reads from, and its share of the time."""
+
+    name: str
+    reads: tuple[str, ...]
+    weight: float
+
+    @property
+    def stage(self) -> str:
+        return re.sub("_(top|middle|bottom|real|reconstructions|samples)$", "", self.name)
+
+
+_PRIORS = ("train_prior_top", "train_prior_middle", "train_prior_bottom")
+_CHAIN = (
+    Step("pack", (), 2),
+    Step("train_vqvae", ("pack",), 28),
+    Step("extract_codes", ("train_vqvae",), 3),
+    Step("train_prior_top", ("extract_codes",), 20),
+    Step("train_prior_middle", ("extract_codes",), 22),
+    Step("train_prior_bottom", ("extract_codes",), 26),
+    Step("train_classifier_real", ("pack",), 4),
+    Step("train_classifier_reconstructions", ("train_vqvae",), 4),
+    Step("sample", (*_PRIORS, "train_classifier_real"), 7),
+    Step("train_classifier_samples", ("sample",), 4),
+    Step(
+        "evaluate",
+        ("sample", *(f"train_classifier_{of}" for of in ("real", "reconstructions", "samples"))),
+        9,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What to make of which pictures, and how long it may take."""
+
+    source: PathText = ""  # a folder of pictures, as of `vqscale pack`; "" = what pack.yaml says
+    experiment: Name = ""  # the runs are runs/<experiment>/<stage>; default the name of the folder of configs
+    minutes: NonNegativeFloat = 0.0  # sizes models, training and sampling to this time; 0 = the configs as they are
+    device: Annotated[str, Choice("auto", "cpu", "cuda")] = "auto"  # auto: cuda if there is one
+
+
+Config = RunConfig
+
+
+def load(words: Sequence[str]) -> Request[RunConfig]:
+    """From `CONFIG_FOLDER key=value …`; see `read_request`."""
+    return read_request(RunConfig, words, f"run {USAGE}", paths=1)
+
+
+class Chain:
+    """The steps that a folder has configs for, and what is known of them."""
+
+    def __init__(self, folder: Path, config: RunConfig):
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder}: there is no such folder of configs")
+        self.folder, self.config = folder, config
+        self.steps = [step for step in _CHAIN if self.path(step).is_file()]
+        if not self.steps:
+            raise ValueError(f"{folder}: holds no config of a chain, such as pack.yaml or train_vqvae.yaml")
+        self.name = config.experiment or folder.resolve().name
+        self.root = RUNS / self.name
+        self.choices = Choices.load(self.root / "run.yaml", config)
+        self.started: set[str] = set()
+
+    def path(self, step: Step) -> Path:
+        return self.folder / f"{step.name}.yaml"
+
+    def words(self, step: Step) -> list[str]:
+        """Of the command line of a step."""
+        words = [f"experiment={self.name}", f"device={self.config.device}"]
+        if step.name == "pack" and self.choices.source:
+            words.append(f"source={self.choices.source}")
+        return [*words, *self.choices.words.get(step.name, [])]
+
+    def config_of(self, step: Step) -> StageConfig:
+        return configs.load(_MODULES[step.stage].Config, self.path(step), self.words(step))
+
+    def is_current(self, step: Step) -> bool:
+        """Whether the step is done, with this config, after everything that it reads from."""
+        if self.choices.minutes and step.name not in self.choices.words and step.stage in _SIZED:
+            return False
+        config = self.config_of(step)
+        run_dir = Path(config.run_dir)
+        status = read_status(run_dir)
+        if status.get("state") != "done" or damage_of(run_dir) or not holds_outputs(run_dir):
+            return False
+        if any(changes(config, run_dir / "config.yaml").values()):
+            return False
+        earlier = [other for other in self.steps if other.name in step.reads]
+        ended = [read_status(Path(self.config_of(other).run_dir)).get("time", 0.0) for other in earlier]
+        return not self.started & {*step.reads} and all(end <= status.get("time", 0.0) for end in ended)
+
+
+@dataclass
+class Choices:
+    """`run.yaml`: what was asked for, and the words that were chosen for each step."""
+
+    path: Path
+    source: str
+    minutes: float
+    words: dict[str, list[str]]
+
+    @classmethod
+    def load(cls, path: Path, config: RunConfig) -> "Choices":
+        """Raises ValueError where the runs were begun with other pictures or for another time."""
+        if not path.is_file():
+            return cls(path, config.source, config.minutes, {})
+        try:
+            kept: dict[str, Any] = read_text(path.read_text(encoding="utf-8"))
+            earlier = cls(path, str(kept["source"]), float(kept["minutes"]), dict(kept["steps"]))
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path}: was damaged ({error}); remove it to choose anew") from None
+        for key in ("source", "minutes"):
+            was, now = getattr(earlier, key), getattr(config, key)
+            if now and now != was:
+                raise ValueError(
+                    f"{key}={now}: {path.parent} was begun with {key}={was}; "
+                    f"leave it out to go on, or choose another experiment=NAME"
+                )
+        return earlier
+
+    def add(self, name: str, words: list[str]) -> None:
+        self.words[name] = words
+        self.save()
+
+    def save(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept = {"source": self.source, "minutes": self.minutes, "steps": self.words}
+        header = "# What `vqscale run` chose; the same command goes on with it.\n"
+        write_atomically(self.path, header + yaml.safe_dump(kept, sort_keys=False, allow_unicode=True))
+
+
+_SIZED = (*sizing.TRAINERS, "sample", "evaluate")
+
+
+def main(request: Request[RunConfig]) -> None:
+    """Run the chain. Raises Stopped when asked to stop, ValueError when a step fails."""
+    begun = time.monotonic()
+    chain = Chain(request.paths[0], request.config)
+    chain.config_of(chain.steps[0])  # a mistake in the first is told before anything is written
+    chain.choices.save()
+    limit = f", {chain.choices.minutes:g} minutes" if chain.choices.minutes else ""
+    _say(f"{chain.folder} -> {chain.root}: {len(chain.steps)} stages{limit}")
+    clock, notes = Clock(chain, begun), list[str]()
+    with Programs() as programs:
+        for number, step in enumerate(chain.steps, 1):
+            head = f"[{number}/{len(chain.steps)}] {step.name}"
+            if chain.is_current(step):
+                _say(f"{head}: done")
+                continue
+            _say(f"{head}: {_expected(chain, step, clock, notes)}")
+            chain.started.add(step.name)
+            programs.run(step, [str(chain.path(step)), *chain.words(step)])
+            clock.done.add(step.name)
+    _tell_results(chain, notes)
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+class Clock:
+    """How the time there is is shared among the steps that are left."""
+
+    def __init__(self, chain: Chain, begun: float):
+        self._chain, self._begun = chain, begun
+        self.done = {step.name for step in chain.steps if _is_done(chain, step)}
+        self._before = self._weight(self.done) / self._weight({step.name for step in chain.steps})
+
+    def _weight(self, names: set[str]) -> float:
+        return sum(step.weight for step in self._chain.steps if step.name in names)
+
+    def seconds(self, step: Step) -> float:
+        """For this step: its share of what is left."""
+        total = 60 * self._chain.choices.minutes
+        left = total * (1 - self._before) - (time.monotonic() - self._begun)
+        waiting = {other.name for other in self._chain.steps} - self.done
+        return max(0.0, left) * step.weight / self._weight(waiting)
+
+
+def _is_done(chain: Chain, step: Step) -> bool:
+    try:
+        return read_status(Path(chain.config_of(step).run_dir)).get("state") == "done"
+    except ValueError:
+        return False
+
+
+def _expected(chain: Chain, step: Step, clock: Clock, notes: list[str]) -> str:
+    """How long the step will take, in words; with a time limit, its size is chosen first."""
+    if step.stage not in _SIZED:
+        return "begins"
+    words, path = chain.words(step), chain.path(step)
+    if not chain.choices.minutes or step.name in chain.choices.words:
+        return _estimate(step, path, words)
+    seconds = clock.seconds(step)
+    if step.stage == "sample":
+        size = sizing.size_samples(path, words, seconds)
+    elif step.stage == "evaluate":
+        size = sizing.size_evaluation(path, words)
+    else:
+        size = sizing.size_trainer(step.stage, path, words, seconds)
+    if size.share < 1:
+        needed = chain.choices.minutes / size.share
+        notes.append(f"{step.name} had time for {size.share:.0%} of a short training: minutes={needed:.0f} gives it")
+    chain.choices.add(step.name, size.words)
+    shown = " ".join(word for word in size.words if word.startswith(("model.", "total_", "global_", "samples_per")))
+    return f"about {max(size.seconds or seconds, 60) / 60:.0f} min; {shown}".rstrip("; ")
+
+
+def _estimate(step: Step, path: Path, words: Sequence[str]) -> str:
+    if step.stage not in sizing.TRAINERS:
+        return "begins"
+    config: Any = configs.load(_MODULES[step.stage].Config, path, words)
+    seen = int(read_status(Path(config.run_dir)).get("images_seen", 0))
+    seconds = (config.total_images - seen) * sizing.seconds_per_image(step.stage, path, words)
+    return f"about {max(seconds, 60) / 60:.0f} min"
+
+
+class Programs:
+    """Runs stages as programs of their own and, inside `with`, passes stop requests on to them."""
+
+    def __init__(self) -> None:
+        self._asked = ""
+        self._running: subprocess.Popen[bytes] | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "Programs":
+        heard = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores HUP
+        self._previous = {number: signal.signal(number, self._on_signal) for number in heard}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, _frame: Any) -> None:
+        self._asked = signal.Signals(number).name
+        if self._running is not None:
+            self._running.send_signal(signal.SIGTERM)
+
+    def run(self, step: Step, words: Sequence[str]) -> None:
+        """Raises Stopped if the stage was stopped, ValueError if it failed."""
+        if self._asked:
+            raise Stopped(self._asked)
+        self._running = subprocess.Popen([sys.executable, "-m", "vqscale", step.stage, *words])
+        code = self._running.wait()
+        self._running = None
+        if code == EXIT_UNFINISHED or (code and self._asked):
+            raise Stopped(self._asked or f"{step.name} was stopped")
+        if code:
+            raise ValueError(f"{step.name} ended with exit code {code}: its own words are above, and in its log")
+
+
+def _tell_results(chain: Chain, notes: Sequence[str]) -> None:
+    """Name the picture, the report and the next command."""
+    _say("")
+    for step in chain.steps:
+        if step.name == "evaluate":
+            config: Any = chain.config_of(step)
+            _say(f"picture: {config.picture or Path(config.run_dir) / 'samples.png'}")
+            _say(f"report:  {Path(config.run_dir) / 'report.html'}")
+    for note in notes:
+        _say(f"note: {note}")
+    _say(f"next: vqscale export {shlex.quote(str(chain.root))} {shlex.quote(str(Path('out') / chain.name))}")
