@@ -93,8 +93,10 @@ def test_class_names_of_another_data_set(tmp_path: Path, tars: Path) -> None:
 def test_changed_tars_are_refused(tmp_path: Path, tars: Path) -> None:
     index.main(config(tmp_path, str(tars)))
     others_tar(tars / "data-003.tar", 21, 7)
-    with pytest.raises(ValueError, match=r"tars have changed .* 3 with 21 samples then, 4 with 28 now"):
+    with pytest.raises(ValueError, match=r"tars have changed .* 3 with 21 samples then, 4 with 28 now.*fresh=true"):
         index.main(config(tmp_path, str(tars)))
+    index.main(config(tmp_path, str(tars), fresh=True))
+    assert Manifest.load(tmp_path / "run" / "train").num_samples == 28
 
 
 def test_a_tar_in_both_splits_is_refused(tmp_path: Path, tars: Path) -> None:

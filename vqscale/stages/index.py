@@ -176,7 +176,7 @@ def _finish(config: IndexConfig, jobs: dict[str, list[_Job]], classes: Sequence[
         if (folder / MANIFEST).is_file() and (old := Manifest.load(folder)).fingerprint != new.fingerprint:
             raise ValueError(
                 f"the tars have changed since {folder} was indexed: {len(old.shards)} with {old.num_samples} samples "
-                f"then, {len(new.shards)} with {new.num_samples} now, or other contents; use another run_dir"
+                f"then, {len(new.shards)} with {new.num_samples} now, or others; fresh=true indexes them anew"
             )
         new.save(folder)
         log.info("%s: %d samples of %d classes in %d tars", folder, new.num_samples, len(classes), len(new.shards))
