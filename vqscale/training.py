@@ -1,5 +1,7 @@
 """What trainers share: a config, a data set and a model's description -> a run of `fit`, or the text of a dry run."""
 
+import contextlib
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -13,14 +15,29 @@ from vqscale.data.cache import Cache
 from vqscale.data.loader import Read, build_loader
 from vqscale.data.sequential import sequential_batches
 from vqscale.data.shards import Manifest
-from vqscale.engine.checkpoint import has_checkpoint
-from vqscale.engine.loop import Evaluator, FitConfig, StepFn, fit
+from vqscale.engine.loop import Evaluator, FitConfig, StepFn, fit, resumes
 from vqscale.engine.parallel import compile_units, make_engine
 from vqscale.models.init import initialise
 from vqscale.runtime import Run
 from vqscale.sources import build
 
 _HELD_OUT_BATCH = 64  # images per rank
+_INPUTS = ("data", "tokenizer", "vqvae")  # whose fingerprints a description may have
+
+log = logging.getLogger("vqscale")
+
+
+@contextlib.contextmanager
+def inputs_may_be_away(config: FitConfig, run: Run) -> Iterator[None]:
+    """Around a trainer's work: a run that is done stays so, whatever has become of its inputs."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        seen = run.previous_status.get("images_seen", 0)
+        if not run.was_done or seen < config.total_images:
+            raise
+        run.images_seen = seen
+        log.info("nothing left to do: already trained on %s images (%s)", f"{seen:,}", error)
 
 
 def train(
@@ -41,6 +58,7 @@ def train(
     it the model is built on the meta device. `after_step(model, …)`: see `fit`.
     """
     topology = run.topology
+    run.check_inputs({key: value for key in _INPUTS if (value := description.get(key))})
     loader = build_loader(
         folder,
         read=read,
@@ -60,7 +78,7 @@ def train(
         model: Any = build(description)
     if prepare:
         initialise(model, config.seed)
-        if not topology.gather(has_checkpoint(run.run_dir / "checkpoints"))[0]:
+        if not resumes(run):
             prepare(model)
     if config.compile:
         compile_units(model)

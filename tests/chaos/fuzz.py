@@ -33,7 +33,7 @@ from vqscale.data.codes import CodeReader, pack_codes  # noqa: E402
 from vqscale.data.loader import build_loader  # noqa: E402
 from vqscale.data.shards import Manifest, ShardWriter  # noqa: E402
 from vqscale.data.tarindex import index_tar  # noqa: E402
-from vqscale.engine.checkpoint import Checkpoint, Checkpointer, verify  # noqa: E402
+from vqscale.engine.checkpoint import Checkpoint, Checkpointer, CheckpointState, verify  # noqa: E402
 from vqscale.evaluation.statistics import FeatureSet, load_statistics, save_statistics, statistics_path  # noqa: E402
 from vqscale.files import sealed, write_json  # noqa: E402
 from vqscale.models.pretrained import fingerprint, read_folder, write_folder  # noqa: E402
@@ -126,7 +126,7 @@ def made_checkpoint(name: str) -> Callable[[Path], Path]:
         topology = bring_up(StageConfig(device="cpu", threads=1))
         try:
             keeper = Checkpointer(folder, topology, keep=1)
-            keeper.save(8, {"model.weight": torch.arange(6.0).reshape(2, 3)}, {"images_seen": 8, "loss": 0.25})
+            keeper.save({"model.weight": torch.arange(6.0).reshape(2, 3)}, CheckpointState(8, data={"loss": 0.25}))
             keeper.wait()
         finally:
             take_down(orderly=True)

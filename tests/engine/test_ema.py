@@ -2,7 +2,8 @@ import pytest
 import torch
 from support.training import TinyModel
 
-from vqscale.engine.ema import WeightEMA, exchange
+from vqscale.engine.ema import WeightEMA
+from vqscale.engine.tensors import exchange
 
 
 def weights_of(model: TinyModel) -> dict[str, torch.Tensor]:

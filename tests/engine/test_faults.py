@@ -228,11 +228,16 @@ def test_what_only_one_rank_saw_is_known_to_all_at_any_world_size(tmp_path: Path
 
 def _train_on_a_full_log_disk(settings: TinyConfig) -> None:
     run_dir = Path(settings.run_dir)
-    (run_dir / "log").mkdir(parents=True)
-    for name in ("metrics.jsonl", "log/0.log"):
-        (run_dir / name).symlink_to("/dev/full")
+    run_dir.mkdir(exist_ok=True)
     (run_dir / "tensorboard").touch()  # where a folder should be
-    train(settings)
+
+    def on_step(run: runtime.Run, seen: int) -> None:
+        if seen == 8:
+            (run_dir / "metrics.jsonl").symlink_to("/dev/full")
+            full = os.open("/dev/full", os.O_WRONLY)
+            os.dup2(full, run._handlers[0].stream.fileno())
+
+    train(settings, on_step=on_step)
 
 
 def test_logs_and_trackers_that_fail_change_nothing(uninterrupted: Path, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
-from vqscale.engine.optim import Tensors, total_bytes
+from vqscale.engine.tensors import Tensors, total_bytes
 from vqscale.files import fsync, sha256_of
 from vqscale.topology import GROUP_TIMEOUT, Topology
 
@@ -49,6 +49,7 @@ class CheckpointState:
     config: str = ""  # fingerprint
     model: Mapping[str, Any] = field(default_factory=dict)  # its description
     evaluation_owed: bool = False  # the run was stopped before figures that were due
+    total_images: int = 0  # to be trained on; 0 = not known
 
     def to_json(self, tensors: Tensors) -> dict[str, Any]:
         """The content of state.json."""
@@ -72,7 +73,11 @@ class CheckpointState:
 
 
 class Checkpointer:
-    """Saves in the background, one save in flight, and finds the newest checkpoint that verifies."""
+    """Saves in the background, one save in flight, and finds the newest checkpoint that verifies.
+
+    Older ones are removed when the next save begins or the run ends, not as soon as a new one is committed: a run that
+    cannot go on from the newest still has all `keep` before it.
+    """
 
     def __init__(self, folder: Path, topology: Topology, *, keep: int):
         self.folder = folder
@@ -128,6 +133,8 @@ class Checkpointer:
         fsync(temporary)
         os.rename(temporary, final)
         fsync(self.folder)
+
+    def _remove_old(self) -> None:
         for old in _committed_folders(self.folder)[self._keep :]:
             renamed = old.with_name(f"{_TEMPORARY}{old.name}")  # half removed it would be a damaged checkpoint
             os.rename(old, renamed)
@@ -141,6 +148,7 @@ class Checkpointer:
                 self._written.result()
                 if self._committed is not None:
                     self._committed.result()
+                    self._committer.submit(self._remove_old).result()
             except BaseException as error:  # DCP's CheckpointException derives from BaseException
                 failure = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
                 if isinstance(error, KeyboardInterrupt):

@@ -2,7 +2,7 @@
 
 import torch
 
-from vqscale.engine.optim import Tensors
+from vqscale.engine.tensors import Tensors
 
 
 class WeightEMA:
@@ -24,12 +24,3 @@ class WeightEMA:
         halflife = min(self.halflife, self.rampup * images_seen) if self.rampup > 0 else self.halflife
         weight = 1 - 0.5 ** (batch / max(halflife, 1e-8))
         torch._foreach_lerp_(list(self.averages.values()), [w.detach() for w in self._weights.values()], weight)
-
-
-@torch.no_grad()
-def exchange(one: Tensors, other: Tensors) -> None:
-    """Swap the values of `other` with those of the same names in `one`, in place."""
-    for name, tensor in other.items():
-        values = one[name].detach().clone()
-        one[name].copy_(tensor)
-        tensor.copy_(values)

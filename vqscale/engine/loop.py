@@ -8,7 +8,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Protocol
 
 import torch
@@ -17,17 +17,22 @@ from tqdm import tqdm
 
 from vqscale.batch import Batch, to_device
 from vqscale.config import ReadsShards, fingerprint, flatten
-from vqscale.engine.checkpoint import Checkpoint, Checkpointer, CheckpointState
+from vqscale.engine.checkpoint import Checkpoint, Checkpointer, CheckpointState, has_checkpoint
 from vqscale.engine.ema import WeightEMA
 from vqscale.engine.metric_log import MetricLog, drop_lines_beyond
-from vqscale.engine.optim import Tensors, learning_rate_at
+from vqscale.engine.optim import learning_rate_at
 from vqscale.engine.parallel import Engine, autocast
 from vqscale.engine.skipped import SkippedSteps
+from vqscale.engine.tensors import Tensors, first_not_finite
 from vqscale.fields import Choice, Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt, Range
+from vqscale.files import read_jsonl
 from vqscale.runtime import Run
 from vqscale.stopping import Agreement, Leave
+from vqscale.topology import Topology
 
 log = logging.getLogger("vqscale")
+_SAVE = "save by time"  # what rank 0 tells the others
+_TAIL_BYTES = 1 << 16
 Tracker = Annotated[
     str,
     Choice("tensorboard", "wandb", "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "trackio"),
@@ -65,8 +70,9 @@ class FitConfig(ReadsShards):
     max_skipped_steps: NonNegativeInt = 10  # end the run after this many steps in a row without a finite gradient
     log_every: NonNegativeInt = 6_400  # metrics.jsonl and trackers
     save_every: NonNegativeInt = 64_000  # checkpoints
+    save_minutes: NonNegativeFloat = 0.0  # one more checkpoint after so long without any; 0 = off
     evaluate_every: NonNegativeInt = 0  # held-out evaluation
-    keep_checkpoints: PositiveInt = 2  # the newest ones; older are removed once a newer one is committed
+    keep_checkpoints: PositiveInt = 2  # the newest ones; older are removed when the next save begins
     workers: NonNegativeInt = 1  # loader processes per rank
     shuffle_window: PositiveInt = 64  # shards that are mixed at a time
     max_bad_fraction: Fraction = 0.01  # unreadable samples tolerated, as a share of those consumed
@@ -113,9 +119,10 @@ def fit(
     `step_fn(model, batch) -> (loss, metrics)`: means over the micro-batch, as tensors. `after_step(applied,
     learning_rate, images_seen) -> metrics`: called on all ranks after every optimizer step. `description`: all that is
     needed to build the model, as plain JSON; saved in every checkpoint, and a checkpoint of another model is refused.
-    Raises runtime.Stopped after saving when the run was asked to stop; ValueError when a checkpoint does not fit or too
-    many steps in a row had no finite gradient.
+    Raises stopping.Stopped after saving when the run was asked to stop; ValueError when a checkpoint does not fit or is
+    gone, a tensor is not finite, or too many steps in a row had no finite gradient.
     """
+    resumes(run)
     topology, batch_size, accumulation = run.topology, config.global_batch, loader.micro_batches_per_step
     ema, averages = None, {}
     if config.ema_halflife:
@@ -123,26 +130,30 @@ def fit(
         averages = ema.averages
     checkpoints = Checkpointer(run.run_dir / "checkpoints", topology, keep=config.keep_checkpoints)
     run.at_exit.callback(checkpoints.settle)
-    seen, owed, skipped = 0, False, SkippedSteps(config.max_skipped_steps, loader.sample_at)
+    seen, owed, skipped = 0, False, SkippedSteps(config.max_skipped_steps, loader.sample_at, topology)
     if latest := checkpoints.latest():
         state = latest.state
         _refuse_other_model(latest, description)
-        engine.from_checkpoint_tensors(latest.load_into, averages)
+        engine.from_checkpoint_tensors(lambda tensors: _load(latest, tensors, topology), averages)
         engine.optimizer_steps = state.optimizer_steps
         loader.load_state_dict(dict(state.data))
-        seen, skipped.total = state.images_seen, state.skipped_steps
+        seen = state.images_seen
+        skipped.resume(state.skipped_steps, seen)
         owed = state.evaluation_owed and not run.was_done
         verb = "resuming at" if seen < config.total_images else "nothing left to do: already trained on"
         log.info("%s %s of %s images", verb, f"{seen:,}", f"{config.total_images:,}")
+    _warn_of_schedule(config, seen, latest.state.total_images if latest else 0)
     run.images_seen = resumed_from = seen
     run.record_facts(resumed_from=seen, precision=config.precision, bytes_per_rank=_bytes_per_rank(engine, run))
     if topology.is_main:
         drop_lines_beyond(run.run_dir / "metrics.jsonl", seen)
     metrics = MetricLog(run.run_dir / "metrics.jsonl", topology, run.start_trackers(config.trackers, seen))
-    agreement, clock, stop = Agreement(topology, loader.bad_kinds), _Clock(), False
+    agreement, clock, stop, save_later = Agreement(topology, [*loader.bad_kinds, _SAVE]), _Clock(), False, False
+    save_timer = _Timer(60 * config.save_minutes)
     batches = _on_device(iter(loader) if seen < config.total_images else iter(()), topology.device)
     run.at_exit.callback(batches.close)
     bar = tqdm(total=config.total_images, initial=seen, unit="img", disable=not topology.is_main, desc=run.stage)
+    run.at_exit.callback(bar.close)
 
     def evaluated() -> bool:
         """Write the figures that are due now; False when the run was asked to stop meanwhile."""
@@ -156,12 +167,12 @@ def fit(
         owed = stop = not evaluated()
     while seen < config.total_images and not stop:
         engine.module.train()
-        bad = torch.zeros(len(loader.bad_kinds), dtype=torch.int64)
+        counts = torch.zeros(len(loader.bad_kinds) + 1, dtype=torch.int64)
         losses = []
         for index in range(accumulation):
             with clock.waiting_for_data():
                 batch = next(batches)
-            bad += torch.bincount(batch["bad"].cpu(), minlength=len(bad) + 1)[1:]
+            counts[:-1] += torch.bincount(batch["bad"].cpu(), minlength=len(counts))[1:]
             engine.begin_micro_batch(last=index == accumulation - 1)
             with autocast(topology, config.precision):
                 loss, values = step_fn(engine.model, batch)
@@ -171,28 +182,34 @@ def fit(
         learning_rate = _learning_rate(config, seen)
         applied, norm = engine.step(learning_rate, config.max_norm)
         seen = run.images_seen = seen + batch_size
-        skipped.count(applied, losses, seen)
+        skipped.count(applied, losses, seen, learning_rate)
         metrics.add({"gradient_norm": norm, **(after_step(applied, learning_rate, seen) if after_step else {})})
         if applied and ema:
             ema.update(seen, batch_size)
         loader.advance()
-        stop, counted = agreement.exchange(bool(run.stop_requested()), bad)
+        counts[-1] = topology.is_main and save_timer.rings()
+        stop, counted = agreement.exchange(bool(run.stop_requested()), counts)
+        save_later |= counted.pop(_SAVE, 0) > 0 or _due(config.save_every, seen, batch_size)
         loader.count_bad(counted)
         clock.count_step(batch_size)
         bar.update(batch_size)
 
-        saving = seen >= config.total_images or stop or _due(config.save_every, seen, batch_size)
+        saving = seen >= config.total_images or stop or (save_later and applied)  # else after the next applied step
         evaluating = any(_due(e.every, seen, batch_size) for e in evaluators)
         if saving or evaluating or _due(config.log_every, seen, batch_size):
             line = metrics.flush(seen, clock.steps, {"learning_rate": learning_rate, **clock.take()})
             bar.set_postfix(loss=f"{line['loss']:.4f}")
             run.write_status("running")
+        if saving or evaluating or skipped.in_a_row == 1:
+            tensors = engine.as_checkpoint_tensors(averages)
+            skipped.refuse_not_finite(tensors, seen)
         skipped.check(seen)
         owed = not evaluated()
         stop = stop or owed
         if saving or owed:
             late, counted = agreement.collect()
-            stop = stop or late
+            stop, save_later = stop or late, False
+            counted.pop(_SAVE, 0)
             loader.count_bad(counted)
             state = CheckpointState(
                 images_seen=seen,
@@ -204,12 +221,62 @@ def fit(
                 config=fingerprint(config),
                 model=description,
                 evaluation_owed=owed,
+                total_images=config.total_images,
             )
-            checkpoints.save(engine.as_checkpoint_tensors(averages), state)
+            checkpoints.save(tensors, state)
+            save_timer.restart()
     bar.close()
     checkpoints.wait()
     if seen < config.total_images or owed:
         run.stop(f"asked to, after {seen - resumed_from:,} images, at {seen:,} of {config.total_images:,}")
+
+
+def resumes(run: Run) -> bool:
+    """Whether there are checkpoints to go on from (damaged ones count). Collective.
+
+    Raises ValueError, on all ranks, where they are gone: the run would start again from zero.
+    """
+    found, failure = False, ""
+    if run.topology.is_main:
+        folder, seen = run.run_dir / "checkpoints", _images_seen_before(run)
+        found = has_checkpoint(folder)
+        # The folder is made before the first step; a run that was killed before its first save leaves it empty.
+        if seen and not found and (not folder.is_dir() or run.previous_status.get("state") in ("done", "stopped")):
+            failure = (
+                f"{folder}: the checkpoints of this run are gone, which has seen {seen:,} images; not starting again "
+                "from zero: bring them back, or say fresh=true, or choose another run_dir"
+            )
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # empty: so it is refused the next time too
+        elif seen and not found:
+            log.warning("starting from zero: the %s images seen before were never saved", f"{seen:,}")
+    found, failure = run.topology.gather((found, failure))[0]
+    if failure:
+        raise ValueError(failure)
+    return found
+
+
+def _images_seen_before(run: Run) -> int:
+    lines = [*read_jsonl(run.run_dir / "metrics.jsonl", _TAIL_BYTES), run.previous_status]
+    return max((n for line in lines if isinstance(n := line.get("images_seen"), int)), default=0)
+
+
+def _load(latest: Checkpoint, tensors: Tensors, topology: Topology) -> None:
+    latest.load_into(tensors)
+    if name := first_not_finite(tensors, topology):
+        raise ValueError(f"{latest.folder}: {name} is not finite; remove this folder to go on from the one before")
+
+
+def _warn_of_schedule(config: FitConfig, seen: int, total_before: int) -> None:
+    total = config.total_images
+    if config.warmup_images >= total:
+        log.warning("warmup_images=%d: the run ends before, at total_images=%d", config.warmup_images, total)
+    if config.schedule == "cosine" and total_before not in (0, total):
+        rates = [_learning_rate(replace(config, total_images=images), seen) for images in (total_before, total)]
+        log.warning(
+            "schedule=cosine now ends at %d images instead of %d: the learning rate goes on at %g instead of %g",
+            *(total, total_before, rates[1], rates[0]),
+        )
 
 
 def _refuse_other_model(latest: Checkpoint, description: Mapping[str, Any]) -> None:
@@ -273,6 +340,24 @@ def _on_device(batches: Iterator[Batch], device: torch.device) -> Generator[Batc
         if ahead is not None:
             yield ahead
         ahead = moved
+
+
+class _Timer:
+    """Rings once every so many seconds after it was started; 0 = never."""
+
+    def __init__(self, seconds: float):
+        self._seconds = seconds
+        self.restart()
+
+    def restart(self) -> None:
+        self._since = time.monotonic()
+
+    def rings(self) -> bool:
+        """Whether the time is up; if so, it starts anew."""
+        if not self._seconds or time.monotonic() - self._since < self._seconds:
+            return False
+        self.restart()
+        return True
 
 
 class _Clock:

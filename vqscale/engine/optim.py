@@ -5,11 +5,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
-Tensors = dict[str, Tensor]  # by name
-Scalar = Float[Tensor, ""]
+from vqscale.engine.tensors import Tensors
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -56,10 +55,6 @@ def build_adamw(
     for parameter in (p for group in groups for p in group["params"]):
         optimizer.state[parameter] = fresh_state(parameter)
     return optimizer
-
-
-def total_bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:

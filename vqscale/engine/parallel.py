@@ -19,8 +19,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
-from vqscale.engine.ema import exchange
-from vqscale.engine.optim import Scalar, Tensors, build_adamw, moments, set_learning_rate, total_bytes
+from vqscale.engine.optim import build_adamw, moments, set_learning_rate
+from vqscale.engine.tensors import Scalar, Tensors, exchange, local_part, total_bytes
 from vqscale.engine.zero import ZeroEngine
 from vqscale.topology import Topology
 
@@ -115,7 +115,7 @@ class TorchEngine:
 
     def local_weights(self) -> Tensors:
         """This rank's part of every trained parameter, by name; views, not copies."""
-        return {name: _local(parameter.detach()) for parameter, name in self._names.items()}
+        return {name: local_part(parameter.detach()) for parameter, name in self._names.items()}
 
     def exchange_weights(self, values: Tensors) -> None:
         """Swap the model's weights with `values`, laid out as `local_weights`."""
@@ -135,17 +135,13 @@ class TorchEngine:
 
     def bytes_on_this_rank(self) -> dict[str, int]:
         """Bytes kept between steps, by what they are for."""
-        adam = [_local(moment) for moment in moments(self._optimizer, self._names).values()]
+        adam = [local_part(moment) for moment in moments(self._optimizer, self._names).values()]
         return {"parameters": total_bytes(self.local_weights().values()), "optimizer": total_bytes(adam)}
 
 
 def autocast(topology: Topology, precision: str) -> contextlib.AbstractContextManager[Any]:
     """bf16 arithmetic over fp32 parameters, or nothing."""
     return torch.autocast(topology.device.type, torch.bfloat16, enabled=precision == "bf16")
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _sharded_as(parameter: Tensor, local: Tensor) -> Tensor:
@@ -165,7 +161,7 @@ def materialise(module: nn.Module, topology: Topology, initialise: Initialise | 
     module.to_empty(device=topology.device)
     for tensor in itertools.chain(module.parameters(), module.buffers()):
         if tensor.is_floating_point():
-            _local(tensor.detach()).fill_(math.nan)
+            local_part(tensor.detach()).fill_(math.nan)
     if initialise is not None:
         initialise(module)
 

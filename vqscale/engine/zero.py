@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from vqscale.engine.ema import exchange
-from vqscale.engine.optim import MOMENTS, Scalar, Tensors, adamw_groups, fresh_state, set_learning_rate, total_bytes
+from vqscale.engine.optim import MOMENTS, adamw_groups, fresh_state, set_learning_rate
+from vqscale.engine.tensors import Scalar, Tensors, exchange, total_bytes
 from vqscale.topology import Topology
 
 

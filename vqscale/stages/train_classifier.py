@@ -23,7 +23,7 @@ from vqscale.evaluation.features import EXTRACTORS, WIDTHS, Extractor, load_extr
 from vqscale.fields import Choice, NonNegativeInt, PathText, Range
 from vqscale.models.classifier import ClassifierConfig
 from vqscale.sources import Source, build, load_vqvae
-from vqscale.training import dry_run_text, held_out_batches, train
+from vqscale.training import dry_run_text, held_out_batches, inputs_may_be_away, train
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ Config = TrainClassifierConfig
 
 def main(config: TrainClassifierConfig) -> None:
     """Train, or go on training, in `config.run_dir`. Raises ValueError for anything that does not fit before step 1."""
-    with runtime.run(config, "train_classifier") as run:
+    with runtime.run(config, "train_classifier") as run, inputs_may_be_away(config, run):
         device = run.topology.device
         folder = resolve(config.data, "train", made_by="pack or sample")
         extractor = _extractor(config, device)

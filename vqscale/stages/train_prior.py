@@ -17,7 +17,7 @@ from vqscale.fields import Choice, PathText, PositiveInt
 from vqscale.models.dropout import dropout_key
 from vqscale.models.prior import PriorConfig, code_nll, nll
 from vqscale.sources import build
-from vqscale.training import dry_run_text, held_out_batches, train
+from vqscale.training import dry_run_text, held_out_batches, inputs_may_be_away, train
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ Config = TrainPriorConfig
 
 def main(config: TrainPriorConfig) -> None:
     """Train, or go on training, in `config.run_dir`. Raises ValueError for anything that does not fit before step 1."""
-    with runtime.run(config, "train_prior") as run:
+    with runtime.run(config, "train_prior") as run, inputs_may_be_away(config, run):
         folder = resolve(config.data, "train", made_by="extract_codes")
         manifest = Manifest.load(folder)
         train(

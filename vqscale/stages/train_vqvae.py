@@ -1,6 +1,6 @@
 """Image shards -> a trained VQ-VAE (1 level: 2017; 2 or 3 levels: VQ-VAE-2), in checkpoints."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.utils import make_grid, save_image
+from tqdm import tqdm
 
 from vqscale import runtime
 from vqscale.batch import Batch
@@ -26,7 +27,9 @@ from vqscale.models.codebook import perplexity
 from vqscale.models.vqvae import VQVAE, VQVAEConfig, VQVAEOutput
 from vqscale.sources import build
 from vqscale.topology import Topology
-from vqscale.training import dry_run_text, held_out_batches, train
+from vqscale.training import dry_run_text, held_out_batches, inputs_may_be_away, train
+
+_INIT_BATCH = 64  # images encoded at once for the first codebooks
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ Config = TrainVQVAEConfig
 
 def main(config: TrainVQVAEConfig) -> None:
     """Train, or go on training, in `config.run_dir`. Raises ValueError for anything that does not fit before step 1."""
-    with runtime.run(config, "train_vqvae") as run:
+    with runtime.run(config, "train_vqvae") as run, inputs_may_be_away(config, run):
         folder = resolve(config.data, "train")
         description = model_description(config, Manifest.load(folder))
         reader = ImageReader(description["resolution"], flip=config.flip, crop=config.crop, seed=config.seed)
@@ -112,11 +115,18 @@ def _init_codebooks(
     model.to(topology.device)
     stopped = False
     if topology.is_main:
-        images = _first_images(folder, reader, config, topology.device)
-        try:
-            model.init_codebooks(images, seed=config.seed, between=run.poll_signals)
-        except runtime.Leave:
-            stopped = True
+        batches = -(-config.init_images // _INIT_BATCH)
+        with tqdm(total=batches * (1 + len(model.level_names)), unit="batch", desc="codebook initialisation") as bar:
+
+            def progress() -> None:
+                run.poll_signals()
+                bar.update()
+
+            images = _first_images(folder, reader, config, topology.device, progress)
+            try:
+                model.init_codebooks(images, seed=config.seed, between=progress)
+            except runtime.Leave:
+                stopped = True
     if topology.gather(stopped)[0]:
         run.stop("asked to, before the first step")
     for _, buffer in model.named_buffers():
@@ -125,9 +135,9 @@ def _init_codebooks(
 
 
 def _first_images(
-    folder: Path, reader: ImageReader, config: TrainVQVAEConfig, device: torch.device
+    folder: Path, reader: ImageReader, config: TrainVQVAEConfig, device: torch.device, progress: Callable[[], None]
 ) -> Iterator[Tensor]:
-    batch = min(64, config.init_images)
+    batch = min(_INIT_BATCH, config.init_images)
     loader = build_loader(
         folder,
         read=reader,
@@ -141,7 +151,9 @@ def _first_images(
         cache=Cache.of(config),
     )
     batches = iter(loader)
-    return (to_float(next(batches)["image"].to(device)) for _ in range(-(-config.init_images // batch)))
+    for _ in range(-(-config.init_images // batch)):
+        progress()
+        yield to_float(next(batches)["image"].to(device))
 
 
 class HeldOutReconstruction:

@@ -1,0 +1,69 @@
+"""What trainers share: data that is away, inputs that are stale, codebooks that take their time."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.stages import run_stage
+
+from vqscale.data.shards import Manifest
+from vqscale.files import read_json
+
+TRAINERS = [
+    ("train_vqvae", "train_vqvae", "pack"),
+    ("train_prior", "train_prior_top", "extract_codes"),
+    ("train_classifier", "train_classifier_real", "pack"),
+]
+
+
+@pytest.mark.parametrize(("stage", "name", "data"), TRAINERS)
+def test_a_finished_run_stays_done_without_its_data(
+    chain: Path, capsys: pytest.CaptureFixture[str], stage: str, name: str, data: str
+) -> None:
+    before = read_json(chain / name / "status.json")
+    shutil.move(chain / data, chain / "elsewhere")
+    assert run_stage(stage, name) == 0
+    assert f"nothing left to do: already trained on {before['images_seen']:,} images" in capsys.readouterr().err
+    after = read_json(chain / name / "status.json")
+    assert (after["state"], after["images_seen"]) == ("done", before["images_seen"])
+    assert run_stage(stage, name, f"total_images={2 * before['images_seen']}") == 1  # there is more to do, without data
+    assert data in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("stage", "name", "data"), TRAINERS)
+def test_inputs_that_have_changed_are_named_and_fresh_starts_over(
+    chain: Path, capsys: pytest.CaptureFixture[str], stage: str, name: str, data: str
+) -> None:
+    folder = chain / data / "train"
+    manifest = Manifest.load(folder)
+    extra: dict[str, Any] = {**manifest.extra, "tokenizer": "sha256:" + 64 * "7"} if data == "extract_codes" else {}
+    Manifest.of(manifest.kind, manifest.shards[:-1], manifest.classes, manifest.transform, extra).save(folder)
+    assert run_stage(stage, name) == 1
+    told = capsys.readouterr().err
+    assert f"runs/debug/{name}: made of other inputs: data was sha256:" in told and "fresh=true" in told
+    assert ("tokenizer was sha256:" in told) == (data == "extract_codes")
+    assert read_json(chain / name / "status.json")["state"] == "done"
+    small = ["fresh=true", "total_images=64", "global_batch=32", "save_every=64", "evaluate_every=0"]
+    assert run_stage(stage, name, *small) == 0
+    assert sorted(path.name for path in (chain / name / "checkpoints").iterdir()) == ["000000000064"]
+
+
+def test_codebooks_start_before_the_loss_of_checkpoints_could_be_seen(
+    chain: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The refusal comes first, and the start of the codebooks shows how far it is."""
+    shutil.rmtree(chain / "train_vqvae" / "checkpoints")
+    assert run_stage("train_vqvae", "train_vqvae") == 1
+    told = capsys.readouterr().err
+    assert "the checkpoints of this run are gone" in told and "codebook initialisation" not in told
+    assert run_stage("train_vqvae", "train_vqvae", "fresh=true", "total_images=32", "evaluate_every=0") == 0
+    assert "codebook initialisation: 100%" in capsys.readouterr().err
+
+
+def test_inputs_are_recorded_at_the_first_start(whole_chain: Path) -> None:
+    codes = json.loads((whole_chain / "extract_codes" / "train" / "dataset.json").read_text())
+    recorded = read_json(whole_chain / "train_prior_top" / "inputs.json")
+    assert recorded["tokenizer"] == codes["extra"]["tokenizer"]
+    assert recorded["data"] == Manifest.load(whole_chain / "extract_codes" / "train").fingerprint
