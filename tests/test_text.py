@@ -2,7 +2,7 @@
 
 import pytest
 
-from vqscale.text import markdown, printable, redact_url
+from vqscale.text import markdown, printable, printable_lines, redact_url
 
 
 @pytest.mark.parametrize(
@@ -26,6 +26,12 @@ from vqscale.text import markdown, printable, redact_url
         ("s3://key:SECRET@bucket/a.tar", "s3://***@bucket/a.tar"),
         ("source=https://host/a.tar?sig=SECRET", "source=https://host/a.tar?sig=***"),
         ("pipe:curl https://user:SECRET@host/a.tar?sig=SECRET", "pipe:curl https://***@host/a.tar?sig=***"),
+        ("pipe:curl -u me:SECRET https://h/a.tar", "pipe:curl -u *** https://h/a.tar"),
+        ("pipe:curl --user=me:SECRET http://h", "pipe:curl --user=*** http://h"),
+        ("pipe:curl -H 'Authorization: Bearer SECRET' http://h", "pipe:curl -H 'Authorization: Bearer ***' http://h"),
+        ("pipe:AWS_SECRET_ACCESS_KEY=SECRET aws s3 cp", "pipe:AWS_SECRET_ACCESS_KEY=*** aws s3 cp"),
+        ("https://h/{a?s=SECRET,b?s=SECRET}.tar", "https://h/{a?s=***"),
+        ("tokenizer=sha256:12 password: none", "tokenizer=sha256:12 password: none"),
         ("https://host/a?sig=SECRET: timed out (attempt 2)", "https://host/a?sig=***: timed out (attempt 2)"),
         ("https://h/a?s=SECRET, https://h/b?s=SECRET", "https://h/a?s=***, https://h/b?s=***"),
         ("a\nhttps://h/a?s=SECRET\nb", "a\nhttps://h/a?s=***\nb"),
@@ -59,6 +65,10 @@ def test_secrets_of_urls_are_hidden(text: str, expected: str) -> None:
 def test_nothing_acts_on_a_terminal(text: str, expected: str) -> None:
     assert printable(text) == expected
     expected.encode()
+
+
+def test_lines_stay_lines() -> None:
+    assert printable_lines("a: 1\n\tb\x00\n\n") == "a: 1\n\\tb\\x00\n\n"
 
 
 @pytest.mark.parametrize(

@@ -15,14 +15,20 @@ _QUERY = re.compile(
     r"(?P<before>://[^?\n]*\?(?=[^\s).,;'\"])|[?#](?=[\w.~%-]+=))(?P<query>.*?)(?=$|: |, | \(|[\"'](?!\w))",
     re.MULTILINE,
 )
+# In the command of a pipe: curl's options and headers, variables of the environment.
+_CREDENTIAL = re.compile(
+    r"((?:\b|_)(?:token|password|secret|api_?key|access_key)=|authorization: *\w+ +|\s(?:-u|--user)[ =])[^\s'\"&]+",
+    re.IGNORECASE,
+)
 _MARKUP = re.compile(r"[\\`*_{}\[\]<>&|~$#!@]|(?<=:)/|(?<=www)\.|^[-+=]|(?<=^\d)[.)]")
 _JOINERS = "\u200c\u200d"  # parts of emoji, and of words in several scripts
 
 
 def redact_url(text: str) -> str:
-    """The text with the user, the password and the query's values of each URL in it hidden."""
+    """The text with the user, the password and the query's values of each URL in it hidden, and a pipe's secrets."""
     text = _USERINFO.sub(f"{HIDDEN}@", text)
-    return _QUERY.sub(lambda match: match["before"] + _without_values(match["query"]), text)
+    text = _QUERY.sub(lambda match: match["before"] + _without_values(match["query"]), text)
+    return _CREDENTIAL.sub(rf"\1{HIDDEN}", text)
 
 
 def _without_values(query: str) -> str:
@@ -33,6 +39,11 @@ def _without_values(query: str) -> str:
 def printable(text: str) -> str:
     """On one line, without effect on a terminal or a log: control, direction and broken characters as escapes."""
     return "".join(_escaped(character) for character in text)
+
+
+def printable_lines(text: str) -> str:
+    """The same for each line."""
+    return "\n".join(map(printable, text.split("\n")))
 
 
 def one_line(message: object) -> str:

@@ -75,8 +75,8 @@ def epoch(loader: Loader) -> Iterator[tuple[tuple[int, int], int, int]]:
     """((shard, row), what was delivered, bad) of each sample of the first epoch."""
     batch = next(iter(loader))
     _, shards, rows = loader.dataset.order.locate(np.arange(N))
-    for i, place in enumerate(zip(shards.tolist(), rows.tolist(), strict=True)):
-        yield place, int(batch["digest"][i]), int(batch["bad"][i])
+    for i, sample in enumerate(zip(shards.tolist(), rows.tolist(), strict=True)):
+        yield sample, int(batch["digest"][i]), int(batch["bad"][i])
 
 
 def lost_rows(index: ShardIndex, data: bytes) -> set[int]:
@@ -88,7 +88,7 @@ def lost_rows(index: ShardIndex, data: bytes) -> set[int]:
 
 def test_no_damage_is_silent(own_images: Path, tmp_path: Path) -> None:
     rng = random.Random(4)
-    manifest, whole = Manifest.load(own_images), {place: value for place, value, _ in epoch(build(own_images, 0))}
+    manifest, whole = Manifest.load(own_images), {sample: value for sample, value, _ in epoch(build(own_images, 0))}
     assert len(whole) == N
     harmful = refused = 0
     for trial in range(TRIALS):
@@ -104,8 +104,8 @@ def test_no_damage_is_silent(own_images: Path, tmp_path: Path) -> None:
         named = tmp_path / f"{trial}.jsonl"
         lenient = build(own_images, 0.5, named)
         found = list(epoch(lenient))
-        assert {place for place, _, bad in found if bad} == lost, about
-        assert all((value == whole[place]) != bool(bad) for place, value, bad in found), about
+        assert {sample for sample, _, bad in found if bad} == lost, about
+        assert all((value == whole[sample]) != bool(bad) for sample, value, bad in found), about
         lines = [json.loads(line) for line in named.read_text().splitlines()] if named.exists() else []
         assert sorted(line["key"] for line in lines) == sorted(index.key(row) for _, row in lost), about
         lenient.advance()

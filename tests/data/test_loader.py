@@ -155,15 +155,15 @@ def test_bad_samples_are_flagged_named_and_replaced_alike_everywhere(own_images:
     first = build(own_images, bad_path=tmp_path / "bad.jsonl", **options)
     stream = [sample for step in rank_stream(first, 4) for sample in step]
     _, shards, rows = first.dataset.order.locate(np.arange(48))
-    assert [s[3] for s in stream] == [flags.get(place, 0) for place in zip(shards.tolist(), rows.tolist(), strict=True)]
+    assert [s[3] for s in stream] == [flags.get(row, 0) for row in zip(shards.tolist(), rows.tolist(), strict=True)]
     for sample, good in zip(stream, (s for step in whole for s in step), strict=True):
         assert (sample == good) == (sample[3] == 0)
     named = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
     assert {(line["position"], line["kind"]) for line in named} == {
         (s[2], ("decode", "io", "crc")[s[3] - 1]) for s in stream if s[3]
     }
-    places = [(Path(line["shard"]).name, line["key"].split("/")[1]) for line in named if line["kind"] == "crc"]
-    assert set(places) == {("000002.tar", "0012")}
+    damaged = [(Path(line["shard"]).name, line["key"].split("/")[1]) for line in named if line["kind"] == "crc"]
+    assert set(damaged) == {("000002.tar", "0012")}
     for world, workers in ((2, 0), (4, 1)):
         again = global_stream(own_images, world, 4, workers=workers, **options)
         assert [sample for step in again for sample in step] == stream

@@ -75,3 +75,12 @@ def count_in_session(session: int) -> int:
             except OSError:
                 continue  # it ended meanwhile
     return count
+
+
+def test_processes_that_cannot_be_started_are_told_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_arguments: object) -> None:
+        raise OSError("AF_UNIX path too long")
+
+    monkeypatch.setattr("concurrent.futures.process.ProcessPoolExecutor.submit", fail)
+    with pytest.raises(OSError, match=r"cannot be started: AF_UNIX path too long; TMPDIR is too long.*workers=1"):
+        list(run_jobs(abs, [1, 2], 2))

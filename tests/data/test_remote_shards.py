@@ -222,6 +222,8 @@ def test_evaluation_reads_remote_shards_too(web: Web, indexed: Path, cache: Cach
         first_of_each_class(f, Manifest.load(f), resolution=12, per_class=1, most_classes=3, cache=cache)
         for f in (indexed, web.folder)
     ]
+    for none in ({"per_class": 0, "most_classes": 3}, {"per_class": 3, "most_classes": 0}):
+        assert first_of_each_class(indexed, Manifest.load(indexed), resolution=12, cache=cache, **none) == {}
     assert {k: [i.tolist() for i in v] for k, v in shown[0].items()} == {
         k: [i.tolist() for i in v] for k, v in shown[1].items()
     }

@@ -21,6 +21,7 @@ from vqscale.evaluation.figures import (
     font_with,
     grid_png,
     label_of_class,
+    metrics_of_run,
     png_bytes,
     usage_svg,
 )
@@ -149,6 +150,16 @@ def test_secrets_of_urls_are_not_on_the_page() -> None:
     facts = {"left_out": {"kid": url}, "checks": [url], "provenance": [about], "footer": url}
     text = render(Report(title=url, subtitle=url, scores=scores, **facts))
     assert "SECRET" not in text and text.count("https://***@host/a b.tar?sig=***") >= 12
+
+
+def test_damaged_metrics_and_names_leave_a_page(tmp_path: Path) -> None:
+    lines = ['{"images_seen": "x", "loss": 1}', '{"images_seen": NaN}', '{"loss": 1}', "[]", "{torn", "9" * 400, "\0"]
+    whole = ['{"images_seen": 1, "loss": NaN}', '{"images_seen": 2, "loss": Infinity, "nll/top": "high"}']
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, *whole, '{"images_seen": 3, "loss": 2.5}']))
+    metrics = metrics_of_run(tmp_path)
+    assert [line["images_seen"] for line in metrics] == [1, 2, 3]
+    text = render(Report("caf\udce9", "a\u202eb", {}, samples={"\x1b[2J": [images(1)[0]]}, curves={"run": metrics}))
+    assert all(escaped in text for escaped in (r"caf\udce9", r"a\u202eb", r"\x1b[2J")) and text.encode()
 
 
 def test_an_empty_report_says_what_is_missing() -> None:

@@ -185,6 +185,13 @@ def test_foreign_text_stays_text_in_the_card(tmp_path: Path) -> None:
     assert "'source=http://***@h/my a.tar?sig=***'" in command
 
 
+def test_a_classifier_has_a_card_too(tmp_path: Path) -> None:
+    source = model().source
+    source.description.update(kind="classifier", learned_from="samples")
+    text = card([Exported(source, ".")], tmp_path, ExportConfig(about="caf\udce9\nmore"))
+    assert "classifier, 8 px, learned from samples" in text and "caf\\udce9\nmore" in text
+
+
 @pytest.mark.parametrize("level", ["x/../../..", "/etc", "", "Top"])
 def test_the_name_of_a_level_is_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, level: str) -> None:
     source = model("top").source

@@ -73,7 +73,7 @@ def test_outputs_that_are_gone_are_made_again(chain: Path, files: Files, capsys:
 def test_a_done_run_whose_inputs_are_away_stays_done(chain: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(chain / "train_vqvae")
     assert extract() == 0
-    assert "nothing left to do, though the inputs are away" in capsys.readouterr().err
+    assert "nothing left to do; not compared with the inputs, which are missing" in capsys.readouterr().err
     assert json.loads((chain / "extract_codes" / "status.json").read_text())["state"] == "done"
     shutil.rmtree(chain / "extract_codes" / "train")
     assert extract() == 1

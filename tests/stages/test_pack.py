@@ -10,6 +10,8 @@ import pytest
 from PIL import Image
 
 from vqscale import runtime, stopping
+from vqscale.config import load
+from vqscale.data import processes
 from vqscale.data.images import decode_image
 from vqscale.data.parts import read_samples
 from vqscale.data.shards import Manifest
@@ -170,11 +172,8 @@ def test_too_many_corrupt_images(tmp_path: Path, source: Path) -> None:
     ("changes", "message"),
     [
         ({"source": "/no/such/folder"}, "source folder /no/such/folder does not exist"),
-        ({"format": "gif"}, "format=gif: choose png or jpg"),
         ({"holdout": "1.5"}, "holdout=1.5: a fraction"),
         ({"holdout": "/no/such/folder"}, "neither a fraction, every:n nor a folder"),
-        ({"resolution": 0}, "resolution=0 must be at least 1"),
-        ({"quality": 101}, "quality=101"),
         ({"labels": "/no/such/file"}, "labels file /no/such/file does not exist"),
         ({"classes_from": "/no/such/data"}, "`vqscale pack` makes it"),
         ({"source": "drawn", "labels": "x"}, "source=drawn has classes of its own"),
@@ -186,6 +185,13 @@ def test_mistakes_are_found_before_anything_is_written(
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         pack.main(config(tmp_path, source, **changes))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("word", ["format=gif", "resolution=0", "quality=101", "max_pixels=0", "samples_per_shard=0"])
+def test_values_out_of_range_are_refused_at_load(tmp_path: Path, word: str) -> None:
+    (tmp_path / "pack.yaml").write_text("source: drawn\n")
+    with pytest.raises(ValueError, match=word.replace("=", ".*")):
+        load(PackConfig, tmp_path / "pack.yaml", [word])
 
 
 def test_images_that_fit_are_stored_as_they_are(tmp_path: Path) -> None:
@@ -235,3 +241,81 @@ def test_the_embedded_data_set(tmp_path: Path) -> None:
     assert manifest.num_samples == 39 and manifest.classes[0] == "circle"
     for key, label, parts in read_samples(tmp_path / "run" / "train", ["png"]):
         assert key.split("/")[0] == manifest.classes[label] and decode_image(parts["png"]).shape == (3, 16, 16)
+
+
+@pytest.mark.parametrize("case", ["inside", "around", "same", "link to it", "shared files", "hard links"])
+def test_a_holdout_that_shares_pictures_with_the_source_is_refused(tmp_path: Path, source: Path, case: str) -> None:
+    other = tmp_path / "other" / "ant"
+    other.mkdir(parents=True)
+    link = tmp_path / "link"
+    link.symlink_to(source)
+    picture = source / "ant" / "part0" / "00.png"
+    if case == "shared files":
+        (other / "x.png").symlink_to(picture)
+    if case == "hard links":
+        (other / "x.png").hardlink_to(picture)
+    folders = {
+        "inside": (source, source / "ant"),
+        "around": (source / "ant", source),
+        "same": (source, source),
+        "link to it": (source, link),
+    }
+    folder, holdout = folders.get(case, (source, other.parent))
+    message = "share 1 files: ant/x.png is ant/part0/00.png" if case not in folders else "lie one in the other"
+    with pytest.raises(ValueError, match=message):
+        pack.main(config(tmp_path, folder, holdout=str(holdout)))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "gone", ["train/000001.tar", "train/dataset.json", "train/000000.index.safetensors", "holdout"]
+)
+def test_outputs_that_are_gone_are_packed_again(
+    tmp_path: Path, source: Path, gone: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pack.main(config(tmp_path, source, holdout="every:10"))
+    before = packed(tmp_path / "run")
+    path = tmp_path / "run" / gone
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    pack.main(config(tmp_path, source, holdout="every:10"))
+    assert packed(tmp_path / "run") == before
+    said = capsys.readouterr().err
+    assert ("already packed" if gone.endswith(".json") else "is gone, or not whole: packing again") in said
+    if gone != "holdout":
+        path.unlink()
+        source.rename(tmp_path / "away")
+        with pytest.raises(ValueError, match="is gone, or not whole; without source=.* it cannot be packed again"):
+            pack.main(config(tmp_path, source, holdout="every:10"))
+        assert runtime.read_status(tmp_path / "run")["state"] == "done"
+
+
+def test_fresh_packs_a_changed_source(tmp_path: Path, source: Path) -> None:
+    pack.main(config(tmp_path, source, holdout="0"))
+    save(source / "ant" / "new.png", 99)
+    with pytest.raises(ValueError, match="30 train images then, 31 now; use another run_dir, or fresh=true"):
+        pack.main(config(tmp_path, source, holdout="0"))
+    pack.main(config(tmp_path, source, holdout="0", fresh=True))
+    assert Manifest.load(tmp_path / "run" / "train").num_samples == 31
+
+
+def test_what_is_left_out_is_said(tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (source / "dog").mkdir()
+    (source / "dog" / "a.heic").write_bytes(b"x")
+    (source / "ant" / "gone.png").symlink_to(tmp_path / "nowhere")
+    made = config(tmp_path, source, max_pixels=500)
+    lost = "train: 1 folders hold no image and became no class: dog (1 .heic)"
+    assert lost in pack.plan(made)
+    with pytest.raises(ValueError, match=r"pixels is over the limit of 500 \(max_pixels=\)"):
+        pack.main(made)
+    said = capsys.readouterr().err
+    assert lost in said and "2 other files ignored (1 .txt, 1 .heic)" in said
+    assert "train: 1 links lead nowhere, e.g. ant/gone.png" in said
+
+
+def test_progress_is_reported_by_images(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "BEAT_SECONDS", 0.0)
+    asked: list[int] = []
+    ask = stopping.Stoppable.stop_requested
+    monkeypatch.setattr(stopping.Stoppable, "stop_requested", lambda run: asked.append(1) or ask(run))
+    pack.main(config(tmp_path, source))
+    assert len(asked) > 30

@@ -6,38 +6,46 @@ decoded here.
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import compress
 from pathlib import Path
 
 from vqscale.data.arrays import array_files, class_names, read_pictures
 from vqscale.data.images import SUFFIXES
+from vqscale.data.labels import check_class_names, read_labels
 from vqscale.seeding import key_of, mix, uniform
+from vqscale.text import printable
 
 _HOLDOUT, _ORDER = key_of("holdout"), key_of("pack order")
+_SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "holdout"}
 
 
 @dataclass(frozen=True)
 class Item:
-    """One image to pack. `path`: relative to its folder; "" for drawn image number `index`."""
+    """One image to pack. `path`: relative to its folder; "" for drawn image number `index`. `identity`: of the file on
+    its disk, the same for all links to it; 0 = unknown."""
 
     key: str
     label: int
     path: str = ""
     index: int = -1
     size: int = 0  # bytes of the file
+    identity: int = 0
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The images of one folder, in sorted order. `ignored`: number of files without an image suffix; `unclassified`:
-    number of images beside the class folders, which have no class."""
+    """The images of one folder, in sorted order. `ignored`: how many files have another suffix; `unclassified`:
+    number of images beside the class folders, which have no class; `warnings`: what else was left out, or looks odd."""
 
     folder: str
     items: tuple[Item, ...]
     classes: tuple[str, ...]
-    ignored: int = 0
+    ignored: "Counter[str]" = field(default_factory=Counter)
     unclassified: int = 0
+    warnings: tuple[str, ...] = ()
 
     @property
     def fingerprint(self) -> str:
@@ -51,39 +59,60 @@ class Listing:
 @dataclass(frozen=True)
 class _File:
     path: str  # relative, with /
-    size: int
+    size: int = 0
+    identity: int = 0
+    broken: bool = False  # a link that leads nowhere, or in a circle
+
+    @property
+    def suffix(self) -> str:
+        """In lower case, without the dot."""
+        _, dot, suffix = self.path.rpartition("/")[2].rpartition(".")
+        return suffix.lower() if dot else ""
+
+    @property
+    def kind(self) -> str:
+        """Its suffix, in words where it has none."""
+        return "links that lead nowhere" if self.broken else f".{self.suffix}" if self.suffix else "without a suffix"
+
+    @property
+    def is_image(self) -> bool:
+        return not self.broken and self.suffix in SUFFIXES
 
 
 def list_folder(folder: str, labels: str = "", classes: Sequence[str] = ()) -> Listing:
     """The images under `folder`; their class is the first sub-folder, or what the file `labels` says.
 
     classes: the class names to use; () = those of the folders or the file. Raises FileNotFoundError for a missing
-    folder, ValueError for one without images, for a class outside `classes`, or for a labels file that does not fit
-    (naming file and line).
+    folder, ValueError for one without images, for a class outside `classes` or with an unusable name, or for a labels
+    file that does not fit (naming file and line).
     """
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"source folder {folder} does not exist")
     files = list(_walk(folder, "", set()))
-    images = [file for file in files if _suffix(file.path) in SUFFIXES]
+    images = [file for file in files if file.is_image]
+    others = [file for file in files if not file.is_image]
     if not images:
-        raise ValueError(f"source folder {folder} holds no images ({len(files)} other files)")
+        what = f": {show_counts(_count_kinds(others))}" * bool(others)
+        raise ValueError(f"source folder {folder} holds no images ({len(others)} other files){what}")
+    warnings = _warn_of_broken_links(others)
     if labels:
         classified = images
         names, label_of = read_labels(labels, [file.path for file in images], classes)
     else:
         classified, names, label_of = _classes_from_folders(folder, images, classes)
-    keys = unique_keys([file.path for file in classified])
-    items = [Item(k, label_of(file.path), file.path, size=file.size) for k, file in zip(keys, classified, strict=True)]
-    return Listing(folder, tuple(items), tuple(names), len(files) - len(images), len(images) - len(classified))
-
-
-def _suffix(path: str) -> str:
-    return path.rpartition("/")[2].rpartition(".")[2].lower() if "." in path.rpartition("/")[2] else ""
+        warnings += _warn_of_lost_classes(folder, images, others) + _warn_of_splits(folder, names)
+    check_class_names(names, labels or f"source folder {folder}")
+    items = [
+        Item(key, label_of(file.path), file.path, size=file.size, identity=file.identity)
+        for key, file in zip(unique_keys([file.path for file in classified]), classified, strict=True)
+    ]
+    ignored = _count_kinds([file for file in others if not file.broken])
+    return Listing(folder, tuple(items), tuple(names), ignored, len(images) - len(classified), tuple(warnings))
 
 
 def is_flat(folder: str) -> bool:
     """Whether no image lies in a sub-folder, so that folders cannot name classes."""
-    return not any("/" in file.path and _suffix(file.path) in SUFFIXES for file in _walk(folder, "", set()))
+    return not any("/" in file.path and file.is_image for file in _walk(folder, "", set()))
 
 
 def _walk(root: str, inside: str, above: set[tuple[int, int]]) -> Iterator[_File]:
@@ -96,10 +125,57 @@ def _walk(root: str, inside: str, above: set[tuple[int, int]]) -> Iterator[_File
         if entry.name.startswith("."):
             continue
         path = f"{inside}/{entry.name}" if inside else entry.name
-        if entry.is_dir():
+        if entry.is_symlink() and not os.path.exists(entry.path):
+            yield _File(path, broken=True)
+        elif entry.is_dir():
             yield from _walk(root, path, above | {identity})
         elif entry.is_file():
-            yield _File(path, entry.stat().st_size)
+            stat = entry.stat()
+            yield _File(path, stat.st_size, hash((stat.st_dev, stat.st_ino)) if stat.st_ino else 0)
+
+
+def _count_kinds(files: Sequence[_File]) -> "Counter[str]":
+    return Counter(file.kind for file in files)
+
+
+def show_counts(kinds: "Counter[str]") -> str:
+    """Such as "12 .txt, 1 .heic", the most frequent first."""
+    counts = [f"{count} {printable(kind)}" for kind, count in kinds.most_common()]
+    return ", ".join(counts[:5] + ["…"] * (len(counts) > 5))
+
+
+def _warn_of_broken_links(others: Sequence[_File]) -> list[str]:
+    broken = [file.path for file in others if file.broken]
+    return [f"{len(broken)} links lead nowhere, e.g. {printable(broken[0])}"] if broken else []
+
+
+def _warn_of_lost_classes(folder: str, images: Sequence[_File], others: Sequence[_File]) -> list[str]:
+    """Class folders that became no class."""
+    with_images = {file.path.split("/", 1)[0] for file in images if "/" in file.path}
+    contents: dict[str, list[_File]] = {
+        entry.name: []
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name)
+        if os.path.isdir(entry.path) and not entry.name.startswith(".") and entry.name not in with_images
+    }
+    for file in others:
+        if (name := file.path.split("/", 1)[0]) in contents:
+            contents[name].append(file)
+    lost = [f"{printable(name)} ({show_counts(_count_kinds(files)) or 'empty'})" for name, files in contents.items()]
+    if not lost:
+        return []
+    more = f" and {len(lost) - 5} more" * (len(lost) > 5)
+    return [f"{len(lost)} folders hold no image and became no class: {', '.join(lost[:5])}{more}"]
+
+
+def _warn_of_splits(folder: str, names: Sequence[str]) -> list[str]:
+    if len(names) < 2 or not all(name.lower() in _SPLIT_NAMES for name in names):
+        return []
+    train = next((name for name in names if name.lower().startswith("train")), names[0])
+    other = next(name for name in names if name != train)
+    return [
+        f"the folders {', '.join(names)} became the classes; if they are splits of one data set: "
+        f"source={folder}/{train} holdout={folder}/{other}"
+    ]
 
 
 def _classes_from_folders(
@@ -118,64 +194,6 @@ def _classes_from_folders(
     return inside, names, lambda path: number[path.split("/", 1)[0]]
 
 
-def read_labels(
-    labels: str, paths: Sequence[str], classes: Sequence[str] = ()
-) -> tuple[list[str], Callable[[str], int]]:
-    """Read lines `filename class` (or tab-separated), the class by name or number.
-
-    Returns the class names and the label of each path. Without `classes`, the names are those in the file, sorted;
-    or the numbers up to the largest if all are numbers. Raises FileNotFoundError or ValueError naming file and line.
-    """
-    if not os.path.isfile(labels):
-        raise FileNotFoundError(f"labels file {labels} does not exist")
-    by_name = _by_path_and_name(paths)
-    entries: dict[str, tuple[str, int]] = {}  # path -> (class, line)
-    for number, line in enumerate(Path(labels).read_text().splitlines(), 1):
-        if not line.strip():
-            continue
-        fields = line.strip().split("\t") if "\t" in line else line.strip().rsplit(None, 1)
-        if len(fields) != 2:
-            raise ValueError(f"{labels}, line {number}: expected `filename class`, found {line.strip()!r}")
-        path = by_name.get(fields[0].strip().removeprefix("./"))
-        if path is None:
-            raise ValueError(f"{labels}, line {number}: there is no image {fields[0]!r}")
-        if path in entries and entries[path][0] != fields[1].strip():
-            raise ValueError(f"{labels}, line {number}: {fields[0]!r} has another class in line {entries[path][1]}")
-        entries[path] = fields[1].strip(), number
-    if missing := [path for path in paths if path not in entries]:
-        raise ValueError(
-            f"{labels}: no class for {missing[0]!r}" + f" and {len(missing) - 1} more" * (len(missing) > 1)
-        )
-    names = list(classes) or _names_in({name for name, _ in entries.values()})
-    number_of = {name: i for i, name in enumerate(names)}
-    table = {path: _number(name, number_of, f"{labels}, line {line}") for path, (name, line) in entries.items()}
-    return names, table.__getitem__
-
-
-def _by_path_and_name(paths: Sequence[str]) -> Mapping[str, str]:
-    """Paths under their own name and, where it is the only one, under the bare file name."""
-    bare: dict[str, list[str]] = {}
-    for path in paths:
-        bare.setdefault(path.rpartition("/")[2], []).append(path)
-    return {**{name: same[0] for name, same in bare.items() if len(same) == 1}, **{path: path for path in paths}}
-
-
-def _names_in(labels: set[str]) -> list[str]:
-    if all(label.isascii() and label.isdigit() for label in labels):
-        return [str(i) for i in range(max(int(label) for label in labels) + 1)]
-    return sorted(labels)
-
-
-def _number(name: str, number_of: Mapping[str, int], where: str) -> int:
-    if name in number_of:
-        return number_of[name]
-    if name.lstrip("-").isdigit() and 0 <= int(name) < len(number_of):
-        return int(name)
-    raise ValueError(
-        f"{where}: {name!r} is not one of the {len(number_of)} classes (a name, or 0 to {len(number_of) - 1})"
-    )
-
-
 def list_arrays(folder: str, part: str, names: Sequence[str] = ()) -> Listing:
     """The pictures of IDX files or CIFAR's batches: `part` is train | test, `names` the classes in the order of their
     numbers. Raises ValueError for a label beyond the names."""
@@ -188,6 +206,7 @@ def list_arrays(folder: str, part: str, names: Sequence[str] = ()) -> Listing:
         items += [Item(f"{stem}/{n:0{digits}d}", int(label), name, n) for n, label in enumerate(labels)]
         largest = max(largest, int(labels.max()))
     classes = tuple(names) or class_names(folder, largest + 1)
+    check_class_names(classes, folder)
     if largest >= len(classes):
         raise ValueError(f"{folder}: label {largest}, but {len(classes)} class names")
     return Listing(folder, tuple(items), classes)
@@ -202,7 +221,7 @@ def unique_keys(paths: Sequence[str]) -> list[str]:
     seen: set[str] = set()
     keys = []
     for path in paths:
-        text = path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        text = printable(path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace"))
         if text.startswith("__"):
             text = text.lstrip("_")
         parent, slash, name = text.rpartition("/")
@@ -218,7 +237,8 @@ def unique_keys(paths: Sequence[str]) -> list[str]:
 def split_items(items: Sequence[Item], holdout: str) -> tuple[list[Item], list[Item]]:
     """(train, holdout): a fraction chosen by each key's hash, or `every:n` = every n-th in sorted order (0, n, 2n, …).
 
-    A fraction above 0 holds out at least one of two or more. Raises ValueError for a rule that is neither.
+    A fraction above 0 holds out at least one of two or more. Links to one file stay together. Raises ValueError for
+    a rule that is neither.
     """
     every = holdout_every(holdout)
     if every:
@@ -229,7 +249,9 @@ def split_items(items: Sequence[Item], holdout: str) -> tuple[list[Item], list[I
         chosen = {key for key, score in scores.items() if score < fraction}
         if not chosen and fraction and len(items) > 1:
             chosen = {min(scores, key=lambda key: (scores[key], key))}
-    return [item for item in items if item.key not in chosen], [item for item in items if item.key in chosen]
+    files = {item.identity for item in items if item.key in chosen} - {0}
+    held_out = [item.key in chosen or item.identity in files for item in items]
+    return list(compress(items, [not out for out in held_out])), list(compress(items, held_out))
 
 
 def holdout_every(holdout: str) -> int:

@@ -4,6 +4,7 @@ In: a module's function, and picklable jobs.  Out: results in the order of compl
 that started it, and ignores stop signals, which its parent handles.
 """
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -25,6 +26,20 @@ BEAT_SECONDS = 0.2  # a job's progress is passed on at most this often
 
 
 _Beat = Callable[[], Any]
+_REMEDIES = {
+    "AF_UNIX path too long": "TMPDIR is too long for a socket, set it to a shorter path",
+    "open files": "raise the limit of open files (ulimit -n)",
+    "ancdata": "raise the limit of open files (ulimit -n)",
+    "space left": "free or enlarge the shared memory in /dev/shm (docker run --shm-size)",
+    "exited unexpectedly": "free memory or the shared memory in /dev/shm (docker run --shm-size)",
+    "Bus error": "free or enlarge the shared memory in /dev/shm (docker run --shm-size)",
+    "allocate memory": "free memory",
+    "MemoryError": "free memory",
+    "temporary directory": "set TMPDIR to a folder that can be written",
+    "such file": "make /dev/shm and TMPDIR folders that can be written",
+    "denied": "make /dev/shm and TMPDIR writable",
+    "Read-only": "make /dev/shm and TMPDIR writable",
+}
 _beat: _Beat | None = None  # of this process
 _last_beat = 0.0
 
@@ -37,6 +52,14 @@ def made_progress() -> None:
     if _beat is not None and now - _last_beat >= BEAT_SECONDS:
         _last_beat = now
         _beat()
+
+
+def worker_failure(what: str, error: BaseException, instead: str) -> OSError:
+    """The error of a process that cannot be started, or cannot send: what, the reason, the remedy, and what to do
+    `instead`."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    remedies = [f"{remedy}, or " for sign, remedy in _REMEDIES.items() if sign in reason]
+    return OSError(f"{what}: {reason}; {''.join(remedies[:1])}{instead}")
 
 
 def run_jobs(
@@ -74,14 +97,16 @@ def _over_processes(
     # Not fork: the parent runs threads (torch, gloo) whose locks a forked child would inherit.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([function.__module__, __name__])
-    beats = context.Value("Q")
+    with _starting():
+        beats = context.Value("Q")
     pending = iter(jobs)
     running: dict[Future[Result], Job] = {}
     stopping, seen = bool(stop()), 0
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(beats,)) as pool:
         while True:
             while len(running) < 2 * workers and not stopping and (job := next(pending, None)) is not None:
-                running[pool.submit(function, job)] = job
+                with _starting():
+                    running[pool.submit(function, job)] = job
             if not running:
                 return
             done, _ = wait(running, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
@@ -92,6 +117,14 @@ def _over_processes(
             if stopping:
                 for future in [future for future in running if future.cancel()]:
                     del running[future]
+
+
+@contextlib.contextmanager
+def _starting() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise worker_failure("worker processes cannot be started", error, "work in one process (workers=1)") from None
 
 
 def _result(future: "Future[Result]") -> Result:

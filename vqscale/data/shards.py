@@ -211,7 +211,7 @@ class ShardWriter:
         self.info = dataclasses.replace(info, index_sha256=index_sha256)
 
     def write(self, key: str, parts: dict[str, bytes]) -> None:
-        """Append a sample. `parts`: extension -> bytes, stored in this order; `cls` must hold the label.
+        """Append a sample. `parts`: extension -> bytes, stored in this order; `cls` must be the label.
 
         Raises ValueError for a duplicate or unusable key or a missing or malformed label.
         """
@@ -285,12 +285,12 @@ class Manifest:
             shards = tuple(_checked(ShardInfo(**shard)) for shard in raw["shards"])
             assert isinstance(raw["transform"], dict) and isinstance(raw["extra"], dict), "transform, extra: no objects"
             assert all(isinstance(name, str) for name in raw["classes"]), "classes: not a list of names"
-            made = cls.of(raw["kind"], shards, raw["classes"], raw["transform"], raw["extra"])
+            manifest = cls.of(raw["kind"], shards, raw["classes"], raw["transform"], raw["extra"])
         except _MALFORMED as error:
             raise ValueError(f"{path}: not a data set's description ({type(error).__name__}: {error})") from None
-        if (made.num_samples, made.fingerprint) != (raw["num_samples"], raw["fingerprint"]):
-            raise ValueError(f"{path}: was edited: its shards give {made.fingerprint}, not {raw['fingerprint']}")
-        return made
+        if (manifest.num_samples, manifest.fingerprint) != (raw["num_samples"], raw["fingerprint"]):
+            raise ValueError(f"{path}: was edited: its shards give {manifest.fingerprint}, not {raw['fingerprint']}")
+        return manifest
 
     def save(self, folder: str | Path) -> None:
         """Write `<folder>/dataset.json` atomically: the last step of making a data set."""

@@ -201,7 +201,7 @@ class _Grouper:
 
 
 def _is_clutter(name: str) -> bool:
-    """Whether an operating system left this file there: a hidden file, a Mac's resource fork, a folder's thumbnails."""
+    """Whether the file comes from an operating system: hidden, a Mac's resource fork, a folder's thumbnails."""
     components = name.split("/")
     return components[-1].startswith(".") or components[-1] in _CLUTTER or "__MACOSX" in components
 

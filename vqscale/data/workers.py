@@ -19,24 +19,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vqscale.batch import Batch
+from vqscale.data.processes import worker_failure
 from vqscale.topology import die_with_parent
 
 _INLINE_BYTES = 1 << 16
 _SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGXCPU", "SIGUSR1", "SIGUSR2")
-_REMEDIES = {
-    "AF_UNIX path too long": "TMPDIR is too long for a socket, set it to a shorter path",
-    "open files": "raise the limit of open files (ulimit -n)",
-    "ancdata": "raise the limit of open files (ulimit -n)",
-    "space left": "free or enlarge the shared memory in /dev/shm (docker run --shm-size)",
-    "exited unexpectedly": "free memory or the shared memory in /dev/shm (docker run --shm-size)",
-    "Bus error": "free or enlarge the shared memory in /dev/shm (docker run --shm-size)",
-    "allocate memory": "free memory",
-    "MemoryError": "free memory",
-    "temporary directory": "set TMPDIR to a folder that can be written",
-    "such file": "make /dev/shm and TMPDIR folders that can be written",
-    "denied": "make /dev/shm and TMPDIR writable",
-    "Read-only": "make /dev/shm and TMPDIR writable",
-}
 
 
 def run_workers(
@@ -90,9 +77,7 @@ def _as_is(batch: Any) -> Any:
 
 
 def _failure(what: str, error: BaseException) -> OSError:
-    reason = " ".join(str(error).split()) or type(error).__name__
-    remedies = [f"{remedy}, or " for sign, remedy in _REMEDIES.items() if sign in reason]
-    return OSError(f"{what}: {reason}; {''.join(remedies[:1])}read without workers (workers=0)")
+    return worker_failure(what, error, "read without workers (workers=0)")
 
 
 class _InWorker(Dataset):

@@ -165,8 +165,13 @@ def usage_svg(name: str, counts: Int[np.ndarray, " k"]) -> bytes:
 
 
 def metrics_of_run(path: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; an exported model has none."""
-    return [line for line in read_jsonl(path / "metrics.jsonl") if "images_seen" in line]
+    """The lines of a run's metrics.jsonl that say when they were written; an exported model has none."""
+    return [line for line in read_jsonl(path / "metrics.jsonl") if is_number(line.get("images_seen"))]
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value from JSON can be drawn."""
+    return isinstance(value, (int, float)) and abs(value) < 1e300
 
 
 Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # name -> (x, y)

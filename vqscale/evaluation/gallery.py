@@ -1,11 +1,12 @@
 """Which images to show: sample shards -> the first images of each class.
 
-In: a data set.  Out: {class name: images uint8 [3, R, R]}; or the images at given positions.
+In: a data set.  Out: {class name: images}; or the images at given positions.  Shapes: r pixels a side.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 
+from jaxtyping import UInt8
 from torch import Tensor
 
 from vqscale.data.cache import Cache
@@ -22,11 +23,13 @@ def first_of_each_class(
     per_class: int,
     most_classes: int,
     cache: Cache | None = None,
-) -> dict[str, list[Tensor]]:
+) -> dict[str, list[UInt8[Tensor, "3 r r"]]]:
     """The first `per_class` images of classes spread evenly over all that occur, at most `most_classes`.
 
     Raises ValueError for an image that is damaged.
     """
+    if not per_class or not most_classes:
+        return {}
     positions = _positions_by_class(folder, manifest, per_class)
     present = sorted(positions)
     step = max(1.0, len(present) / most_classes)
@@ -53,8 +56,8 @@ def _positions_by_class(folder: Path, manifest: Manifest, per_class: int) -> dic
 
 def images_at(
     folder: Path, manifest: Manifest, positions: Sequence[int], resolution: int, cache: Cache | None = None
-) -> list[tuple[Tensor, str]]:
-    """(image uint8 [3, R, R], class name) at each position in stored order. Raises ValueError for a damaged one."""
+) -> list[tuple[UInt8[Tensor, "3 r r"], str]]:
+    """(image, class name) at each position in stored order. Raises ValueError for a damaged one."""
     return [
         (resize_center_crop(decode_image(next(iter(parts.values()))), resolution), _name(manifest, label))
         for _, label, parts in read_samples(folder, SUFFIXES, positions, cache)

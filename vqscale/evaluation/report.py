@@ -16,11 +16,11 @@ from jaxtyping import Int, UInt8
 from markupsafe import Markup
 from torch import Tensor
 
-from vqscale.evaluation.figures import ERROR_FULL, curves_svg, error_map, png_bytes, usage_svg
+from vqscale.evaluation.figures import ERROR_FULL, curves_svg, error_map, is_number, png_bytes, usage_svg
 from vqscale.evaluation.reconstructions import Examples
 from vqscale.evaluation.samples import Neighbours
 from vqscale.evaluation.scores import Score, is_of_curve, metric_of
-from vqscale.text import redact_url
+from vqscale.text import printable_lines, redact_url
 
 # What the papers state. Grade P: read in the paper or the authors' code; S: transcribed by a secondary source. Values
 # known from memory only are not listed. (what, value, grade, our key or "")
@@ -94,7 +94,7 @@ def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
-        finalize=lambda value: value if isinstance(value, Markup) else redact_url(str(value)),
+        finalize=lambda value: value if isinstance(value, Markup) else printable_lines(redact_url(str(value))),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -200,8 +200,8 @@ def _curves(report: Report) -> dict[str, bytes]:
 
 
 def _series(lines: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
-    points = [(line["images_seen"], line[key]) for line in lines if isinstance(line.get(key), (int, float))]
-    return [float(x) for x, _ in points], [float(y) for _, y in points]
+    points = [(float(line["images_seen"]), float(line[key])) for line in lines if is_number(line.get(key))]
+    return [x for x, _ in points], [y for _, y in points]
 
 
 def _order0(report: Report, series: Iterable[str]) -> float | None:

@@ -24,14 +24,14 @@ from markupsafe import Markup
 from vqscale import config as configs
 from vqscale.config import Request, read_request
 from vqscale.data.shards import Manifest, resolve
-from vqscale.evaluation.figures import metrics_of_run
+from vqscale.evaluation.figures import is_number, metrics_of_run
 from vqscale.evaluation.report import format_value, with_unit
 from vqscale.evaluation.scores import METRICS, Score, is_of_curve, metric_of
 from vqscale.fields import Choice, NonNegativeInt
 from vqscale.files import read_json, write_atomically
 from vqscale.models.pretrained import save_pretrained
 from vqscale.sources import Source, load_any
-from vqscale.text import markdown, printable, redact_url
+from vqscale.text import markdown, printable, printable_lines, redact_url
 
 USAGE = "RUN_DIR OUT_DIR [key=value ...]"
 _OF_COMMAND = ("stage", "strategy", "world_size", "device", "precision", "git_commit", "versions")
@@ -99,7 +99,7 @@ def main(request: Request[ExportConfig]) -> None:
         raise ValueError(f"checkpoint={config.checkpoint} is of one run, but {run_dir} holds {len(runs)}")
     sources = [load_any(run, weights_kind=config.weights_kind, checkpoint=config.checkpoint) for run in runs]
     models = [Exported(source, "." if alone else Exported(source, "").role) for source in sources]
-    for folder in {out, *(out / one.folder for one in models)}:  # all is checked before the first is written
+    for folder in (out, *(out / one.folder for one in models)):  # all is checked before the first is written
         _check_folder(folder)
     for one in models:
         _write(one.source, out / one.folder)
@@ -166,14 +166,14 @@ def card(models: Sequence[Exported], experiment: Path, config: ExportConfig) -> 
         .get_template("card.md")
         .render(
             title=experiment.name,
-            about=config.about or "A model trained with vqscale.",
+            about=printable_lines(config.about) or "A model trained with vqscale.",
             licence=config.licence,
             models=models,
             kinds={one.source.description["kind"] for one in models},
             description=models[0].source.description,
             data=_data(models[0].source, experiment),
             commands=[_line_of(path, command) for path, command in commands],
-            places=_places([command for _, command in commands]),
+            launches=_launches([command for _, command in commands]),
             scores=scores,
             held_out={} if scores else _last_held_out(models),
         )
@@ -235,16 +235,16 @@ def _line_of(path: Path, command: Mapping[str, Any]) -> str:
     return "vqscale " + printable(shlex.join(redact_url(word) for word in words))
 
 
-def _places(commands: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Where they ran, each place once: what the command line does not show."""
-    places = []
+def _launches(commands: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """How and where they ran, which the command line does not show; each once."""
+    launches: list[dict[str, Any]] = []
     for command in commands:
-        place = {key: command.get(key) for key in ("strategy", "world_size", "device")}
-        place["commit"] = str(command.get("git_commit", ""))[:10]
-        place["torch"] = dict(command.get("versions", {})).get("torch")
-        if place not in places:
-            places.append(place)
-    return sorted(places, key=lambda place: str(list(place.values())))
+        launch = {key: command.get(key) for key in ("strategy", "world_size", "device")}
+        launch["commit"] = str(command.get("git_commit", ""))[:10]
+        launch["torch"] = dict(command.get("versions", {})).get("torch")
+        if launch not in launches:
+            launches.append(launch)
+    return sorted(launches, key=lambda launch: str(list(launch.values())))
 
 
 def _scores(models: Sequence[Exported], evaluation: Path) -> dict[str, Score]:
@@ -277,10 +277,8 @@ def _samples_are_of(models: Sequence[Exported], samples: str, experiment: Path) 
 def _last_held_out(models: Sequence[Exported]) -> dict[str, float]:
     last: dict[str, float] = {}
     for source in (one.source for one in models):
-        for line in metrics_of_run(source.path):
-            if line["images_seen"] <= source.images_seen:
-                held_out = {
-                    key: value for key, value in line.items() if key.startswith("held_out/") and value is not None
-                }
-                last |= {key.removeprefix("held_out/"): value for key, value in held_out.items()}
+        lines = (line for line in metrics_of_run(source.path) if line["images_seen"] <= source.images_seen)
+        for key, value in (item for line in lines for item in line.items()):
+            if key.startswith("held_out/") and is_number(value):
+                last[key.removeprefix("held_out/")] = value
     return last

@@ -46,8 +46,8 @@ Config = ExtractCodesConfig
 
 
 def main(config: ExtractCodesConfig) -> None:
-    """Extract into `config.run_dir/{train,holdout}`. Raises ValueError if the model and the images do not fit, or if
-    the code shards that are there were made from others."""
+    """Extract into `config.run_dir/{train,holdout}`. Raises ValueError if the model and the images do not fit, or are
+    not those of earlier code shards."""
     with runtime.run(config, "extract_codes") as run:
         try:
             source = load_vqvae(
@@ -57,7 +57,7 @@ def main(config: ExtractCodesConfig) -> None:
         except FileNotFoundError as error:
             if not run.was_done or any(_load_manifest(run.run_dir / split) is None for split in _splits(config.data)):
                 raise
-            runtime.log.info("nothing left to do, though the inputs are away: %s", error)
+            runtime.log.info("nothing left to do; not compared with the inputs, which are missing: %s", error)
             return
         for split, manifest in images.items():
             _check_fits(config, manifest, source)
@@ -102,11 +102,11 @@ def _extract_split(config: ExtractCodesConfig, run: runtime.Run, source: Source,
         out.mkdir(parents=True, exist_ok=True)
     topology.barrier()  # all ranks listed the same shards before any of them writes one
     unfinished = [n for n, info in enumerate(finished) if info is None]
-    mine = unfinished[topology.rank :: topology.world_size]
+    numbers = unfinished[topology.rank :: topology.world_size]
     # One loader for all shards: its workers read on into the next one while this one is written.
     blocks = read_shard_blocks(
         folder,
-        mine,
+        numbers,
         read=ImageReader(source.description["resolution"], flip=False, crop="center"),
         block=config.block,
         workers=config.workers,
@@ -114,10 +114,10 @@ def _extract_split(config: ExtractCodesConfig, run: runtime.Run, source: Source,
         cache=Cache.of(config),
     )
     bad = sum(shard.num_samples - info.num_samples for shard, info in zip(images.shards, finished, strict=True) if info)
-    total = sum(images.shards[n].num_samples for n in mine)
+    total = sum(images.shards[n].num_samples for n in numbers)
     bar = tqdm(total=total, unit="img", disable=not topology.is_main, desc=split)
     with run.stoppable(), bar, closing(iter(blocks)) as batches:
-        for number in mine:
+        for number in numbers:
             with ShardWriter(out / names[number]) as writer:
                 for key, parts in _encoded(config, source, images.index(folder, number), batches, run):
                     bar.update()
@@ -214,8 +214,8 @@ def _write_manifest(
         manifest.save(out)
     topology.barrier()
     usage = {name: torch.zeros(model.num_codes, dtype=torch.int64) for name in levels}
-    mine = range(topology.rank, len(shards), topology.world_size)
-    for batch in read_shard_blocks(out, mine, read=CodeReader(levels, views=extra["views"]), block=1024):
+    numbers = range(topology.rank, len(shards), topology.world_size)
+    for batch in read_shard_blocks(out, numbers, read=CodeReader(levels, views=extra["views"]), block=1024):
         run.stop_requested()  # counts as progress
         for name, histogram in usage.items():
             histogram += torch.bincount(codes_of(batch, name)[batch["weight"] > 0].flatten(), minlength=model.num_codes)

@@ -141,7 +141,7 @@ def _finished(job: _Job) -> ShardInfo | None:
 
 
 def _remove_damaged(folder: Path) -> None:
-    """Indexes that are no longer what dataset.json says are made again."""
+    """Remove indexes that dataset.json does not describe, so that they are made again."""
     if not (folder / MANIFEST).is_file():
         return
     for shard in Manifest.load(folder).shards:

@@ -19,6 +19,7 @@ from vqscale import runtime
 from vqscale.config import StageConfig
 from vqscale.data.arrays import array_files
 from vqscale.data.drawn import CLASSES
+from vqscale.data.headers import MAX_PIXELS
 from vqscale.data.listing import (
     Item,
     Listing,
@@ -27,14 +28,16 @@ from vqscale.data.listing import (
     is_flat,
     list_arrays,
     list_folder,
+    show_counts,
     shuffled,
     split_items,
 )
 from vqscale.data.packing import Encoding, ShardJob, finished, pack_shard, read_bad, write_bad
 from vqscale.data.processes import run_jobs
-from vqscale.data.shards import Manifest, ShardInfo, resolve
+from vqscale.data.shards import MANIFEST, Manifest, ShardInfo, resolve
 from vqscale.fields import Choice, Fraction, NonNegativeInt, PathText, PositiveInt, Range
 from vqscale.files import read_json, write_json
+from vqscale.text import printable
 
 log = logging.getLogger("vqscale")
 _PNG_UP_TO = 128  # pixels: below, PNG is small enough and exact
@@ -58,6 +61,7 @@ class PackConfig(StageConfig):
     holdout: PathText = "0.05"  # a fraction by key | every:20 | a folder | test (of IDX files, of CIFAR-10)
     samples_per_shard: PositiveInt = 1000  # at most
     num_drawn: PositiveInt = 20000  # images, for source=drawn
+    max_pixels: PositiveInt = MAX_PIXELS  # of one image; a larger one counts as bad. Decoding takes ~20 bytes a pixel
     max_bad_fraction: Fraction = 0.01  # of images that may fail to decode; at least 1 may, unless it is 0
     workers: NonNegativeInt = 0  # processes; 0 = one per core
 
@@ -87,16 +91,16 @@ class _Contents:
 def main(config: PackConfig) -> None:
     """Pack. Raises ValueError or FileNotFoundError for a wrong source or config before anything is written."""
     _check(config)
-    if _is_done(config) and not _source_exists(config):
-        contents = None  # packed, and the source removed since: nothing to compare
+    contents = None
+    if _is_done(config) and not _source_exists(config):  # packed, and the source removed since: nothing to compare
+        _check_outputs(config)
     else:
         contents = _contents(config)
     with runtime.run(config, stage="pack") as run:
-        if contents is not None:
-            _check_source_unchanged(run, contents)
-        if run.was_done or contents is None:
+        if contents is None:
             log.info("%s: already packed", run.run_dir)
             return
+        _check_source_unchanged(run, contents)
         _pack(config, contents, run)
 
 
@@ -106,20 +110,15 @@ def plan(config: PackConfig) -> str:
     contents = _contents(config)
     images, held_out, classes = len(contents.train.items), len(contents.holdout.items), len(contents.train.classes)
     size = contents.encoding.resolution
-    return (
+    summary = (
         f"{images} training and {held_out} held-out images of {classes} classes, "
         f"stored as {size}×{size} {contents.encoding.format}"
     )
+    warnings = [f"{split}: {line}" for split, listing in contents.listings.items() for line in listing.warnings]
+    return "\n".join([summary, *warnings])
 
 
 def _check(config: PackConfig) -> None:
-    if config.format not in ("", "png", "jpg"):
-        raise ValueError(f"format={config.format}: choose png or jpg")
-    for name in ("resolution", "samples_per_shard", "num_drawn"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
-    if not 1 <= config.quality <= 100:
-        raise ValueError(f"quality={config.quality} must lie in 1 … 100")
     if config.source == "drawn" and (config.labels or config.classes_from or os.path.isdir(config.holdout)):
         raise ValueError(
             "source=drawn has classes of its own: labels=, classes_from= and a holdout folder do not apply"
@@ -134,6 +133,27 @@ def _is_done(config: PackConfig) -> bool:
 
 def _source_exists(config: PackConfig) -> bool:
     return config.source == "drawn" or os.path.isdir(config.source)
+
+
+def _check_outputs(config: PackConfig) -> None:
+    """Raises ValueError where files of a finished run are gone and the source, too."""
+    run_dir = Path(config.run_dir)
+    folders = [run_dir / "train", *([run_dir / "holdout"] if (run_dir / "holdout").exists() else [])]
+    gone = [path for folder in folders for path in _missing_files(folder)]
+    if gone:
+        raise ValueError(f"{gone[0]} is gone, or not whole; without source={config.source} it cannot be packed again")
+
+
+def _missing_files(folder: Path) -> list[Path]:
+    """What is not as the folder's dataset.json says, or that file itself."""
+    try:
+        manifest = Manifest.load(folder)
+    except (OSError, ValueError):
+        return [folder / MANIFEST]
+    sizes = {folder / info.name: info.bytes for info in manifest.shards}
+    indexes = [folder / info.index_name for info in manifest.shards]
+    tars = [tar for tar, size in sizes.items() if not tar.is_file() or tar.stat().st_size != size]
+    return tars + [index for index in indexes if not index.is_file()]
 
 
 def _contents(config: PackConfig) -> _Contents:
@@ -151,9 +171,34 @@ def _contents(config: PackConfig) -> _Contents:
     known = Manifest.load(resolve(config.classes_from)).classes if config.classes_from else ()
     if not os.path.isdir(config.holdout):
         return _Contents(*_split(list_folder(config.source, config.labels, known), config.holdout), encoding)
+    _check_apart(config.source, config.holdout)
     source_labels, holdout_labels = _assign_labels(config)
     train = list_folder(config.source, source_labels, known)
-    return _Contents(train, list_folder(config.holdout, holdout_labels, train.classes), encoding)
+    holdout = list_folder(config.holdout, holdout_labels, train.classes)
+    _check_disjoint(train, holdout)
+    return _Contents(train, holdout, encoding)
+
+
+def _check_apart(source: str, holdout: str) -> None:
+    """Raises ValueError when one of the folders lies in the other, links resolved."""
+    paths = [os.path.realpath(folder) for folder in (source, holdout)]
+    if os.path.commonpath(paths) in paths:
+        raise ValueError(
+            f"holdout={holdout} and source={source} lie one in the other: held-out images would be trained on; "
+            "give two folders that share nothing"
+        )
+
+
+def _check_disjoint(train: Listing, holdout: Listing) -> None:
+    """Raises ValueError when both have links to the same file."""
+    paths = {item.identity: item.path for item in train.items if item.identity}
+    shared = [item for item in holdout.items if item.identity in paths]
+    if shared:
+        first = shared[0]
+        raise ValueError(
+            f"holdout={holdout.folder} and source={train.folder} share {len(shared)} files: "
+            f"{printable(first.path)} is {printable(paths[first.identity])}"
+        )
 
 
 def _split_arrays(config: PackConfig) -> tuple[Listing, Listing]:
@@ -177,7 +222,7 @@ def _assign_labels(config: PackConfig) -> tuple[str, str]:
 
 def _split(listing: Listing, rule: str) -> tuple[Listing, Listing]:
     train, holdout = split_items(listing.items, rule)
-    return replace(listing, items=tuple(train)), replace(listing, items=tuple(holdout), ignored=0, unclassified=0)
+    return replace(listing, items=tuple(train)), Listing(listing.folder, tuple(holdout), listing.classes)
 
 
 def _check_source_unchanged(run: Any, contents: _Contents) -> None:
@@ -189,7 +234,8 @@ def _check_source_unchanged(run: Any, contents: _Contents) -> None:
             counts = f"{was['images']} {name} images then, {now['images']} now"
             same = " (same number, but other names, sizes or classes)" if was["images"] == now["images"] else ""
             raise ValueError(
-                f"the source has changed since {run.run_dir} was started: {counts}{same}; use another run_dir"
+                f"the source has changed since {run.run_dir} was started: {counts}{same}; use another run_dir, or "
+                "fresh=true, which removes the packed images"
             )
     if run.topology.is_main and not earlier:
         write_json(path, contents.fingerprints)
@@ -222,6 +268,7 @@ def _jobs(config: PackConfig, contents: _Contents, run_dir: Path, split: str) ->
             tuple(items[cuts[n] : cuts[n + 1]]),
             contents.encoding,
             config.seed,
+            config.max_pixels,
         )
         for n in range(count)
     ]
@@ -229,9 +276,12 @@ def _jobs(config: PackConfig, contents: _Contents, run_dir: Path, split: str) ->
 
 def _log_listings(contents: _Contents) -> None:
     for name, listing in contents.listings.items():
-        notes = [f"; {listing.ignored} other files ignored"] * bool(listing.ignored)
+        ignored = listing.ignored.total()
+        notes = [f"; {ignored} other files ignored ({show_counts(listing.ignored)})"] * bool(ignored)
         notes += [f"; {listing.unclassified} images beside the class folders left out"] * bool(listing.unclassified)
         log.info("%s: %d images of %d classes%s", name, len(listing.items), len(listing.classes), "".join(notes))
+        for warning in listing.warnings:
+            log.warning("%s: %s", name, warning)
 
 
 def _clean(run_dir: Path) -> None:
@@ -248,6 +298,10 @@ def _work(config: PackConfig, jobs: Sequence[ShardJob], total: int, run: Any) ->
     bad = [line for job in jobs if job.tar in done for line in read_bad(job.bad_path)]
     _check_budget(bad, total, config.max_bad_fraction)
     remaining = [job for job in jobs if job.tar not in done]
+    if run.was_done and remaining:
+        log.warning("%s was packed, but %s is gone, or not whole: packing again", run.run_dir, remaining[0].tar)
+    elif run.was_done:
+        log.info("%s: already packed", run.run_dir)
     num_images, num_remaining = (sum(len(job.items) for job in part) for part in (jobs, remaining))
     enough = _MIN_FOR_PROCESSES_DRAWN if config.source == "drawn" else _MIN_FOR_PROCESSES
     workers = config.workers or (0 if num_remaining >= enough else 1)
@@ -266,7 +320,7 @@ def _check_budget(bad: Sequence[dict[str, str]], total: int, fraction: float) ->
         first = bad[0]
         raise ValueError(
             f"{len(bad)} of {total} images do not decode, more than the {allowed} that max_bad_fraction={fraction} "
-            f"allows; the first is {first['file']}: {first['error']}"
+            f"allows; the first is {printable(first['file'])}: {first['error']}"
         )
 
 
@@ -283,7 +337,7 @@ def _finish(contents: _Contents, jobs: dict[str, list[ShardJob]], run_dir: Path)
         log.warning(
             "%d images do not decode and were left out, e.g. %s; see %s",
             len(bad),
-            bad[0]["file"],
+            printable(bad[0]["file"]),
             run_dir / "bad.jsonl",
         )
 
@@ -303,6 +357,6 @@ def _save_manifest(folder: Path, encoding: Encoding, listing: Listing, infos: li
     }
     if encoding.format == "jpg":
         transform["quality"] = encoding.quality
-    extra = {"split": folder.name, "source": Path(listing.folder).name or "drawn", "bad_images": bad}
+    extra = {"split": folder.name, "source": printable(Path(listing.folder).name) or "drawn", "bad_images": bad}
     Manifest.of("images", infos, listing.classes, transform, extra).save(folder)
     log.info("%s: %d images in %d shards", folder, sum(info.num_samples for info in infos), len(infos))

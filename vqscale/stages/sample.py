@@ -25,7 +25,7 @@ from vqscale.data.parts import read_samples
 from vqscale.data.shards import Manifest, ShardWriter, shard_info
 from vqscale.evaluation.classify import CLASS_PROBABILITY, ImageClassifier
 from vqscale.evaluation.features import NEED_A_PATH
-from vqscale.evaluation.figures import grid_png, upscale_for
+from vqscale.evaluation.figures import grid_png, label_of_class, upscale_for
 from vqscale.fields import Choice, NonNegativeFloat, NonNegativeInt, PathText, PositiveFraction, PositiveInt
 from vqscale.models.sampling import sample_codes
 from vqscale.sources import Source, build, load_prior, load_vqvae
@@ -277,7 +277,8 @@ def _write_pictures(config: SampleConfig, run: runtime.Run) -> None:
     positions = [first + column for first in firsts for column in range(columns)]
     rows: dict[str, list[Tensor]] = {}
     for sample in read_samples(run.run_dir, ["png"], positions):
-        rows.setdefault(manifest.classes[sample.label], []).append(decode_image(sample.parts["png"]))
+        label = label_of_class(manifest.classes[sample.label], sample.label)
+        rows.setdefault(label, []).append(decode_image(sample.parts["png"]))
     grid_png(run.run_dir / "grid.png", samples=rows)
     if config.images:
         _write_images(run, manifest)
