@@ -55,10 +55,10 @@ _CHAIN = (
     Step("train_prior_top", ("extract_codes",), 20),
     Step("train_prior_middle", ("extract_codes",), 22),
     Step("train_prior_bottom", ("extract_codes",), 26),
-    Step("train_classifier_real", ("pack",), 4),
-    Step("train_classifier_reconstructions", ("train_vqvae",), 4),
+    Step("train_classifier_real", ("pack",), 2),
+    Step("train_classifier_reconstructions", ("train_vqvae",), 2),
     Step("sample", (*_PRIORS, "train_classifier_real"), 7),
-    Step("train_classifier_samples", ("sample",), 4),
+    Step("train_classifier_samples", ("sample",), 2),
     Step(
         "evaluate",
         ("sample", *(f"train_classifier_{of}" for of in ("real", "reconstructions", "samples"))),
@@ -179,18 +179,18 @@ def main(request: Request[RunConfig]) -> None:
     chain.choices.save()
     limit = f", {chain.choices.minutes:g} minutes" if chain.choices.minutes else ""
     _say(f"{chain.folder} -> {chain.root}: {len(chain.steps)} stages{limit}")
-    clock, notes = Clock(chain, begun), list[str]()
+    clock, needed = Clock(chain, begun), list[float]()
     with Programs() as programs:
         for number, step in enumerate(chain.steps, 1):
             head = f"[{number}/{len(chain.steps)}] {step.name}"
             if chain.is_current(step):
                 _say(f"{head}: done")
                 continue
-            _say(f"{head}: {_expected(chain, step, clock, notes)}")
+            _say(f"{head}: {_expected(chain, step, clock, needed)}")
             chain.started.add(step.name)
             programs.run(step, [str(chain.path(step)), *chain.words(step)])
             clock.done.add(step.name)
-    _tell_results(chain, notes)
+    _tell_results(chain, needed)
 
 
 def _say(line: str) -> None:
@@ -223,7 +223,7 @@ def _is_done(chain: Chain, step: Step) -> bool:
         return False
 
 
-def _expected(chain: Chain, step: Step, clock: Clock, notes: list[str]) -> str:
+def _expected(chain: Chain, step: Step, clock: Clock, needed: list[float]) -> str:
     """How long the step will take, in words; with a time limit, its size is chosen first."""
     if step.stage not in _SIZED:
         return "begins"
@@ -238,8 +238,7 @@ def _expected(chain: Chain, step: Step, clock: Clock, notes: list[str]) -> str:
     else:
         size = sizing.size_trainer(step.stage, path, words, seconds)
     if size.share < 1:
-        needed = chain.choices.minutes / size.share
-        notes.append(f"{step.name} had time for {size.share:.0%} of a short training: minutes={needed:.0f} gives it")
+        needed.append(chain.choices.minutes / size.share)
     chain.choices.add(step.name, size.words)
     shown = " ".join(word for word in size.words if word.startswith(("model.", "total_", "global_", "samples_per")))
     return f"about {max(size.seconds or seconds, 60) / 60:.0f} min; {shown}".rstrip("; ")
@@ -289,7 +288,7 @@ class Programs:
             raise ValueError(f"{step.name} ended with exit code {code}: its own words are above, and in its log")
 
 
-def _tell_results(chain: Chain, notes: Sequence[str]) -> None:
+def _tell_results(chain: Chain, needed: Sequence[float]) -> None:
     """Name the picture, the report and the next command."""
     _say("")
     for step in chain.steps:
@@ -297,6 +296,6 @@ def _tell_results(chain: Chain, notes: Sequence[str]) -> None:
             config: Any = chain.config_of(step)
             _say(f"picture: {config.picture or Path(config.run_dir) / 'samples.png'}")
             _say(f"report:  {Path(config.run_dir) / 'report.html'}")
-    for note in notes:
-        _say(f"note: {note}")
+    if needed:
+        _say(f"note:    these models have hardly learned; minutes={max(needed):.0f} would give them a short training")
     _say(f"next: vqscale export {shlex.quote(str(chain.root))} {shlex.quote(str(Path('out') / chain.name))}")

@@ -24,7 +24,11 @@ TRAINERS: dict[str, Any] = {
     "train_prior": train_prior,
     "train_classifier": train_classifier,
 }
-STEPS = 1_500  # fewer leave a model that has hardly begun
+STEPS = {
+    "train_vqvae": 1_500,
+    "train_prior": 2_000,
+    "train_classifier": 100,
+}  # fewer steps teach it hardly anything
 _BATCHES = (64, 32, 16)
 _NARROWER = (1, 2, 4)  # what the widths are divided by
 _EPOCHS = {"train_vqvae": 1_000, "train_prior": 200, "train_classifier": 100}  # more would only repeat a small data set
@@ -55,16 +59,16 @@ def size_trainer(stage: str, path: Path, words: Sequence[str], seconds: float) -
     for divisor in _NARROWER:
         narrowed = _narrowed(stage, config.model, divisor)
         cost = seconds_per_image(stage, path, [*words, "threads=0", *narrowed])
-        if seconds / cost >= STEPS * min(_BATCHES[-1], config.global_batch):
+        if seconds / cost >= STEPS[stage] * min(_BATCHES[-1], config.global_batch):
             break
     num_images = Manifest.load(resolve(config.data, "train")).num_samples
     images = min(seconds / cost, config.total_images, _EPOCHS[stage] * num_images)
     smallest = min(_BATCHES[-1], config.global_batch)
-    batch = next((b for b in _BATCHES if b <= config.global_batch and images / b >= STEPS), smallest)
+    batch = next((b for b in _BATCHES if b <= config.global_batch and images / b >= STEPS[stage]), smallest)
     total = max(1, int(images / batch)) * batch
-    own = _of_vqvae(config, num_images) if stage == "train_vqvae" else []
+    own = {"train_vqvae": _of_vqvae, "train_prior": _of_prior}.get(stage, lambda *_: [])(config, num_images)
     chosen = ["threads=0", *narrowed, *_schedule(total, batch, config), *own]
-    return Size(chosen, total * cost + _START, seconds / cost / (STEPS * smallest))
+    return Size(chosen, total * cost + _START, seconds / cost / (STEPS[stage] * smallest))
 
 
 def _narrowed(stage: str, model: Any, divisor: int) -> list[str]:
@@ -106,6 +110,11 @@ def _of_vqvae(config: Any, num_images: int) -> list[str]:
         f"model.quantizer.num_codes={min(codes, config.model.quantizer.num_codes)}",
         f"init_images={min(config.init_images, num_images, 512)}",
     ]
+
+
+def _of_prior(config: Any, _num_images: int) -> list[str]:
+    """A short training of a narrow model takes larger steps, and needs little against overfitting."""
+    return [f"learning_rate={max(config.learning_rate, 2e-3):g}", f"model.dropout={min(config.model.dropout, 0.05):g}"]
 
 
 def seconds_per_image(stage: str, path: Path, words: Sequence[str]) -> float:
