@@ -62,7 +62,7 @@ def test_ranks_that_stand_still_write_their_stacks_and_end(tmp_path: Path, how: 
     assert consumed == list(range(consumed[0], 160)) and 8 <= consumed[0] <= 40
 
 
-def test_a_run_that_gets_on_is_left_alone(tmp_path: Path) -> None:
+def test_a_run_that_makes_progress_is_left_alone(tmp_path: Path) -> None:
     config = replace(settings(tmp_path), step_seconds=0.4)  # longer than the limit in all
     (result,) = run_ranks(train, 1, config)
     assert len(result["applied"]) == 20
