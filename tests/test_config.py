@@ -182,6 +182,8 @@ def test_references_are_for_what_the_user_wrote(path: Path, monkeypatch: pytest.
     loaded = config.load(OuterConfig, path, ["data=runs/${experiment}/x"])
     assert (loaded.label, loaded.names, loaded.seed, loaded.data) == ("17", ["17", "b"], 17, "runs/mine/x")
     assert config.from_dict(OuterConfig, {"label": "${oc.env:SECRET}"}, "there").label == "${oc.env:SECRET}"
+    path.write_text("run_dir: runs/${experiment}/${oc.env:SECRET}\ntotal_images: 5\n")
+    assert config.peek(path, ["experiment=x"]) == ("runs/x/17", 5)
 
 
 def test_an_experiment_has_runs_of_its_own(path: Path) -> None:

@@ -100,7 +100,7 @@ def load(cls: type[C], path: str | Path, overrides: Sequence[str] = ()) -> C:
     path = Path(path)
     written, given = _read_yaml(path), _read_words(cls, overrides)
     _check_keys(cls, written, str(path))
-    texts = _resolved(cls, {"experiment": _folder_name(path)} | _merged(written, given), str(path))
+    texts = _resolved(as_dict(cls), {"experiment": _folder_name(path)} | _merged(written, given), str(path))
     _check_complete(texts, path)
     values = _typed(cls, texts, lambda key: _COMMAND_LINE if _is_given(key, overrides) else str(path))
     config = _made(cls, {**values, "experiment": values["experiment"] or _folder_name(path)}, str(path))
@@ -133,6 +133,7 @@ def peek(path: str | Path, overrides: Sequence[str] = ()) -> Peeked:
     """Raises ValueError and FileNotFoundError as `load` does, but knows no keys."""
     path = Path(path)
     given = {"experiment": _folder_name(path), **_read_yaml(path), **dict(map(_split_word, overrides))}
+    given = _resolved({}, given, str(path))
     run_dir = os.path.expanduser(str(given.get("run_dir") or _default_run(given["experiment"], path.stem)))
     try:
         return Peeked(run_dir, to_int(given.get("total_images", 0)))
@@ -213,12 +214,12 @@ def _check_keys(cls: Any, tree: Mapping[str, Any], where: str, prefix: str = "")
             _check_keys(known[key], value, where, f"{prefix}{key}.")
 
 
-def _resolved(cls: Any, texts: dict[str, Any], where: str) -> dict[str, Any]:
+def _resolved(defaults: dict[str, Any], texts: dict[str, Any], where: str) -> dict[str, Any]:
     """With `${key}` and `${oc.env:NAME}` replaced. Only for what the user wrote for this very run."""
     if not any("${" in text for _, value in flatten(texts) for text in (value if isinstance(value, list) else [value])):
         return texts
     try:
-        everything = OmegaConf.create(_merged(as_dict(cls), texts))
+        everything = OmegaConf.create(_merged(defaults, texts))
         resolved: Any = OmegaConf.to_container(everything, resolve=True)
     except OmegaConfBaseException as error:
         raise ValueError(f"{where}: {str(error).splitlines()[0]}") from None
