@@ -78,3 +78,11 @@ def test_a_launcher_that_says_something_else_is_refused(tmp_path: Path) -> None:
     assert ended.returncode != 0
     assert ": strategy=fsdp, but the launcher says ddp" in ended.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_launchers_precision_that_is_not_the_configs_is_refused(tmp_path: Path) -> None:
+    launcher = ["accelerate", "launch", "--config_file", str(ROOT / "launch" / "single.yaml")]
+    ended = launch(tmp_path, [*launcher, "--mixed_precision", "bf16"])
+    assert ended.returncode != 0 and not (tmp_path / "run").exists()
+    assert ": precision=fp32, but the launcher says mixed_precision=bf16" in ended.stderr
