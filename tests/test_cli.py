@@ -121,6 +121,12 @@ def test_dry_run_prints_and_runs_nothing(words: list[str], capsys: pytest.Captur
     assert not (Path(words[1]).parent / "run").exists()
 
 
+def test_dry_run_shows_no_secrets(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*words, "--dry-run", "ending=https://me:SECRET@host/a b?sig=SECRET"]) == 0
+    printed = capsys.readouterr().out
+    assert "ending: https://***@host/a b?sig=***\n" in printed and "SECRET" not in printed
+
+
 def test_ctrl_c_is_no_traceback(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(config: PulseConfig) -> None:
         raise KeyboardInterrupt

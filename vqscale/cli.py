@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vqscale import __version__, config, fields, runtime, streams
-from vqscale.text import one_line
+from vqscale.text import one_line, redact_url
 
 # Each stage module holds `Config` and `main`; the words are its line in the help.
 STAGES = {
@@ -103,7 +103,7 @@ def main(argv: Sequence[str]) -> int:
         stage_config = _load(arguments.stage, words[0], words[1:])
         if arguments.dry_run:
             plan = getattr(stage, "plan", None)
-            print(config.to_yaml(stage_config) + (plan(stage_config) if plan else ""))
+            print(redact_url(config.to_yaml(stage_config) + (plan(stage_config) if plan else "")))
         else:
             stage.main(stage_config)
     except runtime.Stopped as stopped:
