@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vqscale.config import peek
-from vqscale.files import read_json
+from vqscale.files import check_seal, read_json
 
 INPUTS = "inputs.json"
 # What every run writes, besides its stage's `outputs`.
@@ -24,11 +24,19 @@ _START = "sha256:"
 
 def read_status(run_dir: Path) -> dict[str, Any]:
     """status.json, or {} where there is none. `running` whose process is gone on this host reads as `stopped`."""
-    status = read_json(run_dir / "status.json")
+    status = recorded_status(run_dir)
     if status.get("state") == "running" and status.get("host") == socket.gethostname():
         if not process_exists(status.get("pid")):
             status.update(state="stopped", reason="its process is gone")
     return status
+
+
+def recorded_status(run_dir: Path) -> dict[str, Any]:
+    """status.json as it was written, or {} where there is none, or a damaged one."""
+    try:
+        return check_seal(run_dir / "status.json", read_json(run_dir / "status.json"))
+    except ValueError:
+        return {}
 
 
 def damage_of(run_dir: Path) -> str:
@@ -36,8 +44,10 @@ def damage_of(run_dir: Path) -> str:
     for name in ("status.json", "command.json"):
         path = run_dir / name
         try:
-            if path.is_file() and not isinstance(json.loads(path.read_bytes()), dict):
+            if path.is_file() and not isinstance(value := json.loads(path.read_bytes()), dict):
                 return f"{name} is no JSON object"
+            if path.is_file():
+                check_seal(Path(name), value)
         except (OSError, ValueError, RecursionError) as error:
             return f"{name} cannot be read: {error}"
     try:

@@ -20,12 +20,13 @@ import torch
 from vqscale import config as configs
 from vqscale import progress, streams
 from vqscale.config import StageConfig
-from vqscale.files import open_to_append, read_json, write_json
+from vqscale.files import open_to_append, read_json, sealed, write_json
 from vqscale.lock import FolderLock
 from vqscale.rundir import (
     INPUTS,
     holds_outputs,
     read_status,
+    recorded_status,
     refuse_strange_entries,
     remove_outputs,
     stale_inputs,
@@ -158,7 +159,7 @@ class Run(Stoppable):
         if saved.is_file():
             self._changes = [(kind, change) for kind in ("warned", "allowed") for change in changes[kind]]
             self.resumed = True
-            self.previous_status = {"images_seen": 0, **read_json(self.run_dir / "status.json")}
+            self.previous_status = {"images_seen": 0, **recorded_status(self.run_dir)}
             if not isinstance(self.previous_status["images_seen"], int):  # a damaged file
                 self.previous_status = {"images_seen": 0}
             self.was_done = self.previous_status.get("state") == "done"
@@ -286,7 +287,7 @@ class Run(Stoppable):
             "time": time.time(),
         }
         with contextlib.suppress(OSError):  # a full disk must not hide the error that is being reported
-            write_json(self.run_dir / "status.json", status)
+            write_json(self.run_dir / "status.json", sealed(status))
 
     def _write_failure(self, error: BaseException) -> None:
         """A finished run that is started again and cannot begin stays `done`, say where its data are away."""

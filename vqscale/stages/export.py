@@ -30,6 +30,7 @@ from vqscale.evaluation.scores import METRICS, Score, is_of_curve, metric_of
 from vqscale.fields import Choice, NonNegativeInt
 from vqscale.files import read_json, write_atomically
 from vqscale.models.pretrained import save_pretrained
+from vqscale.rundir import recorded_status
 from vqscale.sources import Source, load_any
 from vqscale.text import markdown, printable, printable_lines, redact_url
 
@@ -146,7 +147,7 @@ def _write(source: Source, folder: Path) -> None:
 
 def _provenance(run_dir: Path) -> dict[str, Any]:
     """How the run was made, and when it ended (UTC)."""
-    command, status = read_json(run_dir / "command.json"), read_json(run_dir / "status.json")
+    command, status = read_json(run_dir / "command.json"), recorded_status(run_dir)
     facts = {key: command[key] for key in _OF_COMMAND if key in command}
     if "time" in status:
         ended = datetime.datetime.fromtimestamp(int(status["time"]), datetime.timezone.utc)
