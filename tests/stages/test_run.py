@@ -150,6 +150,9 @@ def test_mistakes_are_told_before_anything_is_written(
     ]:
         assert cli.main(["run", *words]) == 1
         assert line in capsys.readouterr().err
+    (folder / "evaluate.yaml").write_text("extractor: lite9\n")
+    assert cli.main(["run", "kleine Prüfung", "source=x"]) == 1
+    assert "extractor=lite9: choose from" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 
 

@@ -50,11 +50,11 @@ class Step:
 _PRIORS = ("train_prior_top", "train_prior_middle", "train_prior_bottom")
 _CHAIN = (
     Step("pack", (), 2),
-    Step("train_vqvae", ("pack",), 28),
+    Step("train_vqvae", ("pack",), 25),
     Step("extract_codes", ("train_vqvae",), 3),
     Step("train_prior_top", ("extract_codes",), 20),
     Step("train_prior_middle", ("extract_codes",), 22),
-    Step("train_prior_bottom", ("extract_codes",), 26),
+    Step("train_prior_bottom", ("extract_codes",), 29),
     Step("train_classifier_real", ("pack",), 2),
     Step("train_classifier_reconstructions", ("train_vqvae",), 2),
     Step("sample", (*_PRIORS, "train_classifier_real"), 7),
@@ -175,10 +175,13 @@ def main(request: Request[RunConfig]) -> None:
     """Run the chain. Raises Stopped when asked to stop, ValueError when a step fails."""
     begun = time.monotonic()
     chain = Chain(request.paths[0], request.config)
-    chain.config_of(chain.steps[0])  # a mistake in the first is told before anything is written
+    for step in chain.steps:
+        chain.config_of(step)  # a mistake in the last is told before anything is written
     chain.choices.save()
     limit = f", {chain.choices.minutes:g} minutes" if chain.choices.minutes else ""
     _say(f"{chain.folder} -> {chain.root}: {len(chain.steps)} stages{limit}")
+    if others := sorted({path.name for path in chain.folder.glob("*.yaml")} - {f"{step.name}.yaml" for step in _CHAIN}):
+        _say(f"not part of the chain: {', '.join(others)}")
     clock, needed = Clock(chain, begun), list[float]()
     with Programs() as programs:
         for number, step in enumerate(chain.steps, 1):
@@ -202,7 +205,8 @@ class Clock:
 
     def __init__(self, chain: Chain, begun: float):
         self._chain, self._begun = chain, begun
-        self.done = {step.name for step in chain.steps if _is_done(chain, step)}
+        run_dirs = {step.name: Path(chain.config_of(step).run_dir) for step in chain.steps}
+        self.done = {name for name, run_dir in run_dirs.items() if read_status(run_dir).get("state") == "done"}
         self._before = self._weight(self.done) / self._weight({step.name for step in chain.steps})
 
     def _weight(self, names: set[str]) -> float:
@@ -214,13 +218,6 @@ class Clock:
         left = total * (1 - self._before) - (time.monotonic() - self._begun)
         waiting = {other.name for other in self._chain.steps} - self.done
         return max(0.0, left) * step.weight / self._weight(waiting)
-
-
-def _is_done(chain: Chain, step: Step) -> bool:
-    try:
-        return read_status(Path(chain.config_of(step).run_dir)).get("state") == "done"
-    except ValueError:
-        return False
 
 
 def _expected(chain: Chain, step: Step, clock: Clock, needed: list[float]) -> str:
