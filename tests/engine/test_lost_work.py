@@ -118,17 +118,43 @@ def test_a_streak_of_skipped_steps_pushes_no_checkpoint_out(tmp_path: Path) -> N
     settings = config(tmp_path, save_every=8, max_skipped_steps=5)
     told = run_ranks(_train_with_nan, 2, settings, positions)
     assert len(set(told)) == 1 and told[0].startswith("5 steps in a row had no finite gradient, the last at 88 images")
-    assert names(tmp_path)[-2:] == [40, 48]
-    assert (
-        "lower learning_rate (it was 0.01) and remove checkpoints/000000000048" in (tmp_path / "log/0.log").read_text()
-    )
+    assert names(tmp_path) == [32, 40]  # 48 is not of those that training went on from
+    assert "to 48 images, had a learning rate of 0.01" in (tmp_path / "log" / "0.log").read_text()
 
 
-def test_the_newest_checkpoint_is_on_trial_until_the_next_save(tmp_path: Path) -> None:
-    """A run that cannot go on from it still has as many before it as it keeps."""
-    settings = config(tmp_path, save_every=8, max_skipped_steps=2, keep_checkpoints=1)
-    run_ranks(_train_with_nan, 1, settings, (40, 48, 56))
-    assert names(tmp_path) == [32, 40]
+@pytest.mark.parametrize("rate", [1e38, 1e12])
+def test_weights_that_are_finite_but_wrecked_replace_no_good_checkpoint(
+    uninterrupted: Path, tmp_path: Path, rate: float
+) -> None:
+    settings = config(tmp_path, save_every=8, keep_checkpoints=1)
+    run_ranks(_train_at_rate, 1, settings, rate)
+    assert names(tmp_path) == [40]
+    run_ranks(train, 1, settings)
+    assert_bit_identical(saved(tmp_path), saved(uninterrupted))
+
+
+def _train_at_rate(settings: TinyConfig, rate: float) -> str:
+    """One step at that rate, after which every step is skipped, as with a deeper model."""
+    real, width = loop._learning_rate, settings.global_batch
+    loop._learning_rate = lambda config, seen: rate if seen == 40 else real(config, seen)
+    return _error_of(settings, nan_at=tuple(range(48, 48 + 12 * width)))
+
+
+def _stop_at_48(settings: TinyConfig, positions: tuple[int, ...]) -> str:
+    def on_step(run: runtime.Run, seen: int) -> None:
+        if seen == 48:
+            (run.run_dir / "STOP").touch()
+            run._stop_file_checked = 0.0
+
+    try:
+        return _error_of(settings, nan_at=positions, on_step=on_step)
+    except runtime.Stopped as stopped:
+        return str(stopped)
+
+
+def test_a_stop_among_skipped_steps_waits_for_one_that_is_applied(tmp_path: Path) -> None:
+    (told,) = run_ranks(_stop_at_48, 1, config(tmp_path, save_every=0), (48, 56, 64))
+    assert told.startswith("asked to") and names(tmp_path) == [80]
 
 
 def test_a_checkpoint_that_holds_nan_is_refused_by_name(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import shutil
+import threading
 import time
 import warnings
 from collections.abc import Mapping
@@ -75,8 +76,7 @@ class CheckpointState:
 class Checkpointer:
     """Saves in the background, one save in flight, and finds the newest checkpoint that verifies.
 
-    Older ones are removed when the next save begins or the run ends, not as soon as a new one is committed: a run that
-    cannot go on from the newest still has all `keep` before it.
+    A save is on trial until training has gone on from it: only then is it committed, and older ones are removed.
     """
 
     def __init__(self, folder: Path, topology: Topology, *, keep: int):
@@ -87,6 +87,7 @@ class Checkpointer:
         self._group = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
         self._written: Any = None
         self._committed: concurrent.futures.Future[None] | None = None
+        self._trial_over, self._discarded = threading.Event(), False
         self._committer = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="commit")
         if topology.is_main:
             folder.mkdir(parents=True, exist_ok=True)
@@ -104,6 +105,7 @@ class Checkpointer:
             raise OSError(f"a checkpoint could not be written to {self.folder}: {failure}")
         if exists:
             return
+        self._trial_over.clear()
         writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
         self._written = dcp.async_save(tensors, storage_writer=writer, process_group=self._group)  # type: ignore[arg-type]
         if self._topology.is_main:
@@ -131,24 +133,35 @@ class Checkpointer:
         for path in temporary.iterdir():
             fsync(path)
         fsync(temporary)
+        self._trial_over.wait()
+        if self._discarded:
+            shutil.rmtree(temporary)
+            return
         os.rename(temporary, final)
         fsync(self.folder)
-
-    def _remove_old(self) -> None:
         for old in _committed_folders(self.folder)[self._keep :]:
             renamed = old.with_name(f"{_TEMPORARY}{old.name}")  # half removed it would be a damaged checkpoint
             os.rename(old, renamed)
             shutil.rmtree(renamed)
 
+    def confirm(self) -> None:
+        """Training has gone on: the save in flight may be committed."""
+        self._trial_over.set()
+
+    def discard(self) -> None:
+        """Training cannot go on: a save that is still on trial is dropped."""
+        self._discarded = not self._trial_over.is_set()
+        self._trial_over.set()
+
     def wait(self) -> None:
         """Until the save in flight is committed. Raises OSError on all ranks if it failed on any; called by all."""
+        self.confirm()
         failure = ""
         if self._written is not None:
             try:
                 self._written.result()
                 if self._committed is not None:
                     self._committed.result()
-                    self._committer.submit(self._remove_old).result()
             except BaseException as error:  # DCP's CheckpointException derives from BaseException
                 failure = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
                 if isinstance(error, KeyboardInterrupt):
@@ -161,6 +174,7 @@ class Checkpointer:
 
     def settle(self) -> None:
         """For a run that ends by an error: wait for the save in flight, without talking to other ranks."""
+        self.confirm()
         in_flight = [future for future in (self._written, self._committed) if future is not None]
         concurrent.futures.wait(in_flight, timeout=_SETTLE_SECONDS)
 

@@ -72,7 +72,7 @@ class FitConfig(ReadsShards):
     save_every: NonNegativeInt = 64_000  # checkpoints
     save_minutes: NonNegativeFloat = 0.0  # one more checkpoint after so long without any; 0 = off
     evaluate_every: NonNegativeInt = 0  # held-out evaluation
-    keep_checkpoints: PositiveInt = 2  # the newest ones; older are removed when the next save begins
+    keep_checkpoints: PositiveInt = 2  # the newest ones; older are removed once a newer one is committed
     workers: NonNegativeInt = 1  # loader processes per rank
     shuffle_window: PositiveInt = 64  # shards that are mixed at a time
     max_bad_fraction: Fraction = 0.01  # unreadable samples tolerated, as a share of those consumed
@@ -181,6 +181,8 @@ def fit(
             metrics.add({"loss": loss, **values}, micro_batches=accumulation)
         learning_rate = _learning_rate(config, seen)
         applied, norm = engine.step(learning_rate, config.max_norm)
+        if applied:
+            checkpoints.confirm()
         seen = run.images_seen = seen + batch_size
         skipped.count(applied, losses, seen, learning_rate)
         metrics.add({"gradient_norm": norm, **(after_step(applied, learning_rate, seen) if after_step else {})})
@@ -190,6 +192,7 @@ def fit(
         counts[-1] = topology.is_main and save_timer.rings()
         stop, counted = agreement.exchange(bool(run.stop_requested()), counts)
         save_later |= counted.pop(_SAVE, 0) > 0 or _due(config.save_every, seen, batch_size)
+        stop = stop and applied  # a skipped step may follow from weights that should not be saved: a few more will tell
         loader.count_bad(counted)
         clock.count_step(batch_size)
         bar.update(batch_size)
@@ -202,8 +205,10 @@ def fit(
             run.write_status("running")
         if saving or evaluating or skipped.in_a_row == 1:
             tensors = engine.as_checkpoint_tensors(averages)
-            skipped.refuse_not_finite(tensors, seen)
-        skipped.check(seen)
+        with _discarding(checkpoints):
+            if saving or evaluating or skipped.in_a_row == 1:
+                skipped.refuse_not_finite(tensors, seen)
+            skipped.check(seen)
         owed = not evaluated()
         stop = stop or owed
         if saving or owed:
@@ -254,6 +259,16 @@ def resumes(run: Run) -> bool:
     if failure:
         raise ValueError(failure)
     return found
+
+
+@contextlib.contextmanager
+def _discarding(checkpoints: Checkpointer) -> Iterator[None]:
+    """Around checks: where one fails, the save in flight is of weights that nothing goes on from."""
+    try:
+        yield
+    except ValueError:
+        checkpoints.discard()
+        raise
 
 
 def _images_seen_before(run: Run) -> int:

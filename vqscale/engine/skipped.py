@@ -56,9 +56,9 @@ class SkippedSteps:
         """Raises ValueError after too many in a row, on every rank alike."""
         if self.in_a_row and self.in_a_row >= self._limit:
             log.warning(
-                "if the last applied step, to %d images, was too large: lower learning_rate (it was %g) and remove "
-                "checkpoints/%012d, if it is there, to go on from the one before",
-                *(self._applied_at, self._learning_rate, self._applied_at),
+                "the last applied step, to %d images, had a learning rate of %g: if that is too high, lower it; "
+                "the same command goes on from the last checkpoint that training went on from",
+                *(self._applied_at, self._learning_rate),
             )
             raise ValueError(
                 f"{self.in_a_row} steps in a row had no finite gradient, the last at {images_seen} images; "
