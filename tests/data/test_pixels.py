@@ -212,6 +212,20 @@ def test_tiffs_without_a_defined_brightness(dtype: str, bits: int, sample_format
         decode_image(tiff(samples, 1, bits, tags={339: (sample_format,)}))
 
 
+def test_tiffs_that_lack_strips_or_tiles() -> None:
+    for options in ({}, {"planar": True}, {"order": ">"}):
+        data = tiff(noise(3, 8), 2, 8, tags={278: (4,)}, **options)  # strips of 4 rows, the first of which is there
+        with pytest.raises(DecodeError, match="lacks some of its strips or tiles"):
+            decode_image(data)
+
+
+def test_tiff_of_12_bits() -> None:
+    samples = noise(1, 12)[:, :8].astype(np.int64)
+    packed = "".join(f"{value:012b}" for value in samples.reshape(-1).tolist())
+    data = tiff(samples, 1, 12, raw=int(packed, 2).to_bytes(len(packed) // 8, "big"))
+    assert np.array_equal(pixels(data)[..., 0], (samples[..., 0] * 255 + 2047) // 4095)
+
+
 def test_bmp() -> None:
     rgb, rgba = noise(3, 8), noise(4, 8)
     assert np.array_equal(pixels(bmp(rgb[..., ::-1], 24)), rgb)

@@ -84,15 +84,16 @@ def tiff(
     planar: bool = False,
     deflate: bool = False,
     pages: int = 1,
+    raw: bytes = b"",
     tags: dict[int, tuple[int, ...]] | None = None,
 ) -> bytes:
-    """A TIFF of samples [h, w, c] in one strip, or in square tiles; further pages are black."""
+    """A TIFF of samples [h, w, c] in one strip, or in square tiles; further pages are black. raw: the strip itself."""
     out = b"II*\0" if order == "<" else b"MM\0*"
     out += struct.pack(order + "I", 0)
     link = 4
     for page in range(pages):
         shown = samples if page == 0 else np.zeros_like(samples)
-        blocks = [_bytes(block, bits, order) for block in _blocks(shown, tile, planar)]
+        blocks = [raw or _bytes(block, bits, order) for block in _blocks(shown, tile, planar)]
         blocks = [zlib.compress(block) if deflate else block for block in blocks]
         offsets = []
         for block in blocks:

@@ -87,7 +87,7 @@ def _jpeg_header(data: bytes) -> Header:
         raise DecodeError("a JPEG without a frame header")
     depth, height, width, components = struct.unpack_from(">BHHB", frame)
     orientation = exif_orientation(exif or b"")
-    plain = depth == 8 and components in (1, 3) and orientation == 1
+    plain = depth == 8 and components in (1, 3) and orientation == 1 and data[2:3] == b"\xff"
     return Header("jpg", width, height, orientation, plain)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from PIL import Image, TiffImagePlugin
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -32,8 +32,15 @@ SUFFIXES = (
     *("jpg", "jpeg", "jpe", "jfif", "png", "apng", "gif", "bmp", "dib", "webp", "avif", "tif", "tiff"),
     *("ppm", "pgm", "pbm", "pnm"),
 )
-_WHITE_IS_ZERO, _UNSIGNED = 0, 1
-_TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_SAMPLE_FORMAT = 258, 262, 339
+_WHITE_IS_ZERO, _UNSIGNED, _SEPARATE = 0, 1, 2
+_TIFF_WIDTH, _TIFF_HEIGHT, _TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_PLANES, _TIFF_SAMPLE_FORMAT = (
+    256,
+    257,
+    258,
+    262,
+    284,
+    339,
+)
 # What PIL may open: formats that hold pixels only. EPS would start a program.
 _PIL_NAMES = {
     **{name: name.upper() for name in ("png", "gif", "bmp", "webp", "tiff", "ppm", "avif")},
@@ -102,6 +109,8 @@ def _decode_with_pil(data: bytes, header: Header, max_pixels: int) -> UInt8[Tens
                 pixels = _open_with_pil(data, header.format, max_pixels)
     except DecodeError:
         raise
+    except UnidentifiedImageError:
+        raise DecodeError(f"{_PIL_NAMES[header.format]} image does not decode: damaged, or of an unread kind") from None
     except Exception as error:  # PIL raises many kinds: OSError, SyntaxError, struct.error, EOFError, …
         reason = _ADDRESS.sub("", str(error)) or type(error).__name__
         raise DecodeError(f"{_PIL_NAMES[header.format]} image does not decode: {reason}") from None
@@ -126,9 +135,22 @@ def _open_with_pil(data: bytes, name: str, max_pixels: int) -> UInt8[np.ndarray,
         data = data[:2] + data[data.index(0xFF, 2) :]  # PIL takes no bytes between the first two markers
     with Image.open(io.BytesIO(data), formats=(_PIL_NAMES[name],)) as image:
         check_size(*image.size, max_pixels)
+        if name == "tiff":
+            _check_strips(image)
         image.load()  # turns a TIFF upright
         orientation = 1 if name == "tiff" else exif_orientation(image.info.get("exif", b""))
         return _upright(np.asarray(to_rgb(image)), orientation)
+
+
+def _check_strips(image: Image.Image) -> None:
+    """PIL leaves pixels black for which a TIFF names no strip or tile."""
+    tags = image.tag_v2  # type: ignore[attr-defined]
+    width, height = tags[_TIFF_WIDTH], tags[_TIFF_HEIGHT]  # as stored, before any turn
+    planes = len(tags[_TIFF_BITS]) if tags.get(_TIFF_PLANES) == _SEPARATE else 1
+    tiles = [tile[1] for tile in image.tile]  # type: ignore[attr-defined]
+    area = sum((min(right, width) - left) * (min(bottom, height) - top) for left, top, right, bottom in tiles)
+    if area < width * height * planes:
+        raise DecodeError("a TIFF that lacks some of its strips or tiles")
 
 
 def _upright(pixels: UInt8[np.ndarray, "h w 3"], orientation: int) -> UInt8[np.ndarray, "h2 w2 3"]:
