@@ -26,6 +26,7 @@ from vqscale.fields import (
     NonNegativeInt,
     PathText,
     PositiveFloat,
+    PositiveInt,
     convert,
     field_names,
     hints_of,
@@ -46,7 +47,7 @@ _LEFT_TO_YOU = "???"
 # they say how the run is done, not what it learns.
 _FREE_ON_RESUME = {
     *("total_images", "micro_batch", "strategy", "device", "workers", "threads", "run_dir", "trackers"),
-    *("max_bad_fraction", "verify", "cache_dir", "cache_gigabytes", "allow_pipe", "experiment"),
+    *("max_bad_fraction", "verify", "cache_dir", "cache_gigabytes", "allow_pipe", "max_pixels", "experiment"),
     *("watchdog_seconds", "fresh", "keep_checkpoints", "save_minutes", "max_skipped_steps"),
     *("evaluate_images", "grid_images", "grid_columns", "images"),
 }
@@ -82,6 +83,7 @@ class ReadsShards(StageConfig):
     cache_dir: PathText = ""  # this node's folder for remote shards, on a disk of its own; "" = one in $TMPDIR
     cache_gigabytes: PositiveFloat = 100.0  # what it may hold; two windows of shards must fit
     allow_pipe: bool = False  # let shards named `pipe:COMMAND` run the command
+    max_pixels: PositiveInt = 150_000_000  # of one image; a larger one counts as bad
 
 
 T = TypeVar("T")

@@ -84,7 +84,8 @@ class Bench:
 
     def _reading(self, resolution: int) -> dict[str, Any]:
         bad, workers = self.run.run_dir / "bad.jsonl", self.config.workers
-        return {"read": ImageReader(resolution), "workers": workers, "bad_path": bad, "cache": self.shards}
+        read = ImageReader(resolution, max_pixels=self.config.max_pixels)
+        return {"read": read, "workers": workers, "bad_path": bad, "cache": self.shards}
 
     def watch(self, batches: Sequence[Any] | SequentialBatches, title: str) -> Iterator[Any]:
         """The batches, equally many on every rank, under a progress bar; between two of them all ranks may stop."""

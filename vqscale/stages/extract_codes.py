@@ -107,7 +107,7 @@ def _extract_split(config: ExtractCodesConfig, run: runtime.Run, source: Source,
     blocks = read_shard_blocks(
         folder,
         numbers,
-        read=ImageReader(source.description["resolution"], flip=False, crop="center"),
+        read=ImageReader(source.description["resolution"], flip=False, crop="center", max_pixels=config.max_pixels),
         block=config.block,
         workers=config.workers,
         bad_path=run.run_dir / "bad.jsonl",

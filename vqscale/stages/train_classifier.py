@@ -57,7 +57,7 @@ def main(config: TrainClassifierConfig) -> None:
             config,
             run,
             folder=folder,
-            read=ImageReader(description["resolution"], flip=config.flip, crop=config.crop, seed=config.seed),
+            read=ImageReader(description["resolution"], config.flip, config.crop, config.seed, config.max_pixels),
             description=description,
             step_fn=training_step(config, extractor, vqvae),
             evaluator=HeldOutAccuracy(config, description, extractor, run),
@@ -137,7 +137,11 @@ class HeldOutAccuracy:
     def run(self, model: nn.Module, images_seen: int) -> Iterator[tuple[str, float]]:
         """Yields held_out/accuracy_top1 and _top5."""
         batches = held_out_batches(
-            self._config, self._run, self._folder, ImageReader(self._resolution), self._config.evaluate_images
+            self._config,
+            self._run,
+            self._folder,
+            ImageReader(self._resolution, max_pixels=self._config.max_pixels),
+            self._config.evaluate_images,
         )
         top_1, top_5, _ = accuracy(
             lambda images: model(network_input(images, self._extractor)), batches, self._run.topology

@@ -53,7 +53,7 @@ def main(config: TrainVQVAEConfig) -> None:
     with runtime.run(config, "train_vqvae") as run, inputs_may_be_away(config, run):
         folder = resolve(config.data, "train")
         description = model_description(config, Manifest.load(folder))
-        reader = ImageReader(description["resolution"], flip=config.flip, crop=config.crop, seed=config.seed)
+        reader = ImageReader(description["resolution"], config.flip, config.crop, config.seed, config.max_pixels)
         train(
             config,
             run,
@@ -193,7 +193,7 @@ class HeldOutReconstruction:
 
     def _batches(self) -> Iterator[Batch]:
         config = self._config
-        read = ImageReader(self._resolution, flip=False, crop="center", seed=config.seed)
+        read = ImageReader(self._resolution, flip=False, crop="center", seed=config.seed, max_pixels=config.max_pixels)
         return held_out_batches(config, self._run, resolve(config.data, "holdout"), read, config.evaluate_images)
 
     def _picture(self, vqvae: VQVAE, image: Tensor, output: VQVAEOutput, images_seen: int) -> None:
