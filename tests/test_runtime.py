@@ -1,3 +1,4 @@
+import io
 import json
 import logging
 import os
@@ -141,6 +142,8 @@ def test_secrets_and_escape_codes_reach_neither_log_nor_status_nor_command(
     tiny: TinyConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     url = "https://user:hidden@host/a.tar?sig=hidden"
+    others = logging.StreamHandler(io.StringIO())  # whose formatter leaves the traceback with the record
+    monkeypatch.setattr(logging.getLogger("vqscale"), "handlers", [others])
     monkeypatch.setattr(sys, "argv", ["vqscale", "index", f"source={url}"])
     with pytest.raises(ValueError, match="hidden"), runtime.run(tiny, "tiny"):
         logging.getLogger("vqscale").warning("cannot read %s\n2026-01-01 forged \x1b[31mline", url)

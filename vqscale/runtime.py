@@ -5,6 +5,7 @@ config.yaml, command.json, status.json and log/<rank>.log.  The only importer of
 """
 
 import contextlib
+import copy
 import logging
 import os
 import socket
@@ -71,6 +72,11 @@ class _LogFile(logging.StreamHandler):
 
 class _OneLine(logging.Formatter):
     """Names and URLs of others neither begin lines of their own, nor act on a terminal, nor tell secrets."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        own = copy.copy(record)
+        own.exc_text = None  # where another handler's formatter has left the traceback as it is
+        return super().format(own)
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         return printable(redact_url(super().formatMessage(record)))

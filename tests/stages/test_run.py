@@ -15,6 +15,8 @@ from support.stages import CONFIGS
 
 from vqscale import cli
 from vqscale.config import load
+from vqscale.files import sealed, write_json
+from vqscale.rundir import read_status
 from vqscale.stages import run, sizing
 
 NAMES = ("pack", "train_vqvae", "extract_codes", "train_prior_top", "train_prior_bottom", "sample", "evaluate")
@@ -105,7 +107,7 @@ def test_a_step_whose_input_is_newer_is_not_taken_for_done(
     assert all(map(chain.is_current, chain.steps))
     path = runs / "extract_codes" / "status.json"
     before = path.read_text()
-    path.write_text(json.dumps(json.loads(before) | {"time": time.time()}))
+    write_json(path, sealed(read_status(path.parent) | {"time": time.time()}))
     assert not chain.is_current(steps["train_prior_top"]) and chain.is_current(steps["sample"])
     path.write_text(before)
     chain.started.add("sample")
