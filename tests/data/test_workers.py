@@ -119,5 +119,5 @@ def test_the_thread_that_pins_memory_passes_errors_on(monkeypatch: pytest.Monkey
 
 def test_a_batch_that_cannot_be_received(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("multiprocessing.resource_sharer.DupFd.detach", raising(OSError(24, "Too many open files")))
-    with pytest.raises(OSError, match="cannot be received: .*Too many open files; raise the limit of open files"):
+    with pytest.raises(OSError, match="its batch is lost: .*Too many open files; raise the limit of open files"):
         read(Large())

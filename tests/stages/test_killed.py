@@ -96,7 +96,9 @@ def test_a_killed_worker_is_an_error_at_once_and_no_worker_outlives_its_trainer(
     killed = time.time()
     output, _ = process.communicate(timeout=120)
     if victim == "the loader's worker":
-        assert process.returncode == 1 and "error: RuntimeError: DataLoader worker (pid" in output, output[-2000:]
+        # torch raises its own words wherever training is; a batch on its way ends in ours.
+        names = ("error: a loader worker has ended", "error: RuntimeError: DataLoader worker (pid")
+        assert process.returncode == 1 and any(name in output for name in names), output[-2000:]
         status = json.loads((run_dir / "status.json").read_text())
         assert status["state"] == "failed" and status["time"] - killed < 10
     until = time.monotonic() + 10

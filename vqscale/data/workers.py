@@ -114,7 +114,7 @@ class _Sent:
         try:
             batch = ForkingPickler.loads(self._data)
         except (OSError, EOFError, RuntimeError) as error:
-            raise _failure("a batch of a loader worker cannot be received", error) from None
+            raise _failure("a loader worker has ended, or its batch is lost", error) from None
         return cast(Batch, {n: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for n, v in batch.items()})
 
     def pin_memory(self) -> Any:
