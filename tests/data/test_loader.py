@@ -232,7 +232,6 @@ def test_handles_are_opened_by_the_process_that_reads(images: Path) -> None:
         (theirs,) = files._open.values()
         os._exit(0 if theirs != mine else 1)
     assert os.waitpid(pid, 0)[1] == 0
-    files.close()
 
 
 def test_workers_finalize_nothing_that_they_inherit(images: Path, tmp_path: Path) -> None:
@@ -275,7 +274,6 @@ def test_slow_storage_gets_many_reads_in_flight(images: Path, monkeypatch: pytes
     began = time.perf_counter()
     assert all(isinstance(data, bytes) for data in files.read([(0, 64 * n, 64) for n in range(96)]))
     assert time.perf_counter() - began < 96 * 0.02 / 4
-    files.close()
 
 
 def test_no_more_handles_than_a_quarter_of_what_the_process_may_have(
@@ -286,7 +284,6 @@ def test_no_more_handles_than_a_quarter_of_what_the_process_may_have(
     for n in range(5):
         files.read([(n, 0, 10)])
         assert len(files._open) <= 3
-    files.close()
 
 
 def test_fewer_handles_than_shards(images: Path) -> None:
@@ -295,7 +292,6 @@ def test_fewer_handles_than_shards(images: Path) -> None:
         for n in range(5):
             files.read([(n, 0, 10)])
             assert len(files._open) <= 3
-    files.close()
 
 
 def test_sampler_covers_each_position_once() -> None:

@@ -11,13 +11,13 @@ import threading
 import time
 import weakref
 import zlib
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int64
@@ -35,9 +35,6 @@ _RETRY_SECONDS = 1.0  # between looks for room in the cache
 _AT_ONCE = 64  # samples that `read_samples` reads together
 _MAX_OFFSET = np.iinfo(np.int64).max
 
-K = TypeVar("K")
-V = TypeVar("V")
-
 
 class DecodeError(ValueError):
     """A sample's bytes were read but do not decode."""
@@ -53,26 +50,6 @@ class RawSample:
     error: str = ""
 
 
-class RecentlyUsed(OrderedDict[K, V]):
-    """A function's results, the most recently used ones only."""
-
-    def __init__(self, make: Callable[[K], V], limit: int):
-        super().__init__()
-        self._make, self._limit = make, limit
-
-    def __missing__(self, key: K) -> V:
-        value = self[key] = self._make(key)
-        if len(self) > self._limit:
-            self.popitem(last=False)
-        return value
-
-    def use(self, key: K) -> V:
-        """The value, computed if need be."""
-        value = self[key]
-        self.move_to_end(key)
-        return value
-
-
 class OpenFiles:
     """Positioned reads from a fixed list of tars, which are addressed by number."""
 
@@ -86,21 +63,10 @@ class OpenFiles:
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._open: dict[int, int] = {}  # tar -> descriptor, in the order of opening
-        self._close_all = weakref.finalize(self, _close_all, self._open)
+        weakref.finalize(self, _close_all, self._open)
         self._threads: ThreadPoolExecutor | None = None
         self._seconds = 0.0  # running mean over the first read of each batch
         self._needed: frozenset[int] = frozenset()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"tars": self._tars, "limit": self._limit}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["tars"], state["limit"])  # type: ignore[misc]
-
-    def close(self) -> None:
-        """Close every file."""
-        self._close_all()
-        self._reset()
 
     def read(self, requests: Sequence[tuple[int, int, int]]) -> list[bytes | OSError]:
         """The bytes of each (tar, offset, size), or the OSError that prevented the read (a short file is one)."""
@@ -192,25 +158,17 @@ class PartReader:
         recent_indexes: int,
         cache: Cache,
     ):
-        self.folder = folder
         self.manifest = manifest
-        self.part_names = None if part_names is None else tuple(part_names)
-        self._rest = (recent_indexes, cache)
+        self.part_names = part_names
         self.tars = locate_tars(folder, manifest, cache)
         self.has_remote = any(isinstance(tar, RemoteTar) for tar in self.tars)
         self._files = OpenFiles(self.tars, max(256, recent_indexes))
         # Not a method of this class: without a reference cycle, files are closed with the last use of the reader.
-        self._indexes: RecentlyUsed[int, ShardIndex] = RecentlyUsed(partial(manifest.index, folder), recent_indexes)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"args": (self.folder, self.manifest, self.part_names, *self._rest)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(*state["args"])  # type: ignore[misc]
+        self._index = lru_cache(recent_indexes)(partial(manifest.index, folder))
 
     def index(self, shard: int) -> ShardIndex:
         """The shard's index. Raises FileNotFoundError or ValueError."""
-        return self._indexes.use(shard)
+        return self._index(shard)
 
     def read(self, shards: Int64[np.ndarray, "n"], rows: Int64[np.ndarray, "n"]) -> list[RawSample]:
         """One RawSample per (shard, row), in the order given."""
