@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from PIL import Image, TiffImagePlugin, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
+from PIL import TiffImagePlugin as tiff
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -28,26 +29,10 @@ from vqscale.data.kinds import format_of
 from vqscale.data.parts import DecodeError
 from vqscale.seeding import key_of, uniform
 
-SUFFIXES = (
-    *("jpg", "jpeg", "jpe", "jfif", "png", "apng", "gif", "bmp", "dib", "webp", "avif", "tif", "tiff"),
-    *("ppm", "pgm", "pbm", "pnm"),
-)
-_WHITE_IS_ZERO, _UNSIGNED, _SEPARATE = 0, 1, 2
-_TIFF_WIDTH, _TIFF_HEIGHT, _TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_PLANES, _TIFF_SAMPLE_FORMAT = (
-    256,
-    257,
-    258,
-    262,
-    284,
-    339,
-)
-# What PIL may open: formats that hold pixels only. EPS would start a program.
-_PIL_NAMES = {
-    **{name: name.upper() for name in ("png", "gif", "bmp", "webp", "tiff", "ppm", "avif")},
-    "jpg": "JPEG",
-}
+SUFFIXES = tuple("jpg jpeg jpe jfif png apng gif bmp dib webp avif tif tiff ppm pgm pbm pnm".split())
+_WHITE_IS_ZERO, _UNSIGNED, _SEPARATE = 0, 1, 2  # in a TIFF's tags
 # Pillow reads this one in little-endian files alone.
-TiffImagePlugin.OPEN_INFO.setdefault((b"MM", _WHITE_IS_ZERO, (1,), 1, (16,), ()), ("I;16B", "I;16B"))
+tiff.OPEN_INFO.setdefault((b"MM", _WHITE_IS_ZERO, (1,), 1, (16,), ()), ("I;16B", "I;16B"))
 _BYTES_PER_PIXEL, _BYTES_BESIDE_PIXELS = 8, 1 << 26  # four uncompressed samples of 16 bits; text and profiles
 _ADDRESS = re.compile(r" ?<[^<>]* at 0x[0-9a-f]+>")
 _CROP_LEFT, _CROP_TOP, _CROP_SIDE, _FLIP = (key_of(name) for name in ("left", "top", "side", "flip"))
@@ -110,11 +95,16 @@ def _decode_with_pil(data: bytes, header: Header, max_pixels: int) -> UInt8[Tens
     except DecodeError:
         raise
     except UnidentifiedImageError:
-        raise DecodeError(f"{_PIL_NAMES[header.format]} image does not decode: damaged, or of an unread kind") from None
+        raise DecodeError(f"{_pil_name(header.format)} image does not decode: damaged, or of an unread kind") from None
     except Exception as error:  # PIL raises many kinds: OSError, SyntaxError, struct.error, EOFError, …
         reason = _ADDRESS.sub("", str(error)) or type(error).__name__
-        raise DecodeError(f"{_PIL_NAMES[header.format]} image does not decode: {reason}") from None
+        raise DecodeError(f"{_pil_name(header.format)} image does not decode: {reason}") from None
     return torch.from_numpy(np.array(pixels.transpose(2, 0, 1), order="C"))
+
+
+def _pil_name(name: str) -> str:
+    """PIL's name of a format. It may open those of `format_of` alone, which hold pixels: EPS would start a program."""
+    return "JPEG" if name == "jpg" else name.upper()
 
 
 @contextlib.contextmanager
@@ -133,7 +123,7 @@ def _without_limits_of_pil() -> Iterator[None]:
 def _open_with_pil(data: bytes, name: str, max_pixels: int) -> UInt8[np.ndarray, "h w 3"]:
     if name == "jpg":
         data = data[:2] + data[data.index(0xFF, 2) :]  # PIL takes no bytes between the first two markers
-    with Image.open(io.BytesIO(data), formats=(_PIL_NAMES[name],)) as image:
+    with Image.open(io.BytesIO(data), formats=(_pil_name(name),)) as image:
         check_size(*image.size, max_pixels)
         if name == "tiff":
             _check_strips(image)
@@ -145,8 +135,8 @@ def _open_with_pil(data: bytes, name: str, max_pixels: int) -> UInt8[np.ndarray,
 def _check_strips(image: Image.Image) -> None:
     """PIL leaves pixels black for which a TIFF names no strip or tile."""
     tags = image.tag_v2  # type: ignore[attr-defined]
-    width, height = tags[_TIFF_WIDTH], tags[_TIFF_HEIGHT]  # as stored, before any turn
-    planes = len(tags[_TIFF_BITS]) if tags.get(_TIFF_PLANES) == _SEPARATE else 1
+    width, height = tags[tiff.IMAGEWIDTH], tags[tiff.IMAGELENGTH]  # as stored, before any turn
+    planes = len(tags[tiff.BITSPERSAMPLE]) if tags.get(tiff.PLANAR_CONFIGURATION) == _SEPARATE else 1
     tiles = [tile[1] for tile in image.tile]  # type: ignore[attr-defined]
     area = sum((min(right, width) - left) * (min(bottom, height) - top) for left, top, right, bottom in tiles)
     if area < width * height * planes:
@@ -180,11 +170,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def _scale_16_bit(image: Image.Image) -> Image.Image:
     values = np.asarray(image).astype(np.int64)
     tags = getattr(image, "tag_v2", {})  # of a TIFF
-    bits = tags.get(_TIFF_BITS, (16,))[0]
-    if bits > 16 or tags.get(_TIFF_SAMPLE_FORMAT, (_UNSIGNED,))[0] != _UNSIGNED or values.min() < 0:
+    bits = tags.get(tiff.BITSPERSAMPLE, (16,))[0]
+    if bits > 16 or tags.get(tiff.SAMPLEFORMAT, (_UNSIGNED,))[0] != _UNSIGNED or values.min() < 0:
         raise DecodeError("an image of 32-bit or signed pixels has no defined brightness")
     most = 2**bits - 1
-    if tags.get(_TIFF_PHOTOMETRIC) == _WHITE_IS_ZERO:
+    if tags.get(tiff.PHOTOMETRIC_INTERPRETATION) == _WHITE_IS_ZERO:
         values = most - values
     return Image.fromarray(((values * 255 + most // 2) // most).astype(np.uint8))
 
@@ -193,8 +183,7 @@ def _resize(image: UInt8[Tensor, "3 h w"], resolution: int) -> UInt8[Tensor, "3 
     """Bilinear with antialiasing."""
     if image.shape[-2:] == (resolution, resolution):
         return image.contiguous()
-    size = (resolution, resolution)
-    return interpolate(image[None], size, mode="bilinear", antialias=True, align_corners=False)[0].contiguous()
+    return interpolate(image[None], resolution, mode="bilinear", antialias=True, align_corners=False)[0].contiguous()
 
 
 def resize_center_crop(image: UInt8[Tensor, "3 h w"], resolution: int) -> UInt8[Tensor, "3 r r"]:

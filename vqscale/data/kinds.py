@@ -34,12 +34,7 @@ _OTHERS = {
     "a JPEG XL picture": (b"\0\0\0\x0cjxl ", b"\xff\x0a"),
     "a Photoshop file": (b"8bps",),
     "an icon": (b"\0\0\1\0", b"icns"),
-    "a picture of a kind that is not read (QOI, OpenEXR, DDS, Radiance)": (
-        b"qoif",
-        b"\x76\x2f\x31\x01",
-        b"dds ",
-        b"#?",
-    ),
+    "a picture of a kind that is not read (QOI, OpenEXR, DDS, Radiance)": (b"qoif", b"v/1\1", b"dds ", b"#?"),
     "a NumPy array": (b"\x93numpy",),
     "an HDF5 file": (b"\x89hdf",),
     "a Matroska or WebM video": (b"\x1a\x45\xdf\xa3",),

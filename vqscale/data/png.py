@@ -32,8 +32,8 @@ _BLOCK_SAMPLES = 1 << 20
 
 @dataclass(frozen=True)
 class Png:
-    """A PNG taken apart. `key`: the samples of the colour that is transparent, () = none; `simple`: 8-bit grey or RGB
-    without transparency, in chunks that every reader accepts."""
+    """A PNG taken apart. `transparency`: alphas of the palette's colours, or the samples of the one colour that is
+    transparent; `simple`: 8-bit grey or RGB without transparency, in chunks that every reader accepts."""
 
     width: int
     height: int
@@ -41,8 +41,7 @@ class Png:
     colour: int
     interlaced: bool
     palette: bytes
-    alphas: bytes  # of the palette's colours
-    key: tuple[int, ...]
+    transparency: bytes
     exif: bytes
     pixels: tuple[bytes, ...]  # IDAT chunks, whole
     simple: bool
@@ -73,16 +72,11 @@ class Png:
         width, height, depth, colour, _, _, interlaced = struct.unpack(">IIBBBBB", bodies[b"IHDR"])
         if depth not in _DEPTHS.get(colour, ()):
             raise DecodeError(f"a PNG of colour type {colour} and bit depth {depth}, which do not go together")
-        palette, transparency = bodies.get(b"PLTE", b""), bodies.get(b"tRNS", b"")
-        key: tuple[int, ...] = ()
-        if transparency and colour in (_GREY, _RGB):
-            if len(transparency) != 2 * _CHANNELS[colour]:
-                raise DecodeError(f"a PNG whose tRNS chunk has {len(transparency)} bytes")
-            key = tuple(value & (2**depth - 1) for value in struct.unpack(f">{_CHANNELS[colour]}H", transparency))
+        palette, transparency, exif = (bodies.get(kind, b"") for kind in (b"PLTE", b"tRNS", b"eXIf"))
+        if transparency and colour in (_GREY, _RGB) and len(transparency) != 2 * _CHANNELS[colour]:
+            raise DecodeError(f"a PNG whose tRNS chunk has {len(transparency)} bytes")
         simple = simple and depth == 8 and colour in (_GREY, _RGB)
-        alphas = transparency if colour == _PALETTE else b""
-        exif = bodies.get(b"eXIf", b"")
-        return cls(width, height, depth, colour, bool(interlaced), palette, alphas, key, exif, pixels, simple)
+        return cls(width, height, depth, colour, bool(interlaced), palette, transparency, exif, pixels, simple)
 
     def decode(self) -> UInt8[np.ndarray, "h w 3"]:
         """RGB, transparent pixels on white. Raises DecodeError for missing pixels, and whatever Pillow raises."""
@@ -91,12 +85,14 @@ class Png:
             self._check_complete()
         if self.colour == _PALETTE:
             return self._palette_on_white()[samples[..., 0]]
+        maximum = 2**self.depth - 1
         if self.colour in (_GREY_ALPHA, _RGB_ALPHA):
-            pixels = _on_white(samples[..., :-1], samples[..., -1:], 2**self.depth - 1)
+            pixels = _on_white(samples[..., :-1], samples[..., -1:], maximum)
         else:
-            pixels = _to_8_bits(samples, self.depth)
-        if self.key:
-            pixels = np.where((samples == self.key).all(-1, keepdims=True), np.uint8(255), pixels)
+            pixels = _SCALED_16[samples] if self.depth == 16 else samples * np.uint8(255 // maximum)
+            if self.transparency:
+                colour = np.frombuffer(self.transparency, ">u2") & maximum
+                pixels = np.where((samples == colour).all(-1, keepdims=True), np.uint8(255), pixels)
         return np.repeat(pixels, 3, -1) if pixels.shape[-1] == 1 else pixels
 
     def _samples(self) -> np.ndarray:
@@ -143,7 +139,8 @@ class Png:
         alphas = np.full((256, 1), 255, np.uint8)
         stored = np.frombuffer(self.palette[: len(self.palette) // 3 * 3][:768], np.uint8).reshape(-1, 3)
         colours[: len(stored)] = stored
-        alphas[: len(self.alphas), 0] = np.frombuffer(self.alphas[:256], np.uint8)
+        stored_alphas = np.frombuffer(self.transparency[:256], np.uint8)
+        alphas[: len(stored_alphas), 0] = stored_alphas
         return _on_white(colours, alphas, 255)
 
 
@@ -165,12 +162,6 @@ def _chunks(data: bytes) -> Iterator[tuple[bytes, bytes, bool]]:
 
 def _chunk(kind: bytes, body: bytes) -> bytes:
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-
-def _to_8_bits(samples: np.ndarray, depth: int) -> np.ndarray:
-    if depth == 16:
-        return _SCALED_16[samples]
-    return samples * np.uint8(255 // (2**depth - 1))
 
 
 def _on_white(colours: np.ndarray, alphas: np.ndarray, maximum: int) -> np.ndarray:
