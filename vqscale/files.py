@@ -31,6 +31,13 @@ def replacing(path: Path) -> Iterator[Path]:
     fsync_folder(path.parent)
 
 
+def prepare_folder(path: Path) -> None:
+    """Make a folder, or remove from it the temporary files of processes that were killed."""
+    path.mkdir(exist_ok=True)
+    for temporary in path.glob(".*.tmp"):
+        temporary.unlink()
+
+
 def open_to_append(path: Path) -> TextIO:
     """A text file to add lines to. Raises OSError for a link, ValueError for a pipe or a device."""
     return open(path, "a", encoding="utf-8", errors="backslashreplace", opener=_open_own)

@@ -1,9 +1,10 @@
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from vqscale.data.listing import Item, is_flat, list_folder, shuffled, split_items, unique_keys
+from vqscale.data.listing import Item, Listing, is_flat, list_folder, shuffled, unique_keys
 
 
 def touch(folder: Path, *names: str) -> Path:
@@ -182,13 +183,18 @@ def test_a_root_of_splits_gives_a_hint(tmp_path: Path) -> None:
     assert list_folder(str(tmp_path)).warnings == ()
 
 
+def split(items: Sequence[Item], rule: str) -> tuple[list[Item], list[Item]]:
+    splits = Listing("", tuple(items), ()).split(rule)
+    return list(splits["train"].items), list(splits["holdout"].items)
+
+
 def test_links_to_one_file_are_held_out_together(tmp_path: Path) -> None:
     touch(tmp_path, *(f"a/{n:02d}.png" for n in range(40)))
     for n in range(40):
         (tmp_path / "a" / f"link{n:02d}.png").symlink_to(tmp_path / "a" / f"{n:02d}.png")
     items = list_folder(str(tmp_path)).items
     for rule in ("0.2", "every:10"):
-        train, held = split_items(items, rule)
+        train, held = split(items, rule)
         assert len(train) + len(held) == 80 and len(held) >= 8
         assert not {item.identity for item in train} & {item.identity for item in held}
 
@@ -203,22 +209,22 @@ def items(count: int) -> list[Item]:
 
 
 def test_holdout_by_fraction_is_decided_by_the_key() -> None:
-    train, held = split_items(items(2000), "0.05")
+    train, held = split(items(2000), "0.05")
     assert 60 < len(held) < 140 and len(train) + len(held) == 2000
-    more_train, more_held = split_items(items(3000), "0.05")
+    more_train, more_held = split(items(3000), "0.05")
     assert set(held) <= set(more_held) and set(train) <= set(more_train)
-    assert len(split_items(items(2), "0.001")[1]) == 1 and split_items(items(5), "0")[1] == []
+    assert len(split(items(2), "0.001")[1]) == 1 and split(items(5), "0")[1] == []
 
 
 def test_holdout_every() -> None:
-    held = split_items(items(45), "every:20")[1]
+    held = split(items(45), "every:20")[1]
     assert [item.key for item in held] == ["k0000", "k0020", "k0040"]
 
 
 @pytest.mark.parametrize("rule", ["1", "-0.1", "every:1", "every:x", "/no/such/folder"])
 def test_holdout_rules_that_are_none(rule: str) -> None:
     with pytest.raises(ValueError, match=f"holdout={rule}"):
-        split_items(items(3), rule)
+        split(items(3), rule)
 
 
 def test_storage_order_mixes_and_depends_on_the_seed() -> None:

@@ -4,7 +4,7 @@ In: a file of lines `filename class`.  Out: class names and a label per path, or
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vqscale.text import printable
@@ -23,12 +23,10 @@ def check_class_names(names: Sequence[str], where: str) -> None:
             raise ValueError(f"{where}: the class name '{printable(name)}' has invisible characters; rename it")
 
 
-def read_labels(
-    labels: str, paths: Sequence[str], classes: Sequence[str] = ()
-) -> tuple[list[str], Callable[[str], int]]:
+def read_labels(labels: str, paths: Sequence[str], classes: Sequence[str] = ()) -> tuple[list[str], dict[str, int]]:
     """Read lines `filename class` (or tab-separated), the class by name or number.
 
-    Returns the class names and the label of each path. Without `classes`, the names are those in the file, sorted;
+    Returns the class names and each path's label. Without `classes`, the names are those in the file, sorted;
     or the numbers up to the largest if all are numbers. Raises FileNotFoundError or ValueError naming file and line.
     """
     entries = _entries(labels, _by_path_and_name(paths))
@@ -38,7 +36,7 @@ def read_labels(
     lines = {name: line for name, line in reversed(entries.values())}  # the first line of each class
     names = list(classes) or _names_in(lines, labels)
     number_of = _numbers(names, lines, labels)
-    return names, lambda path: number_of[entries[path][0]]
+    return names, {path: number_of[name] for path, (name, _) in entries.items()}
 
 
 def _entries(labels: str, by_name: Mapping[str, str]) -> dict[str, tuple[str, int]]:
@@ -95,21 +93,18 @@ def _numbers(names: Sequence[str], lines: Mapping[str, int], labels: str) -> dic
     """The number of each class in the file, which is its name or its place in `names`; never a mixture of both for
     names that are numbers themselves."""
     number_of = {name: number for number, name in enumerate(names)}
-    by_place = {}
-    for word, line in lines.items():
-        if word in number_of:
-            continue
+    by_place = [word for word in lines if word not in number_of]
+    for word in by_place:
         if not _is_number(word) or len(word) > len(str(len(names))) or int(word) >= len(names):
             raise ValueError(
-                f"{labels}, line {line}: {word!r} is not one of the {len(names)} classes "
+                f"{labels}, line {lines[word]}: {word!r} is not one of the {len(names)} classes "
                 f"(a name, or 0 to {len(names) - 1})"
             )
-        by_place[word] = int(word)
     for word in lines if by_place else ():
         if _is_number(word) and number_of.get(word, int(word)) != int(word):
-            other = next(iter(by_place))
+            other = by_place[0]
             raise ValueError(
                 f"{labels}, line {lines[word]}: {word!r} is the name of class number {number_of[word]}, but {other!r} "
                 f"in line {lines[other]} is no name, only a number; use names alone, or rename the classes"
             )
-    return number_of | by_place
+    return number_of | {word: int(word) for word in by_place}

@@ -7,9 +7,8 @@ decoded here.
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import compress
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from vqscale.data.arrays import array_files, class_names, read_pictures
@@ -55,6 +54,27 @@ class Listing:
             digest.update(f"{item.path}\0{item.index}\0{item.size}\0{item.label}\n".encode("utf-8", "surrogateescape"))
         return "sha256:" + digest.hexdigest()
 
+    def split(self, holdout: str) -> "dict[str, Listing]":
+        """The listings of `train` and `holdout`. holdout: a fraction, chosen by each key's hash, or `every:n` = every
+        n-th in sorted order (0, n, 2n, …).
+
+        A fraction above 0 holds out at least one of two or more. Links to one file stay together. Raises ValueError
+        for a rule that is neither.
+        """
+        every, fraction = parse_holdout(holdout)
+        if every:
+            chosen = {item.key for item in self.items[::every]}
+        else:
+            scores = {item.key: uniform(_HOLDOUT, key_of(item.key)) for item in self.items}
+            chosen = {key for key, score in scores.items() if score < fraction}
+            if not chosen and fraction and len(self.items) > 1:
+                chosen = {min(scores, key=lambda key: (scores[key], key))}
+        files = {item.identity for item in self.items if item.key in chosen} - {0}
+        chosen |= {item.key for item in self.items if item.identity in files}
+        train = tuple(item for item in self.items if item.key not in chosen)
+        held_out = tuple(item for item in self.items if item.key in chosen)
+        return {"train": replace(self, items=train), "holdout": Listing(self.folder, held_out, self.classes)}
+
 
 @dataclass(frozen=True)
 class _File:
@@ -64,10 +84,14 @@ class _File:
     broken: bool = False  # a link that leads nowhere, or in a circle
 
     @property
+    def folder(self) -> str:
+        """The first sub-folder; "" for a file beside them."""
+        return self.path.partition("/")[0] if "/" in self.path else ""
+
+    @property
     def suffix(self) -> str:
         """In lower case, without the dot."""
-        _, dot, suffix = self.path.rpartition("/")[2].rpartition(".")
-        return suffix.lower() if dot else ""
+        return os.path.splitext(self.path)[1][1:].lower()
 
     @property
     def kind(self) -> str:
@@ -86,33 +110,37 @@ def list_folder(folder: str, labels: str = "", classes: Sequence[str] = ()) -> L
     folder, ValueError for one without images, for a class outside `classes` or with an unusable name, or for a labels
     file that does not fit (naming file and line).
     """
-    if not os.path.isdir(folder):
-        raise FileNotFoundError(f"source folder {folder} does not exist")
-    files = list(_walk(folder, "", set()))
+    files = _files_in(folder)
     images = [file for file in files if file.is_image]
     others = [file for file in files if not file.is_image]
     if not images:
-        what = f": {show_counts(_count_kinds(others))}" * bool(others)
+        what = f": {show_counts(Counter(file.kind for file in others))}" * bool(others)
         raise ValueError(f"source folder {folder} holds no images ({len(others)} other files){what}")
     warnings = _warn_of_broken_links(others)
     if labels:
-        classified = images
         names, label_of = read_labels(labels, [file.path for file in images], classes)
     else:
-        classified, names, label_of = _classes_from_folders(folder, images, classes)
+        names, label_of = _labels_from_folders(folder, images, classes)
         warnings += _warn_of_lost_classes(folder, images, others) + _warn_of_splits(folder, names)
     check_class_names(names, labels or f"source folder {folder}")
+    classified = [file for file in images if file.path in label_of]
     items = [
-        Item(key, label_of(file.path), file.path, size=file.size, identity=file.identity)
+        Item(key, label_of[file.path], file.path, size=file.size, identity=file.identity)
         for key, file in zip(unique_keys([file.path for file in classified]), classified, strict=True)
     ]
-    ignored = _count_kinds([file for file in others if not file.broken])
+    ignored = Counter(file.kind for file in others if not file.broken)
     return Listing(folder, tuple(items), tuple(names), ignored, len(images) - len(classified), tuple(warnings))
 
 
 def is_flat(folder: str) -> bool:
-    """Whether no image lies in a sub-folder, so that folders cannot name classes."""
-    return not any("/" in file.path and file.is_image for file in _walk(folder, "", set()))
+    """Whether no image lies in a sub-folder, so that folders cannot name classes. Raises FileNotFoundError."""
+    return not any(file.folder and file.is_image for file in _files_in(folder))
+
+
+def _files_in(folder: str) -> list[_File]:
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"source folder {folder} does not exist")
+    return list(_walk(folder, "", set()))
 
 
 def _walk(root: str, inside: str, above: set[tuple[int, int]]) -> Iterator[_File]:
@@ -134,10 +162,6 @@ def _walk(root: str, inside: str, above: set[tuple[int, int]]) -> Iterator[_File
             yield _File(path, stat.st_size, hash((stat.st_dev, stat.st_ino)) if stat.st_ino else 0)
 
 
-def _count_kinds(files: Sequence[_File]) -> "Counter[str]":
-    return Counter(file.kind for file in files)
-
-
 def show_counts(kinds: "Counter[str]") -> str:
     """Such as "12 .txt, 1 .heic", the most frequent first."""
     counts = [f"{count} {printable(kind)}" for kind, count in kinds.most_common()]
@@ -151,16 +175,13 @@ def _warn_of_broken_links(others: Sequence[_File]) -> list[str]:
 
 def _warn_of_lost_classes(folder: str, images: Sequence[_File], others: Sequence[_File]) -> list[str]:
     """Class folders that became no class."""
-    with_images = {file.path.split("/", 1)[0] for file in images if "/" in file.path}
-    contents: dict[str, list[_File]] = {
-        entry.name: []
-        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name)
-        if os.path.isdir(entry.path) and not entry.name.startswith(".") and entry.name not in with_images
-    }
+    folders = {entry.name for entry in os.scandir(folder) if os.path.isdir(entry.path) and entry.name[0] != "."}
+    names = sorted(folders - {file.folder for file in images})
+    contents: dict[str, Counter[str]] = {name: Counter() for name in names}
     for file in others:
-        if (name := file.path.split("/", 1)[0]) in contents:
-            contents[name].append(file)
-    lost = [f"{printable(name)} ({show_counts(_count_kinds(files)) or 'empty'})" for name, files in contents.items()]
+        if file.folder in contents:
+            contents[file.folder][file.kind] += 1
+    lost = [f"{printable(name)} ({show_counts(kinds) or 'empty'})" for name, kinds in contents.items()]
     if not lost:
         return []
     more = f" and {len(lost) - 5} more" * (len(lost) > 5)
@@ -178,20 +199,20 @@ def _warn_of_splits(folder: str, names: Sequence[str]) -> list[str]:
     ]
 
 
-def _classes_from_folders(
-    folder: str, images: list[_File], classes: Sequence[str]
-) -> tuple[list[_File], list[str], Callable[[str], int]]:
-    inside = [file for file in images if "/" in file.path]
-    if not inside:
+def _labels_from_folders(
+    folder: str, images: Sequence[_File], classes: Sequence[str]
+) -> tuple[list[str], dict[str, int]]:
+    """The class names and each path's label; images beside the class folders have none."""
+    folders = sorted({file.folder for file in images if file.folder})
+    if not folders:
         if len(classes) > 1:
             raise ValueError(f"source folder {folder} has no class folders, but there are {len(classes)} classes")
-        return images, list(classes) or ["all"], lambda path: 0
-    folders = sorted({file.path.split("/", 1)[0] for file in inside})
+        return list(classes) or ["all"], {file.path: 0 for file in images}
     names = list(classes) or folders
     number = {name: i for i, name in enumerate(names)}
     if unknown := [name for name in folders if name not in number]:
         raise ValueError(f"source folder {folder}: {unknown[0]!r} is not one of the {len(names)} known classes")
-    return inside, names, lambda path: number[path.split("/", 1)[0]]
+    return names, {file.path: number[file.folder] for file in images if file.folder}
 
 
 def list_arrays(folder: str, part: str, names: Sequence[str] = ()) -> Listing:
@@ -234,45 +255,20 @@ def unique_keys(paths: Sequence[str]) -> list[str]:
     return keys
 
 
-def split_items(items: Sequence[Item], holdout: str) -> tuple[list[Item], list[Item]]:
-    """(train, holdout): a fraction chosen by each key's hash, or `every:n` = every n-th in sorted order (0, n, 2n, …).
-
-    A fraction above 0 holds out at least one of two or more. Links to one file stay together. Raises ValueError for
-    a rule that is neither.
-    """
-    every = holdout_every(holdout)
-    if every:
-        chosen = {item.key for item in items[::every]}
-    else:
-        fraction = holdout_fraction(holdout)
-        scores = {item.key: uniform(_HOLDOUT, key_of(item.key)) for item in items}
-        chosen = {key for key, score in scores.items() if score < fraction}
-        if not chosen and fraction and len(items) > 1:
-            chosen = {min(scores, key=lambda key: (scores[key], key))}
-    files = {item.identity for item in items if item.key in chosen} - {0}
-    held_out = [item.key in chosen or item.identity in files for item in items]
-    return list(compress(items, [not out for out in held_out])), list(compress(items, held_out))
-
-
-def holdout_every(holdout: str) -> int:
-    """n of `every:n`, 0 for another rule. Raises ValueError for an n below 2."""
-    if not holdout.startswith("every:"):
-        return 0
-    text = holdout.removeprefix("every:")
-    if not text.isdigit() or int(text) < 2:
-        raise ValueError(f"holdout={holdout}: every:n needs a whole n of at least 2")
-    return int(text)
-
-
-def holdout_fraction(holdout: str) -> float:
-    """The fraction that a rule names. Raises ValueError when it is none in [0, 1)."""
+def parse_holdout(holdout: str) -> tuple[int, float]:
+    """(n, 0.0) of the rule `every:n`, (0, fraction) of a fraction in [0, 1). Raises ValueError for neither."""
+    if holdout.startswith("every:"):
+        text = holdout.removeprefix("every:")
+        if not text.isdigit() or int(text) < 2:
+            raise ValueError(f"holdout={holdout}: every:n needs a whole n of at least 2")
+        return int(text), 0.0
     try:
         fraction = float(holdout or 0)
     except ValueError:
         raise ValueError(f"holdout={holdout} is neither a fraction, every:n nor a folder that exists") from None
     if not 0 <= fraction < 1:
         raise ValueError(f"holdout={holdout}: a fraction lies in [0, 1)")
-    return fraction
+    return 0, fraction
 
 
 def shuffled(items: Sequence[Item], seed: int) -> list[Item]:

@@ -39,7 +39,8 @@ class Encoding:
 
 @dataclass(frozen=True)
 class ShardJob:
-    """Pack `items` of `folder` ("" = drawn with `seed`) into `tar`; list the bad ones in `bad_path`."""
+    """Pack `items` of `folder` ("" = drawn with `seed`) into `tar`; list the bad ones in `bad_path`, a JSONL file of
+    {"file", "error"} that is absent where there are none."""
 
     tar: Path
     bad_path: Path
@@ -53,14 +54,8 @@ class ShardJob:
 def finished(job: ShardJob) -> ShardInfo | None:
     """The shard that an earlier run wrote for this job, or None."""
     info = shard_info(job.tar)
-    if info is None or info.num_samples + len(read_bad(job.bad_path)) != len(job.items):
-        return None
-    return info
-
-
-def read_bad(path: Path) -> list[dict[str, str]]:
-    """The bad images of a job: {"file", "error"} each."""
-    return list(read_jsonl(path))
+    is_whole = info is not None and info.num_samples + len(list(read_jsonl(job.bad_path))) == len(job.items)
+    return info if is_whole else None
 
 
 def pack_shard(job: ShardJob) -> ShardInfo:
@@ -76,7 +71,7 @@ def pack_shard(job: ShardJob) -> ShardInfo:
 
 
 def write_bad(path: Path, bad: Sequence[dict[str, str]]) -> None:
-    """Write the list that `read_bad` reads; an empty one is no file."""
+    """One line of JSON for each bad image; an empty list is no file."""
     if bad:
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in bad).encode())
     else:

@@ -343,6 +343,18 @@ def _checked(shard: ShardInfo) -> ShardInfo:
     return shard
 
 
+def missing_file(folder: Path) -> Path | None:
+    """dataset.json, or the first tar that is not there whole with its index; None where nothing of a data set is gone.
+
+    For data sets that `ShardWriter` wrote.
+    """
+    try:
+        shards = Manifest.load(folder).shards
+    except (OSError, ValueError):
+        return folder / MANIFEST
+    return next((folder / shard.name for shard in shards if shard_info(folder / shard.name) is None), None)
+
+
 def resolve(folder: str | Path, split: str = "train", *, made_by: str = "pack") -> Path:
     """The data set at `folder`: itself, or its `train` or `holdout` split. Without a holdout, train, with a log line.
 

@@ -25,7 +25,7 @@ from vqscale.data.specs import expand_spec
 from vqscale.data.tarindex import index_tar
 from vqscale.data.verify import verify_shard
 from vqscale.fields import Choice, NonNegativeInt, PathText
-from vqscale.files import sha256_of
+from vqscale.files import prepare_folder, sha256_of
 from vqscale.text import redact_url
 
 log = logging.getLogger("vqscale")
@@ -109,9 +109,7 @@ def _data_sets(folder: Path) -> list[Path]:
 
 def _clean(run_dir: Path, tars: dict[str, list[str]]) -> None:
     for split in tars:
-        (run_dir / split).mkdir(exist_ok=True)
-        for path in (run_dir / split).glob(".*.tmp"):
-            path.unlink()
+        prepare_folder(run_dir / split)
         _remove_damaged(run_dir / split)
 
 

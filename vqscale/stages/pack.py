@@ -8,7 +8,7 @@ same at any number of processes.
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -20,23 +20,13 @@ from vqscale.config import StageConfig
 from vqscale.data.arrays import array_files
 from vqscale.data.drawn import CLASSES
 from vqscale.data.headers import MAX_PIXELS
-from vqscale.data.listing import (
-    Item,
-    Listing,
-    holdout_every,
-    holdout_fraction,
-    is_flat,
-    list_arrays,
-    list_folder,
-    show_counts,
-    shuffled,
-    split_items,
-)
-from vqscale.data.packing import Encoding, ShardJob, finished, pack_shard, read_bad, write_bad
+from vqscale.data.listing import Item, Listing, is_flat, list_arrays, list_folder, parse_holdout, show_counts, shuffled
+from vqscale.data.loader import allowed_bad
+from vqscale.data.packing import Encoding, ShardJob, finished, pack_shard, write_bad
 from vqscale.data.processes import run_jobs
-from vqscale.data.shards import MANIFEST, Manifest, ShardInfo, resolve
+from vqscale.data.shards import Manifest, ShardInfo, missing_file, resolve
 from vqscale.fields import Choice, Fraction, NonNegativeInt, PathText, PositiveInt, Range
-from vqscale.files import read_json, write_json
+from vqscale.files import prepare_folder, read_json, read_jsonl, write_json
 from vqscale.text import printable
 
 log = logging.getLogger("vqscale")
@@ -69,52 +59,31 @@ class PackConfig(StageConfig):
 Config = PackConfig
 
 
-@dataclass(frozen=True)
-class _Contents:
-    """What the data sets will hold, decided before the first byte is written."""
-
-    train: Listing
-    holdout: Listing
-    encoding: Encoding
-
-    @property
-    def listings(self) -> dict[str, Listing]:
-        """By split."""
-        return {"train": self.train, "holdout": self.holdout}
-
-    @property
-    def fingerprints(self) -> dict[str, Any]:
-        """What a resumed run compares with source.json."""
-        return {name: {"images": len(x.items), "files": x.fingerprint} for name, x in self.listings.items()}
-
-
 def main(config: PackConfig) -> None:
     """Pack. Raises ValueError or FileNotFoundError for a wrong source or config before anything is written."""
     _check(config)
-    contents = None
-    if _is_done(config) and not _source_exists(config):  # packed, and the source removed since: nothing to compare
+    is_done = not config.fresh and runtime.read_status(Path(config.run_dir)).get("state") == "done"
+    if is_done and config.source != "drawn" and not os.path.isdir(config.source):  # removed since
         _check_outputs(config)
-    else:
-        contents = _contents(config)
-    with runtime.run(config, stage="pack") as run:
-        if contents is None:
+        with runtime.run(config, stage="pack") as run:
             log.info("%s: already packed", run.run_dir)
-            return
-        _check_source_unchanged(run, contents)
-        _pack(config, contents, run)
+        return
+    listings = _listings(config)
+    with runtime.run(config, stage="pack") as run:
+        _check_source_unchanged(run, listings)
+        _pack(config, listings, run)
 
 
 def plan(config: PackConfig) -> str:
     """What `--dry-run` says."""
     _check(config)
-    contents = _contents(config)
-    images, held_out, classes = len(contents.train.items), len(contents.holdout.items), len(contents.train.classes)
-    size = contents.encoding.resolution
+    listings, encoding = _listings(config), _encoding(config)
+    train, holdout = listings.values()
     summary = (
-        f"{images} training and {held_out} held-out images of {classes} classes, "
-        f"stored as {size}×{size} {contents.encoding.format}"
+        f"{len(train.items)} training and {len(holdout.items)} held-out images of {len(train.classes)} classes, "
+        f"stored as {encoding.resolution}×{encoding.resolution} {encoding.format}"
     )
-    warnings = [f"{split}: {line}" for split, listing in contents.listings.items() for line in listing.warnings]
+    warnings = [f"{split}: {line}" for split, listing in listings.items() for line in listing.warnings]
     return "\n".join([summary, *warnings])
 
 
@@ -123,60 +92,47 @@ def _check(config: PackConfig) -> None:
         raise ValueError(
             "source=drawn has classes of its own: labels=, classes_from= and a holdout folder do not apply"
         )
-    if not os.path.isdir(config.holdout) and config.holdout != "test" and not holdout_every(config.holdout):
-        holdout_fraction(config.holdout)
-
-
-def _is_done(config: PackConfig) -> bool:
-    return not config.fresh and runtime.read_status(Path(config.run_dir)).get("state") == "done"
-
-
-def _source_exists(config: PackConfig) -> bool:
-    return config.source == "drawn" or os.path.isdir(config.source)
+    if not os.path.isdir(config.holdout) and config.holdout != "test":
+        parse_holdout(config.holdout)
 
 
 def _check_outputs(config: PackConfig) -> None:
     """Raises ValueError where files of a finished run are gone and the source, too."""
-    run_dir = Path(config.run_dir)
-    folders = [run_dir / "train", *([run_dir / "holdout"] if (run_dir / "holdout").exists() else [])]
-    gone = [path for folder in folders for path in _missing_files(folder)]
+    train, holdout = Path(config.run_dir, "train"), Path(config.run_dir, "holdout")
+    gone = missing_file(train) or (missing_file(holdout) if holdout.exists() else None)
     if gone:
-        raise ValueError(f"{gone[0]} is gone, or not whole; without source={config.source} it cannot be packed again")
+        raise ValueError(f"{gone} is gone, or not whole; without source={config.source} it cannot be packed again")
 
 
-def _missing_files(folder: Path) -> list[Path]:
-    """What is not as the folder's dataset.json says, or that file itself."""
-    try:
-        manifest = Manifest.load(folder)
-    except (OSError, ValueError):
-        return [folder / MANIFEST]
-    sizes = {folder / info.name: info.bytes for info in manifest.shards}
-    indexes = [folder / info.index_name for info in manifest.shards]
-    tars = [tar for tar, size in sizes.items() if not tar.is_file() or tar.stat().st_size != size]
-    return tars + [index for index in indexes if not index.is_file()]
-
-
-def _contents(config: PackConfig) -> _Contents:
+def _encoding(config: PackConfig) -> Encoding:
     default = "png" if config.resolution <= _PNG_UP_TO else "jpg"
-    encoding = Encoding(config.resolution, config.format or default, config.quality)
+    return Encoding(config.resolution, config.format or default, config.quality)
+
+
+def _listings(config: PackConfig) -> dict[str, Listing]:
+    """What each split will hold, decided before the first byte is written."""
     if config.source == "drawn":
-        digits = len(str(config.num_drawn - 1))
-        items = [
-            Item(f"{CLASSES[i % len(CLASSES)]}/{i:0{digits}d}", i % len(CLASSES), index=i)
-            for i in range(config.num_drawn)
-        ]
-        return _Contents(*_split(Listing("", tuple(items), CLASSES), config.holdout), encoding)
+        return _list_drawn(config.num_drawn).split(config.holdout)
     if array_files(config.source, "train"):
-        return _Contents(*_split_arrays(config), encoding)
+        train = list_arrays(config.source, "train", config.class_names)
+        if config.holdout == "test":
+            return {"train": train, "holdout": list_arrays(config.source, "test", train.classes)}
+        return train.split(config.holdout)
     known = Manifest.load(resolve(config.classes_from)).classes if config.classes_from else ()
     if not os.path.isdir(config.holdout):
-        return _Contents(*_split(list_folder(config.source, config.labels, known), config.holdout), encoding)
+        return list_folder(config.source, config.labels, known).split(config.holdout)
     _check_apart(config.source, config.holdout)
     source_labels, holdout_labels = _assign_labels(config)
     train = list_folder(config.source, source_labels, known)
     holdout = list_folder(config.holdout, holdout_labels, train.classes)
     _check_disjoint(train, holdout)
-    return _Contents(train, holdout, encoding)
+    return {"train": train, "holdout": holdout}
+
+
+def _list_drawn(count: int) -> Listing:
+    digits = len(str(count - 1))
+    items = [Item(f"{CLASSES[n % len(CLASSES)]}/{n:0{digits}d}", n % len(CLASSES), index=n) for n in range(count)]
+    return Listing("", tuple(items), CLASSES)
 
 
 def _check_apart(source: str, holdout: str) -> None:
@@ -201,35 +157,22 @@ def _check_disjoint(train: Listing, holdout: Listing) -> None:
         )
 
 
-def _split_arrays(config: PackConfig) -> tuple[Listing, Listing]:
-    train = list_arrays(config.source, "train", config.class_names)
-    if config.holdout != "test":
-        return _split(train, config.holdout)
-    return train, list_arrays(config.source, "test", train.classes)
-
-
 def _assign_labels(config: PackConfig) -> tuple[str, str]:
     """The labels file belongs to the flat one of the two folders."""
     if not config.labels:
         return "", ""
-    if not os.path.isdir(config.source):
-        raise FileNotFoundError(f"source folder {config.source} does not exist")
     flat = [folder for folder in (config.source, config.holdout) if is_flat(folder)]
     if len(flat) != 1:
         raise ValueError(f"labels={config.labels} must serve one flat folder; flat here: {', '.join(flat) or 'none'}")
     return (config.labels, "") if flat == [config.source] else ("", config.labels)
 
 
-def _split(listing: Listing, rule: str) -> tuple[Listing, Listing]:
-    train, holdout = split_items(listing.items, rule)
-    return replace(listing, items=tuple(train)), Listing(listing.folder, tuple(holdout), listing.classes)
-
-
-def _check_source_unchanged(run: Any, contents: _Contents) -> None:
+def _check_source_unchanged(run: runtime.Run, listings: dict[str, Listing]) -> None:
     """Raises ValueError, naming the difference, when the source has changed since the run started."""
     path = run.run_dir / "source.json"
     earlier = read_json(path)
-    for name, now in contents.fingerprints.items():
+    fingerprints = {name: {"images": len(x.items), "files": x.fingerprint} for name, x in listings.items()}
+    for name, now in fingerprints.items():
         if (was := earlier.get(name, now)) != now:
             counts = f"{was['images']} {name} images then, {now['images']} now"
             same = " (same number, but other names, sizes or classes)" if was["images"] == now["images"] else ""
@@ -238,25 +181,25 @@ def _check_source_unchanged(run: Any, contents: _Contents) -> None:
                 "fresh=true, which removes the packed images"
             )
     if run.topology.is_main and not earlier:
-        write_json(path, contents.fingerprints)
+        write_json(path, fingerprints)
 
 
-def _pack(config: PackConfig, contents: _Contents, run: Any) -> None:
-    jobs = {split: _jobs(config, contents, run.run_dir, split) for split in contents.listings}
+def _pack(config: PackConfig, listings: dict[str, Listing], run: runtime.Run) -> None:
+    jobs = {split: _jobs(config, listing, run.run_dir, split) for split, listing in listings.items()}
     if run.topology.is_main:
-        _log_listings(contents)
-        _clean(run.run_dir)
+        _log_listings(listings)
+        for name in ("train", "holdout", "bad"):
+            prepare_folder(run.run_dir / name)
     run.topology.barrier()
     all_jobs = [job for split in jobs.values() for job in split]
     own_jobs = all_jobs[run.topology.rank :: run.topology.world_size]
     with run.stoppable():
         _work(config, own_jobs, sum(len(job.items) for job in all_jobs), run)
     if run.topology.is_main:
-        _finish(contents, jobs, run.run_dir)
+        _finish(config, listings, jobs, run.run_dir)
 
 
-def _jobs(config: PackConfig, contents: _Contents, run_dir: Path, split: str) -> list[ShardJob]:
-    listing = contents.listings[split]
+def _jobs(config: PackConfig, listing: Listing, run_dir: Path, split: str) -> list[ShardJob]:
     items = shuffled(listing.items, config.seed)
     count = -(-len(items) // config.samples_per_shard)
     cuts = np.linspace(0, len(items), count + 1).astype(int)
@@ -266,7 +209,7 @@ def _jobs(config: PackConfig, contents: _Contents, run_dir: Path, split: str) ->
             run_dir / "bad" / f"{split}-{n:06d}.jsonl",
             listing.folder,
             tuple(items[cuts[n] : cuts[n + 1]]),
-            contents.encoding,
+            _encoding(config),
             config.seed,
             config.max_pixels,
         )
@@ -274,8 +217,8 @@ def _jobs(config: PackConfig, contents: _Contents, run_dir: Path, split: str) ->
     ]
 
 
-def _log_listings(contents: _Contents) -> None:
-    for name, listing in contents.listings.items():
+def _log_listings(listings: dict[str, Listing]) -> None:
+    for name, listing in listings.items():
         ignored = listing.ignored.total()
         notes = [f"; {ignored} other files ignored ({show_counts(listing.ignored)})"] * bool(ignored)
         notes += [f"; {listing.unclassified} images beside the class folders left out"] * bool(listing.unclassified)
@@ -284,18 +227,10 @@ def _log_listings(contents: _Contents) -> None:
             log.warning("%s: %s", name, warning)
 
 
-def _clean(run_dir: Path) -> None:
-    """Make the folders; remove temporary files of a killed run."""
-    for name in ("train", "holdout", "bad"):
-        (run_dir / name).mkdir(exist_ok=True)
-        for path in (run_dir / name).glob(".*.tmp"):
-            path.unlink()
-
-
-def _work(config: PackConfig, jobs: Sequence[ShardJob], total: int, run: Any) -> None:
+def _work(config: PackConfig, jobs: Sequence[ShardJob], total: int, run: runtime.Run) -> None:
     """Do the jobs that no earlier run has finished; raises ValueError when too many images are bad."""
-    done = {job.tar: info for job in jobs if (info := finished(job)) is not None}
-    bad = [line for job in jobs if job.tar in done for line in read_bad(job.bad_path)]
+    done = {job.tar for job in jobs if finished(job)}
+    bad = [line for job in jobs if job.tar in done for line in read_jsonl(job.bad_path)]
     _check_budget(bad, total, config.max_bad_fraction)
     remaining = [job for job in jobs if job.tar not in done]
     if run.was_done and remaining:
@@ -308,14 +243,14 @@ def _work(config: PackConfig, jobs: Sequence[ShardJob], total: int, run: Any) ->
     options: dict[str, Any] = {"unit": "image", "desc": "pack", "disable": not run.topology.is_main}
     with tqdm(total=num_images, initial=num_images - num_remaining, **options) as bar:
         for job, _ in run_jobs(pack_shard, remaining, workers, run.stop_requested):
-            bad += read_bad(job.bad_path)
+            bad += read_jsonl(job.bad_path)
             _check_budget(bad, total, config.max_bad_fraction)
             bar.update(len(job.items))
     run.poll()
 
 
 def _check_budget(bad: Sequence[dict[str, str]], total: int, fraction: float) -> None:
-    allowed = max(1, int(fraction * total)) if fraction else 0
+    allowed = int(allowed_bad(total, fraction))
     if len(bad) > allowed:
         first = bad[0]
         raise ValueError(
@@ -324,39 +259,31 @@ def _check_budget(bad: Sequence[dict[str, str]], total: int, fraction: float) ->
         )
 
 
-def _finish(contents: _Contents, jobs: dict[str, list[ShardJob]], run_dir: Path) -> None:
+def _finish(config: PackConfig, listings: dict[str, Listing], jobs: dict[str, list[ShardJob]], run_dir: Path) -> None:
     bad = []
-    for split, listing in contents.listings.items():
-        infos = [info for job in jobs[split] if (info := finished(job)) is not None]
+    for split, listing in listings.items():
+        infos = [info for job in jobs[split] if (info := finished(job))]
         assert len(infos) == len(jobs[split]), "a rank did not finish a shard"
-        skipped = [line for job in jobs[split] for line in read_bad(job.bad_path)]
+        skipped = [line for job in jobs[split] for line in read_jsonl(job.bad_path)]
         bad += skipped
-        _save_manifest(run_dir / split, contents.encoding, listing, infos, len(skipped))
+        _save_manifest(run_dir / split, _encoding(config), listing, infos, len(skipped))
     if bad:
-        write_bad(run_dir / "bad.jsonl", bad)
-        log.warning(
-            "%d images do not decode and were left out, e.g. %s; see %s",
-            len(bad),
-            printable(bad[0]["file"]),
-            run_dir / "bad.jsonl",
-        )
+        path, example = run_dir / "bad.jsonl", printable(bad[0]["file"])
+        write_bad(path, bad)
+        log.warning("%d images do not decode and were left out, e.g. %s; see %s", len(bad), example, path)
 
 
 def _save_manifest(folder: Path, encoding: Encoding, listing: Listing, infos: list[ShardInfo], bad: int) -> None:
-    if not sum(info.num_samples for info in infos):
-        if folder.name == "train":
-            raise ValueError("no image is left to train on: all are held out or do not decode")
-        if not any(folder.iterdir()):
-            folder.rmdir()
-        return
-    transform = {
-        "resolution": encoding.resolution,
-        "format": encoding.format,
-        "resize": "bilinear, antialiased",
-        "crop": "center",
-    }
+    transform = {"resolution": encoding.resolution, "format": encoding.format}
+    transform |= {"resize": "bilinear, antialiased", "crop": "center"}
     if encoding.format == "jpg":
         transform["quality"] = encoding.quality
     extra = {"split": folder.name, "source": printable(Path(listing.folder).name) or "drawn", "bad_images": bad}
-    Manifest.of("images", infos, listing.classes, transform, extra).save(folder)
-    log.info("%s: %d images in %d shards", folder, sum(info.num_samples for info in infos), len(infos))
+    manifest = Manifest.of("images", infos, listing.classes, transform, extra)
+    if manifest.num_samples:
+        manifest.save(folder)
+        log.info("%s: %d images in %d shards", folder, manifest.num_samples, len(infos))
+    elif folder.name == "train":
+        raise ValueError("no image is left to train on: all are held out or do not decode")
+    elif not any(folder.iterdir()):
+        folder.rmdir()

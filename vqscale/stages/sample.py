@@ -22,7 +22,7 @@ from vqscale.config import StageConfig, run_of
 from vqscale.data.images import decode_image, to_uint8
 from vqscale.data.packing import Encoding, encode_image
 from vqscale.data.parts import read_samples
-from vqscale.data.shards import Manifest, ShardWriter, shard_info
+from vqscale.data.shards import Manifest, ShardWriter, missing_file, shard_info
 from vqscale.evaluation.classify import CLASS_PROBABILITY, ImageClassifier
 from vqscale.evaluation.features import NEED_A_PATH
 from vqscale.evaluation.figures import grid_png, label_of_class, upscale_for
@@ -96,7 +96,7 @@ def main(config: SampleConfig) -> None:
         try:
             chain = load_chain(config, run.topology.device)
         except FileNotFoundError as error:
-            if not (run.was_done and _is_whole(run.run_dir)):
+            if not run.was_done or missing_file(run.run_dir):
                 raise
             runtime.log.info("the models are not compared with those of the samples: %s", error)
         else:
@@ -107,14 +107,6 @@ def main(config: SampleConfig) -> None:
         run.topology.barrier()
 
 
-def _is_whole(run_dir: Path) -> bool:
-    """Whether dataset.json and all shards that it names are there."""
-    try:
-        return all(shard_info(run_dir / shard.name) is not None for shard in Manifest.load(run_dir).shards)
-    except (OSError, ValueError):
-        return False
-
-
 def _draw_missing(config: SampleConfig, chain: Chain, run: runtime.Run) -> None:
     """The shards that are not there yet, then dataset.json."""
     labels = [c for c in chosen_classes(config.classes, chain.classes) for _ in range(config.samples_per_class)]
@@ -122,7 +114,7 @@ def _draw_missing(config: SampleConfig, chain: Chain, run: runtime.Run) -> None:
         raise ValueError(f"nothing to sample: {config.samples_per_class} samples of {len(chain.classes)} classes")
     size, topology = config.batch * config.blocks_per_shard, run.topology
     paths = [run.run_dir / f"{number:06d}.tar" for number in range(-(-len(labels) // size))]
-    if topology.gather(run.was_done and _is_whole(run.run_dir))[0]:
+    if topology.gather(run.was_done and not missing_file(run.run_dir))[0]:
         runtime.log.info("nothing left to do: the samples are in %s", run.run_dir)
         return
     with run.stoppable(), tqdm(total=len(labels), unit="img", disable=not topology.is_main, desc="sample") as bar:
