@@ -42,7 +42,7 @@ MAY_IMPORT |= {
     "config": {"fields", "text"},
     "seeding": set(),
     "topology": {"config", "text"},
-    "lock": {"text", "rundir"},
+    "lock": {"files", "text", "rundir"},
     "versions": set(),
     "watchdog": {"topology", "files"},
 }

@@ -28,7 +28,8 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    fsync_folder(path.parent)
+    with contextlib.suppress(OSError):  # some file systems cannot
+        fsync(path.parent)
 
 
 def prepare_folder(path: Path) -> None:
@@ -40,20 +41,16 @@ def prepare_folder(path: Path) -> None:
 
 def open_to_append(path: Path) -> TextIO:
     """A text file to add lines to. Raises OSError for a link, ValueError for a pipe or a device."""
-    return open(path, "a", encoding="utf-8", errors="backslashreplace", opener=_open_own)
+    return open(path, "a", encoding="utf-8", errors="backslashreplace", opener=open_own)
 
 
-def read_regular(path: Path) -> bytes:
-    """A file's bytes. Raises OSError where there is none, ValueError for a pipe or a device, which may have no end."""
-    with open(path, "rb", opener=_open_regular) as file:
-        return file.read()
-
-
-def _open_own(name: str, flags: int) -> int:
+def open_own(name: str | Path, flags: int) -> int:
+    """A descriptor of a file that the program writes. Raises OSError for a link, ValueError for a pipe or a device."""
     return _open_regular(name, flags | os.O_NOFOLLOW)
 
 
-def _open_regular(name: str, flags: int) -> int:
+def _open_regular(name: str | Path, flags: int) -> int:
+    """Not of a pipe or a device, which may have no end."""
     descriptor = os.open(name, flags | os.O_NONBLOCK, 0o666)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -75,7 +72,8 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file, or {} where there is none that can be read."""
     try:
-        value = json.loads(read_regular(path))
+        with open(path, "rb", opener=_open_regular) as file:
+            value = json.load(file)
     except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
@@ -134,15 +132,9 @@ def sha256_of(path: Path) -> str:
 
 
 def fsync(path: Path) -> None:
-    """Make a file's content durable. Raises OSError where that fails."""
+    """Make a file's content, or the renames inside a folder, durable. Raises OSError where that fails."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make renames inside the folder durable; file systems that cannot are left alone."""
-    with contextlib.suppress(OSError):
-        fsync(folder)

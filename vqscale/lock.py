@@ -11,12 +11,12 @@ import json
 import logging
 import os
 import socket
-import stat
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
+from vqscale.files import open_own, read_json
 from vqscale.rundir import process_exists
 from vqscale.text import printable
 
@@ -24,7 +24,6 @@ log = logging.getLogger("vqscale")
 BEAT = 5.0  # seconds between heartbeats
 LEASE = 30.0  # seconds without a heartbeat after which a holder counts as dead
 _RECORD = 256  # bytes; of constant length, so that a reader never finds half a record
-_SAFELY = os.O_NOFOLLOW | os.O_NONBLOCK  # through no link, and a pipe is not waited for
 
 
 class FolderLock:
@@ -39,7 +38,7 @@ class FolderLock:
 
     def take(self) -> None:
         """Raises ValueError when another process holds it; OSError when the file cannot be written."""
-        locked, holder = self._lock(), self._holder()
+        locked, holder = self._lock(), read_json(self._path)
         elsewhere = holder.get("host", self._me["host"]) != self._me["host"]
         if not locked and not elsewhere and process_exists(holder.get("pid")):
             raise ValueError(self._in_use_by(holder))
@@ -47,7 +46,7 @@ class FolderLock:
             self._outlast(holder, locked)
         self._write(0)
         if elsewhere and self._lost_to_another():
-            raise ValueError(self._in_use_by(self._holder()))
+            raise ValueError(self._in_use_by(read_json(self._path)))
         self._held = True
         threading.Thread(target=self._beat, name="lock", daemon=True).start()
 
@@ -63,11 +62,9 @@ class FolderLock:
 
     def _lock(self) -> bool:
         """Whether the kernel granted it: not when another process holds it, nor on a file system without locks."""
-        if self._file >= 0:
-            os.close(self._file)
-        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | _SAFELY, 0o644)
-        if not stat.S_ISREG(os.fstat(self._file).st_mode):
-            raise ValueError(f"{self._path} is not a regular file: a run cannot lock it")
+        earlier, self._file = self._file, open_own(self._path, os.O_RDWR | os.O_CREAT)
+        if earlier >= 0:
+            os.close(earlier)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -81,7 +78,7 @@ class FolderLock:
         while time.monotonic() < until:
             time.sleep(min(0.2, LEASE / 4))
             if self._snapshot() != last:
-                raise ValueError(self._in_use_by(self._holder() or holder))
+                raise ValueError(self._in_use_by(read_json(self._path) or holder))
             if not locked and self._lock():
                 return
         log.warning("%s: taken over from %s: no sign of life for %g s", self._path.parent, _name(holder), LEASE)
@@ -91,20 +88,10 @@ class FolderLock:
 
     def _snapshot(self) -> tuple[bytes, int]:
         """The file's content and time of change."""
-        with contextlib.suppress(OSError):
-            file = os.open(self._path, os.O_RDONLY | _SAFELY)  # opened anew: NFS then asks the server
-            try:
-                return os.read(file, 4 * _RECORD), os.fstat(file).st_mtime_ns
-            finally:
-                os.close(file)
+        # Opened anew: NFS then asks the server.
+        with contextlib.suppress(OSError, ValueError), open(self._path, "rb", opener=open_own) as file:
+            return file.read(), os.fstat(file.fileno()).st_mtime_ns
         return b"", 0
-
-    def _holder(self) -> dict[str, Any]:
-        try:
-            record = json.loads(self._snapshot()[0])
-        except (ValueError, RecursionError):
-            return {}
-        return record if isinstance(record, dict) else {}
 
     def _write(self, beat: int) -> None:
         os.pwrite(self._file, json.dumps({**self._me, "beat": beat}).ljust(_RECORD).encode(), 0)
@@ -112,7 +99,7 @@ class FolderLock:
     def _lost_to_another(self) -> bool:
         """Where locks do not reach, two may take over at once: it belongs to the later writer."""
         time.sleep(min(1.0, LEASE / 4))
-        return {**self._holder(), "beat": 0} != {**self._me, "beat": 0}
+        return {**read_json(self._path), "beat": 0} != {**self._me, "beat": 0}
 
     def _beat(self) -> None:
         beat = 0

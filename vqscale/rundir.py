@@ -8,7 +8,7 @@ import os
 import shutil
 import socket
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -41,21 +41,21 @@ def recorded_status(run_dir: Path) -> dict[str, Any]:
 
 def damage_of(run_dir: Path) -> str:
     """What keeps the run's own files from being read, or "": a stage that runs again writes them anew."""
-    for name in ("status.json", "command.json"):
-        path = run_dir / name
+    own: dict[str, Callable[[Path], object]]
+    own = {"status.json": _read_sealed, "command.json": _read_sealed, "config.yaml": peek}
+    for name, read in own.items():
         try:
-            if path.is_file() and not isinstance(value := json.loads(path.read_bytes()), dict):
-                return f"{name} is no JSON object"
-            if path.is_file():
-                check_seal(Path(name), value)
+            if (run_dir / name).is_file():
+                read(run_dir / name)
         except (OSError, ValueError, RecursionError) as error:
             return f"{name} cannot be read: {error}"
-    try:
-        if (run_dir / "config.yaml").is_file():
-            peek(run_dir / "config.yaml")
-    except (OSError, ValueError) as error:
-        return f"config.yaml cannot be read: {error}"
     return ""
+
+
+def _read_sealed(path: Path) -> None:
+    if not isinstance(value := json.loads(path.read_bytes()), dict):
+        raise ValueError(f"{path.name} is no JSON object")
+    check_seal(Path(path.name), value)
 
 
 def process_exists(pid: Any) -> bool:
@@ -107,13 +107,12 @@ def remove_outputs(run_dir: Path, stage: str, outputs: Iterable[str]) -> None:
 
 def stale_inputs(run_dir: Path, inputs: Mapping[str, str]) -> list[str]:
     """A line for each input whose fingerprint is not the recorded one; older runs have no record."""
-    recorded = read_json(run_dir / INPUTS)
-    lines = [
-        f"{key} was {_short(recorded[key])} and is {_short(now)} now"
-        for key, now in inputs.items()
-        if recorded.get(key, now) != now
-    ]
-    return lines + [f"{key} was {_short(recorded[key])} and is not given now" for key in recorded if key not in inputs]
+    lines = []
+    for key, recorded in read_json(run_dir / INPUTS).items():
+        now = inputs.get(key, "not given")
+        if now != recorded:
+            lines.append(f"{key} was {_short(recorded)} and is {_short(now)} now")
+    return lines
 
 
 def _short(fingerprint: Any) -> str:
