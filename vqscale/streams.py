@@ -65,10 +65,7 @@ def install() -> None:
         try:
             os.fstat(number)
         except OSError:  # else the next file that is opened would take the number, and what is printed
-            descriptor = os.open(os.devnull, mode)
-            if descriptor != number:
-                os.dup2(descriptor, number)
-                os.close(descriptor)
+            os.open(os.devnull, mode)  # takes the lowest number that is free: this one
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         setattr(sys, name, Stream(open(os.devnull, "w") if stream is None else stream))  # noqa: SIM115 - to the end
