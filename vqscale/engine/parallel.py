@@ -169,10 +169,8 @@ def materialise(module: nn.Module, topology: Topology, initialise: Initialise | 
 def _distribute(module: nn.Module, topology: Topology, precision: str, initialise: Initialise | None) -> Any:
     if topology.strategy in SHARDED:
         _shard(module, topology, precision)
-        materialise(module, topology, initialise)
-        return module
     materialise(module, topology, initialise)
-    if topology.strategy == "single":
+    if topology.strategy != "ddp":
         return module
     on_gpu = [topology.local_rank] if topology.device.type == "cuda" else None
     with warnings.catch_warnings():  # its successor does not exist in every torch that we support
@@ -181,13 +179,13 @@ def _distribute(module: nn.Module, topology: Topology, precision: str, initialis
 
 
 def _shard(module: Any, topology: Topology, precision: str) -> None:
-    mesh = _mesh(topology)
+    shards = shard_count(topology.strategy, topology.world_size, topology.nodes)
+    mesh = _mesh(topology, shards)
     # In bf16 autocast would make and keep a copy of all weights; instead they are gathered as bf16. The residual stream
     # stays as autocast has it.
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     if precision == "bf16":
         policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    shards = shard_count(topology.strategy, topology.world_size, topology.nodes)
 
     def placement(parameter: nn.Parameter) -> Shard:
         return Shard(shard_dim(parameter.shape, shards))
@@ -217,11 +215,10 @@ def shard_count(strategy: str, world_size: int, nodes: int) -> int:
     return world_size // nodes if nodes > 1 else world_size // 2
 
 
-def _mesh(topology: Topology) -> DeviceMesh:
+def _mesh(topology: Topology, shards: int) -> DeviceMesh:
     kind = topology.device.type
     if topology.strategy == "fsdp":
-        return init_device_mesh(kind, (topology.world_size,), mesh_dim_names=("shard",))
-    shards = shard_count(topology.strategy, topology.world_size, topology.nodes)
+        return init_device_mesh(kind, (shards,), mesh_dim_names=("shard",))
     return init_device_mesh(kind, (topology.world_size // shards, shards), mesh_dim_names=("replicate", "shard"))
 
 
@@ -230,24 +227,11 @@ def make_engine(
 ) -> Engine:
     """The engine of the strategy that was launched; `config` is a FitConfig. See TorchEngine for the rest."""
     optimizer = {"betas": (config.beta1, config.beta2), "weight_decay": config.weight_decay}
+    common: dict[str, Any] = {"precision": config.precision, "accumulation": accumulation, "optimizer": optimizer}
     if topology.engine == "deepspeed":
         materialise(module, topology, initialise)
-        return ZeroEngine(
-            module,
-            topology,
-            precision=config.precision,
-            accumulation=accumulation,
-            max_norm=config.max_norm,
-            optimizer=optimizer,
-        )
-    return TorchEngine(
-        module,
-        topology,
-        precision=config.precision,
-        accumulation=accumulation,
-        optimizer=optimizer,
-        initialise=initialise,
-    )
+        return ZeroEngine(module, topology, max_norm=config.max_norm, **common)
+    return TorchEngine(module, topology, initialise=initialise, **common)
 
 
 def compile_units(module: nn.Module) -> None:

@@ -119,7 +119,8 @@ class ZeroEngine:
     def as_checkpoint_tensors(self, averages: Tensors) -> Tensors:
         """Parameters, persistent buffers, optimizer moments and averages under the model's own names, as tensors that
         any sharding can read; copies, except for the buffers. Collective."""
-        tensors = {f"model.{name}": buffer for name, buffer in self._buffers()}
+        state = self.module.state_dict()
+        tensors = {f"model.{name}": value for name, value in state.items() if name not in self._parameters}
         for prefix, local in self._local_ranges(averages):
             tensors |= {f"{prefix}{name}": self._as_rows(name, values) for name, values in local.items()}
         return tensors
@@ -139,8 +140,9 @@ class ZeroEngine:
     def bytes_on_this_rank(self) -> dict[str, int]:
         """Bytes kept between steps, by what they are for; `master` is ZeRO's second copy of the weights."""
         moments = [self._adam.state[flat][moment] for flat in self._ranges.flats for moment in MOMENTS]
+        working_copies = [getattr(p, "ds_tensor", p) for p in self._parameters.values()]  # of stage 3 this rank's part
         return {
-            "parameters": total_bytes(self._ranges.working_copies(self._parameters.values())),
+            "parameters": total_bytes(working_copies),
             "optimizer": total_bytes(moments),
             "master": total_bytes(self._ranges.flats),
         }
@@ -151,9 +153,6 @@ class ZeroEngine:
         for moment in MOMENTS:
             yield f"optimizer.{moment}.", {name: getattr(f, moment) for name, f in self._fragments.items()}
         yield "ema.", averages
-
-    def _buffers(self) -> Iterator[tuple[str, Tensor]]:
-        return ((name, value) for name, value in self.module.state_dict().items() if name not in self._parameters)
 
     def _as_rows(self, name: str, local: Tensor) -> DTensor:
         """The tensor of all ranks' ranges, sharded by rows."""
@@ -183,9 +182,6 @@ class _Stage12:
     def publish(self) -> None:
         self._optimizer.update_lp_params()
 
-    def working_copies(self, parameters: Any) -> list[Tensor]:
-        return list(parameters)
-
 
 class _Stage3:
     """How stage 3 stores them: parameter after parameter, each split into equal padded parts, in one flat tensor per
@@ -206,9 +202,6 @@ class _Stage3:
         for group in range(len(self.flats)):
             self._optimizer._reassign_or_swap_out_partitioned_parameters(group)
 
-    def working_copies(self, parameters: Any) -> list[Tensor]:
-        return [parameter.ds_tensor for parameter in parameters]
-
 
 def _fragment(optimizer: Any, flat: Tensor, start: int, offset: int, count: int) -> Fragment:
     state = optimizer.optimizer.state[flat]
@@ -218,15 +211,11 @@ def _fragment(optimizer: Any, flat: Tensor, start: int, offset: int, count: int)
 
 def _config(stage: int, precision: str, accumulation: int, max_norm: float) -> dict[str, Any]:
     """DeepSpeed's config from ours."""
-    zero = {
-        "stage": stage,
-        "stage3_param_persistence_threshold": 0,  # small tensors are sharded too
-    }
     return {
         "train_micro_batch_size_per_gpu": 1,  # only DeepSpeed's own timers read it
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": max_norm,
-        "zero_optimization": zero,
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},  # small tensors are sharded too
         "zero_allow_untested_optimizer": True,  # torch's own AdamW
         "zero_force_ds_cpu_optimizer": False,
         # As under the other strategies: fp32 weights and gradients, bf16 arithmetic.
