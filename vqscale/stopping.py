@@ -8,9 +8,9 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,6 @@ from torch import Tensor
 
 from vqscale.topology import Topology
 
-T = TypeVar("T")
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP, signal.SIGXCPU)
 _MAY_BE_IGNORED = (signal.SIGHUP, signal.SIGINT)  # by `nohup`, and in a script's background
 STOP_FILE_SECONDS = 1.0  # a run looks for its STOP file at most this often
@@ -113,12 +112,6 @@ class Stoppable:
         """Between two parts of the same work of all ranks: all of them leave it if any was asked to stop."""
         if self.stop_agreed():
             raise Leave
-
-    def watched(self, batches: Iterable[T]) -> Iterator[T]:
-        """The batches of all ranks, with `poll_together` before each."""
-        for batch in batches:
-            self.poll_together()
-            yield batch
 
 
 def _is_ignored(number: signal.Signals) -> bool:

@@ -98,17 +98,17 @@ def train(
 
 def held_out_batches(config: FitConfig, run: Run, folder: Path, read: Read, limit: int) -> Iterator[Batch]:
     """The first `limit` samples (0 = all) over all ranks, each once; left when the run is asked to stop."""
-    batches = sequential_batches(
+    for batch in sequential_batches(
         folder,
         read=read,
         batch=min(_HELD_OUT_BATCH, limit or _HELD_OUT_BATCH),
         rank=run.topology.rank,
         world_size=run.topology.world_size,
-        workers=0,
         limit=limit,
         cache=Cache.of(config),
-    )
-    return run.watched(batches)
+    ):
+        run.poll_together()
+        yield batch
 
 
 def dry_run_text(config: FitConfig, manifest: Manifest, samples: str, model: str) -> str:
