@@ -16,7 +16,8 @@ from PIL import Image
 
 from vqscale.evaluation import report as report_module
 from vqscale.evaluation.figures import (
-    curves_svg,
+    Chart,
+    chart_svg,
     error_map,
     font_with,
     grid_png,
@@ -229,7 +230,8 @@ def test_png_is_exact_and_the_error_map_is_dark_where_images_agree() -> None:
 
 def test_charts_are_svg_of_the_same_bytes_each_time() -> None:
     def chart() -> bytes:
-        return curves_svg("t", {"nll/top": ([1, 2], [3, 2]), "held_out/nll/top": ([2], [2.5])}, log=True, level=4.0)
+        series = {"nll/top": ([1, 2], [3, 2]), "held_out/nll/top": ([2], [2.5])}
+        return chart_svg(Chart("t", series, log=True, level=4.0))
 
     assert chart() == chart() and b"<svg" in chart()
     assert b"<svg" in usage_svg("top level", np.array([3, 0, 1]))
@@ -283,7 +285,7 @@ def test_the_machines_fonts_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", ["a $x_ b$ run", "猫", "a_b^{", "\U0003ffff"])
 def test_a_chart_takes_any_title(name: str) -> None:
-    assert b"<svg" in curves_svg(name, {"loss": ([1, 2], [3, 2])})
+    assert b"<svg" in chart_svg(Chart(name, {"loss": ([1, 2], [3, 2])}))
 
 
 def test_a_grid_of_nothing_is_refused(tmp_path: Path) -> None:

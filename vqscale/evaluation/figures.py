@@ -7,7 +7,8 @@ Shapes: h, w pixels; k codes.
 
 import contextlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ def font(size: int, text: str = "") -> Any:
     return ImageFont.truetype(font_with(text) or font_with("") or "", size)
 
 
-Rows = Sequence[tuple[str, Pictures]]  # (label, images)
+Rows = Mapping[str, Pictures]  # label -> images
 
 
 def grid_png(
@@ -92,49 +93,43 @@ def grid_png(
     *,
     originals: Pictures = (),
     reconstructions: Pictures = (),
-    samples: Mapping[str, Pictures] | None = None,
+    samples: Rows | None = None,
 ) -> None:
     """Write the labelled grid atomically: reconstructions beside originals, then samples, one class per row.
 
     `samples` maps labels of classes to images, which are square and of one size. Small images are enlarged without
     smoothing. Raises ValueError without any image.
     """
-    blocks: list[tuple[str, Rows]] = []
-    if len(originals):
-        blocks.append(
-            ("Held-out images and their reconstructions", [("original", originals), ("decoded", reconstructions)])
-        )
-    if samples:
-        blocks.append(("Samples by class", list(samples.items())))
-    if not blocks:
+    examples = {"original": originals, "decoded": reconstructions} if len(originals) else {}
+    blocks = {"Held-out images and their reconstructions": examples, "Samples by class": samples or {}}
+    if not any(blocks.values()):
         raise ValueError(f"{path}: no images for a grid")
-    picture = _compose(blocks)
+    picture = _compose({heading: rows for heading, rows in blocks.items() if rows})
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         picture.save(temporary, "PNG", optimize=True)
 
 
-def _compose(blocks: Sequence[tuple[str, Rows]]) -> Image.Image:
-    first = blocks[0][1][0][1][0]
-    scale = upscale_for(first.shape[-1])
-    side = first.shape[-1] * scale
+def _compose(blocks: Mapping[str, Rows]) -> Image.Image:
+    rows = [(_short(label), images) for block in blocks.values() for label, images in block.items()]
+    resolution = rows[0][1][0].shape[-1]
+    scale = upscale_for(resolution)
+    side = resolution * scale
     heading = font(max(16, side // 7))
-    rows = [(_short(label), images) for _, block in blocks for label, images in block]
     fonts = {label: font(max(13, side // 9), label) for label, _ in rows}
     left = _MARGIN + max(int(fonts[label].getlength(label)) for label in fonts) + 14
     columns = max(len(images) for _, images in rows)
-    headings = [name for name, _ in blocks]
     line = 2 * heading.size
     width = left + columns * (side + _GAP) - _GAP + _MARGIN
-    width = max(width, 2 * _MARGIN + max(int(heading.getlength(name)) for name in headings))
-    height = 2 * _MARGIN + len(headings) * line + len(rows) * (side + _GAP) + (len(blocks) - 1) * _MARGIN
+    width = max(width, 2 * _MARGIN + max(int(heading.getlength(name)) for name in blocks))
+    height = 2 * _MARGIN + len(blocks) * line + len(rows) * (side + _GAP) + (len(blocks) - 1) * _MARGIN
     canvas = Image.new("RGB", (width, height), PAPER)
     draw, y = ImageDraw.Draw(canvas), _MARGIN
-    for name, block in blocks:
+    for name, block in blocks.items():
         draw.text((_MARGIN, y), name, INK, heading)
         y += line
-        for label, images in block:
+        for label, images in block.items():
             draw.text((left - 14, y + side // 2), _short(label), MUTED, fonts[_short(label)], anchor="rm")
             for column, image in enumerate(images):
                 canvas.paste(to_pil(image, scale), (left + column * (side + _GAP), y))
@@ -149,7 +144,7 @@ def _short(label: str, most: int = 22) -> str:
 
 def usage_svg(name: str, counts: Int[np.ndarray, " k"]) -> bytes:
     """How often each code is used, codes sorted by use."""
-    figure, axes = _axes(5.2, 2.6)
+    figure, (axes,) = _figure(5.2, 2.6)
     share = np.sort(counts)[::-1] / max(1, counts.sum()) * len(counts)
     # One filled outline: a bar per code would make thousands of shapes at K = 65,536.
     axes.fill_between(np.arange(len(share)), share, step="mid", color=SERIES[0], alpha=0.85, linewidth=0)
@@ -177,85 +172,93 @@ def is_number(value: Any) -> bool:
 Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # name -> (x, y)
 
 
-def curves_svg(
-    title: str,
-    series: Series,
-    *,
-    log: bool = False,
-    level: float | None = None,
-    x_label: str = "images seen",
-    twin: str = "held_out/",
-) -> bytes:
-    """Curves. level: a horizontal line, the order-0 entropy. twin: names that begin so are dashed."""
-    figure, axes = _axes(5.2, 3.0)
-    _plot_curves(axes, title, series, log=log, level=level, x_label=x_label, twin=twin)
+def series_of(
+    lines: Iterable[Mapping[str, Any]], takes: Callable[[Any], bool] = is_number
+) -> dict[str, tuple[list[float], list[float]]]:
+    """By metric its values over images seen, of the lines of `metrics_of_run`. takes: whether a value can be drawn."""
+    series: dict[str, tuple[list[float], list[float]]] = {}
+    for line in lines:
+        for name, value in line.items():
+            if name != "images_seen" and takes(value):
+                x, y = series.setdefault(name, ([], []))
+                x.append(float(line["images_seen"]))
+                y.append(float(value))
+    return series
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Curves over the images seen, or another `x_label`.
+
+    log: whether on a logarithmic scale. level: a horizontal line, the order-0 entropy. twin: names that begin so are
+    dashed.
+    """
+
+    title: str
+    series: Series
+    log: bool = False
+    level: float | None = None
+    x_label: str = "images seen"
+    twin: str = "held_out/"
+
+
+def chart_svg(chart: Chart) -> bytes:
+    """One chart."""
+    figure, (axes,) = _figure(5.2, 3.0)
+    _plot(axes, chart)
     return _svg(figure)
 
 
-def curves_png(panels: Mapping[str, Series], *, logarithmic: Sequence[str]) -> bytes:
-    """Panels side by side, by title, each as `curves_svg`; those whose title is in `logarithmic` on a log scale."""
-    from matplotlib.figure import Figure
-
-    columns = min(3, len(panels))
-    rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(4.6 * columns, 2.8 * rows), layout="constrained", facecolor=PAPER)
-    grid = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axes, (title, series) in zip(grid, panels.items(), strict=False):
-        _style(axes)
-        _plot_curves(axes, title, series, log=title in logarithmic)
-    for axes in grid[len(panels) :]:
+def charts_png(charts: Sequence[Chart]) -> bytes:
+    """Charts side by side, at most three in a row."""
+    columns = min(3, len(charts))
+    figure, grid = _figure(4.6, 2.8, -(-len(charts) // columns), columns)
+    for axes, chart in zip(grid, charts, strict=False):
+        _plot(axes, chart)
+    for axes in grid[len(charts) :]:
         axes.set_visible(False)
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=110)
     return out.getvalue()
 
 
-def _plot_curves(
-    axes: Any,
-    title: str,
-    series: Series,
-    *,
-    log: bool,
-    level: float | None = None,
-    x_label: str = "images seen",
-    twin: str = "held_out/",
-) -> None:
+def _plot(axes: Any, chart: Chart) -> None:
+    series, twin = chart.series, chart.twin
     colours: dict[str, str] = {}  # a curve and its twin share a colour
     for name, (x, y) in sorted(series.items(), key=lambda item: item[0].startswith(twin)):
         is_twin = name.startswith(twin)
         colour = colours.setdefault(name.removeprefix(twin), SERIES[len(colours) % len(SERIES)])
         style: dict[str, Any] = {"linestyle": "--", "marker": "o"} if is_twin else {"marker": "o" if len(x) < 9 else ""}
         axes.plot(x, y, color=colour, linewidth=1.5, markersize=3.5, label=name, **style)
-    if level is not None:
-        axes.axhline(level, color=MUTED, linewidth=0.9, linestyle=":", label="order-0 entropy")
-    _set_title(axes, title)
-    axes.set(xlabel=x_label)
+    if chart.level is not None:
+        axes.axhline(chart.level, color=MUTED, linewidth=0.9, linestyle=":", label="order-0 entropy")
+    _set_title(axes, chart.title)
+    axes.set(xlabel=chart.x_label)
     values = [value for _, y in series.values() for value in y]
-    if log and min(values) > 0 and max(values) > 10 * min(values):  # over less than a decade, log ticks only confuse
+    # Over less than a decade, the ticks of a logarithmic scale only confuse.
+    if chart.log and min(values) > 0 and max(values) > 10 * min(values):
         axes.set_yscale("log")
     axes.ticklabel_format(axis="x", style="sci", scilimits=(-3, 5))
-    if len(series) > 1 or level is not None:
+    if len(series) > 1 or chart.level is not None:
         axes.legend(frameon=False, fontsize=8)
 
 
-def _axes(width: float, height: float) -> tuple[Any, Any]:
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
+    """A figure of panels of this size in inches, and their axes row by row."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor=PAPER)
-    axes = figure.subplots()
-    _style(axes)
-    return figure, axes
-
-
-def _style(axes: Any) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("#b6bcc6")
-    axes.tick_params(colors=MUTED, labelsize=8)
-    axes.grid(axis="y", color="#e7eaee", linewidth=0.8)
-    axes.set_axisbelow(True)
-    for text in (axes.title, axes.xaxis.label, axes.yaxis.label):
-        text.set_color(INK)
-        text.set_fontsize(9)
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained", facecolor=PAPER)
+    grid = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes in grid:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color("#b6bcc6")
+        axes.tick_params(colors=MUTED, labelsize=8)
+        axes.grid(axis="y", color="#e7eaee", linewidth=0.8)
+        axes.set_axisbelow(True)
+        for text in (axes.title, axes.xaxis.label, axes.yaxis.label):
+            text.set_color(INK)
+            text.set_fontsize(9)
+    return figure, grid
 
 
 def _set_title(axes: Any, text: str) -> None:

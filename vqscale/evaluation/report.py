@@ -16,7 +16,7 @@ from jaxtyping import Int, UInt8
 from markupsafe import Markup
 from torch import Tensor
 
-from vqscale.evaluation.figures import ERROR_FULL, curves_svg, error_map, is_number, png_bytes, usage_svg
+from vqscale.evaluation.figures import ERROR_FULL, Chart, chart_svg, error_map, png_bytes, series_of, usage_svg
 from vqscale.evaluation.reconstructions import Examples
 from vqscale.evaluation.samples import Neighbours
 from vqscale.evaluation.scores import Score, is_of_curve, metric_of
@@ -188,20 +188,15 @@ def _curves(report: Report) -> dict[str, bytes]:
     """{title: SVG}, a plot per run and group."""
     plots = {}
     for run, lines in report.curves.items():
-        keys = sorted({key for line in lines for key in line})
+        curves = dict(sorted(series_of(lines).items()))
         for title, log, names in _GROUPS:
-            series = {key: _series(lines, key) for key in keys if key.startswith(names)}
-            if title == "loss" and any("nll/" in key or "reconstruction_mse" in key for key in keys):
+            series = {key: curve for key, curve in curves.items() if key.startswith(names)}
+            if title == "loss" and any("nll/" in key or "reconstruction_mse" in key for key in curves):
                 continue  # the loss of a prior is its NLL, that of a VQ-VAE is shown by its terms
             if series:
                 level = _order0(report, series) if title == "nats per code" else None
-                plots[f"{run}: {title}"] = curves_svg(f"{run}: {title}", series, log=log, level=level)
+                plots[f"{run}: {title}"] = chart_svg(Chart(f"{run}: {title}", series, log, level))
     return plots
-
-
-def _series(lines: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
-    points = [(float(line["images_seen"]), float(line[key])) for line in lines if is_number(line.get(key))]
-    return [x for x, _ in points], [y for _, y in points]
 
 
 def _order0(report: Report, series: Iterable[str]) -> float | None:
@@ -230,7 +225,7 @@ def _rate_svg(name: str, rejection: Mapping[str, Mapping[float, Score]]) -> byte
     label = label_of(metric)
     series = {}
     for line, key in ((label, name), (f"at random: {label}", f"{metric}/random")):
-        points = [(rate, s.value) for rate, s in sorted(rejection.get(key, {}).items()) if s.value is not None]
+        points = {rate: s.value for rate, s in sorted(rejection.get(key, {}).items()) if s.value is not None}
         if points:
-            series[line] = ([rate for rate, _ in points], [value for _, value in points])
-    return curves_svg(label, series, x_label="acceptance rate", twin="at random: ")
+            series[line] = (list(points), list(points.values()))
+    return chart_svg(Chart(label, series, x_label="acceptance rate", twin="at random: "))

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vqscale.config import Request, peek, read_request
-from vqscale.evaluation.figures import curves_png, metrics_of_run
+from vqscale.evaluation.figures import Chart, charts_png, metrics_of_run, series_of
 from vqscale.fields import PathText, PositiveFloat
 from vqscale.files import read_json
 from vqscale.rundir import damage_of, read_status
@@ -82,20 +82,14 @@ def _write_png(run_dir: Path, path: Path) -> None:
     panels: dict[str, Curves] = {}
     for name, curve in drawn.items():
         panels.setdefault(_family(name), {})[name] = curve
-    path.write_bytes(curves_png(panels, logarithmic=_LOGARITHMIC))
+    charts = [Chart(family, series, log=family in _LOGARITHMIC) for family, series in panels.items()]
+    path.write_bytes(charts_png(charts))
     print(printable(f"{path}: {len(drawn)} curves of {run_dir}"))
 
 
 def curves(lines: Iterable[Mapping[str, Any]]) -> Curves:
     """By metric, in the order in which to show them: what is trained, then what is held out, then how it runs."""
-    by_name: Curves = {}
-    for line in lines:
-        for name, value in line.items():
-            if name != "images_seen" and _is_number(value) and _is_number(line["images_seen"]):
-                x, y = by_name.setdefault(name, ([], []))
-                x.append(float(line["images_seen"]))
-                y.append(float(value))
-    return dict(sorted(by_name.items(), key=lambda item: _order(item[0])))
+    return dict(sorted(series_of(lines, _is_number).items(), key=lambda item: _order(item[0])))
 
 
 def _is_number(value: Any) -> bool:
