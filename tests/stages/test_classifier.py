@@ -102,13 +102,13 @@ def test_a_linear_layer_on_frozen_features(chain: Path, features: Extractor, mon
     assert run_stage("train_classifier", "train_classifier_real", *words) == 0
     losses = [json.loads(line).get("loss") for line in Path("linear/metrics.jsonl").read_text().splitlines()]
     assert min(filter(None, losses)) < math.log(10) - 0.03  # colours alone say little of shapes
-    loaded = ImageClassifier.load("linear", CPU)
+    loaded = ImageClassifier.load("linear", CPU, {})
     assert loaded.extractor is features and loaded.source.description["features_sha256"] == "ab" * 32
     assert loaded(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).shape == (2, 10)
     other = Extractor("lite0", "cd" * 32, True, "none", "colours", features.network)
     monkeypatch.setattr(classify, "load_extractor", lambda *_args, **_more: other)
     with pytest.raises(ValueError, match="trained on features of lite0 abababababab, these are of cdcdcdcdcdcd"):
-        ImageClassifier.load("linear", CPU)
+        ImageClassifier.load("linear", CPU, {})
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -150,7 +150,7 @@ def test_the_probability_of_its_class_is_stored_with_each_sample(
 ) -> None:
     real = chain / "train_classifier_real"
     assert run_stage("sample", "sample", "run_dir=judged", f"rejection={real}") == 0
-    judge = ImageClassifier.load(real, CPU)
+    judge = ImageClassifier.load(real, CPU, {})
     assert Manifest.load("judged").extra["rejection"]["classifier"] == judge.source.fingerprint
     plain = {key: parts["png"] for key, _, parts in read_samples(chain / "sample", ["png"])}
     for key, label, parts in read_samples("judged", ["png", "json"]):

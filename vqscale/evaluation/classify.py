@@ -42,9 +42,7 @@ class ImageClassifier:
     extractor: Extractor | None = None
 
     @classmethod
-    def load(
-        cls, path: str | Path, device: torch.device, weights: Mapping[str, str] | None = None
-    ) -> "ImageClassifier":
+    def load(cls, path: str | Path, device: torch.device, weights: Mapping[str, str]) -> "ImageClassifier":
         """From a run or an export. `weights`: extractor -> path of its weights, where the frozen network needs one.
 
         Raises ValueError if the frozen network is not the one that the classifier was trained on.
@@ -53,9 +51,7 @@ class ImageClassifier:
         name, trained_on = source.description["features"], source.description["features_sha256"]
         if not name:
             return cls(source)
-        extractor = load_extractor(
-            name, weights=(weights or {}).get(name, ""), allow_unverified_weights=True, device=device
-        )
+        extractor = load_extractor(name, weights.get(name, ""), allow_unverified_weights=True, device=device)
         if extractor.weights_sha256 != trained_on:
             raise ValueError(
                 f"{path}: trained on features of {name} {trained_on[:12]}, these are of {extractor.weights_sha256[:12]}"

