@@ -27,6 +27,7 @@ from vqscale.data.shards import Manifest, resolve
 from vqscale.engine.optim import learning_rate_at
 from vqscale.engine.parallel import TorchEngine
 from vqscale.evaluation.codes import Codes, likelihood, read_codes
+from vqscale.evaluation.inputs import DataSet
 from vqscale.evaluation.metrics import order0_entropy
 from vqscale.models.init import initialise
 from vqscale.models.prior import PriorConfig, nll
@@ -97,7 +98,8 @@ def run(folder: Path, held_out: Path, args: Any) -> dict[str, Any]:
     views = manifest.extra["views"]
     reader = CodeReader({name: levels[name] for name in names}, views=views, flip=True, num_codes=num_codes)
     batches = iter(build_loader(folder, read=reader, global_batch=args.batch, seed=0))
-    codes, steps = read_codes(held_out, limit=args.evaluate), max(1, args.images // args.batch)
+    codes = read_codes(DataSet("held out", held_out, Manifest.load(held_out), args.evaluate))
+    steps = max(1, args.images // args.batch)
     evaluations = {steps * n // args.points for n in range(1, args.points + 1)}
     for step in range(steps):
         batch = next(batches)

@@ -11,7 +11,7 @@ import yaml
 from support.code_lines import by_folder, code_lines
 
 from vqscale import cli, config, fields, topology
-from vqscale.evaluation.inputs import CLASSIFIERS
+from vqscale.evaluation.inputs import LEARNED_FROM
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -37,7 +37,7 @@ def names_read(tree: ast.Module) -> Iterator[str]:
         elif isinstance(node, ast.JoinedStr) and ast.unparse(node) == "f'prior_{name}'":
             yield from (f"prior_{level}" for level in config.level_names(3))
         elif isinstance(node, ast.JoinedStr) and ast.unparse(node) == "f'classifier_{name}'":
-            yield from CLASSIFIERS
+            yield from (f"classifier_{name}" for name in LEARNED_FROM)
 
 
 def test_every_config_field_is_read_somewhere() -> None:

@@ -23,7 +23,8 @@ from vqscale.data.parts import DecodeError, read_samples
 from vqscale.data.sequential import sequential_batches
 from vqscale.data.shards import Manifest
 from vqscale.data.tarindex import index_tar
-from vqscale.evaluation.gallery import first_of_each_class
+from vqscale.evaluation.inputs import DataSet
+from vqscale.evaluation.results import first_of_each_class
 from vqscale.stages import index
 from vqscale.stages.index import IndexConfig
 
@@ -86,7 +87,7 @@ def test_payloads_in_every_part_never_run(tmp_path: Path, monkeypatch: pytest.Mo
     assert next(iter(loader))["bad"].tolist() == [0] * 6
     assert sum(batch["weight"].sum() for batch in sequential_batches(folder, read=ImageReader(8), batch=2)) == 6
     manifest = Manifest.load(folder)
-    first_of_each_class(folder, manifest, resolution=8, per_class=9, most_classes=2)
+    first_of_each_class(DataSet("x", folder, manifest), 8, per_class=9, most_classes=2)
     assert len(list(read_samples(folder, manifest.index(folder, 0).part_names))) == 6
     assert everything(tmp_path) == before and not (tmp_path / "ran").exists()
 

@@ -21,7 +21,8 @@ from vqscale.data.loader import Loader
 from vqscale.data.sequential import sequential_batches
 from vqscale.data.shards import Manifest
 from vqscale.data.verify import verify_shard
-from vqscale.evaluation.gallery import first_of_each_class
+from vqscale.evaluation.inputs import DataSet
+from vqscale.evaluation.results import first_of_each_class
 from vqscale.stages import index
 from vqscale.stages.index import IndexConfig
 
@@ -219,11 +220,11 @@ def test_evaluation_reads_remote_shards_too(web: Web, indexed: Path, cache: Cach
 
     assert pixels(indexed) == pixels(web.folder)
     shown = [
-        first_of_each_class(f, Manifest.load(f), resolution=12, per_class=1, most_classes=3, cache=cache)
+        first_of_each_class(DataSet("x", f, Manifest.load(f), cache=cache), 12, per_class=1, most_classes=3)
         for f in (indexed, web.folder)
     ]
     for none in ({"per_class": 0, "most_classes": 3}, {"per_class": 3, "most_classes": 0}):
-        assert first_of_each_class(indexed, Manifest.load(indexed), resolution=12, cache=cache, **none) == {}
+        assert first_of_each_class(DataSet("x", indexed, Manifest.load(indexed), cache=cache), 12, **none) == {}
     assert {k: [i.tolist() for i in v] for k, v in shown[0].items()} == {
         k: [i.tolist() for i in v] for k, v in shown[1].items()
     }

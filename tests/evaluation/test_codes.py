@@ -6,21 +6,22 @@ from typing import Any
 import pytest
 import torch
 
-from vqscale.evaluation.codes import (
-    bits_per_dim,
-    likelihood,
-    other_classes,
-    other_samples,
-    read_codes,
-)
+from vqscale.data.shards import Manifest
+from vqscale.evaluation.codes import Codes, bits_per_dim, likelihood, other_classes, other_samples, read_codes
+from vqscale.evaluation.inputs import DataSet
 from vqscale.models.prior import code_nll
 from vqscale.sources import load_prior
 from vqscale.topology import Topology
 
 
+def codes_of(world: Any, limit: int = 0) -> Codes:
+    folder = world.root / "codes" / "holdout"
+    return read_codes(DataSet("codes", folder, Manifest.load(folder), limit))
+
+
 @torch.inference_mode()
 def test_nll_is_the_mean_over_all_codes_at_any_batch(world: Any, topology: Topology) -> None:
-    codes = read_codes(world.root / "codes" / "holdout")
+    codes = codes_of(world)
     prior = load_prior(world.root / "prior_bottom").model
     target = codes.levels["bottom"].long()
     expected = float(code_nll(prior(target, codes.labels, [codes.levels["top"].long()]), target).double().mean())
@@ -30,7 +31,7 @@ def test_nll_is_the_mean_over_all_codes_at_any_batch(world: Any, topology: Topol
 
 @torch.inference_mode()
 def test_each_class_has_its_own_mean(world: Any, topology: Topology) -> None:
-    codes = read_codes(world.root / "codes" / "holdout")
+    codes = codes_of(world)
     prior = load_prior(world.root / "prior_top").model
     target = codes.levels["top"].long()
     each = code_nll(prior(target, codes.labels), target).double().flatten(1).mean(1)
@@ -47,7 +48,7 @@ def test_each_class_has_its_own_mean(world: Any, topology: Topology) -> None:
 
 @torch.inference_mode()
 def test_exchanged_conditioning_is_what_the_prior_sees(world: Any, topology: Topology) -> None:
-    codes = read_codes(world.root / "codes" / "holdout")
+    codes = codes_of(world)
     prior = load_prior(world.root / "prior_bottom").model
     target, others = codes.levels["bottom"].long(), other_samples(len(codes), 0)
     upper = codes.levels["top"][others].long()
@@ -66,17 +67,12 @@ def test_exchanged_conditioning_is_what_the_prior_sees(world: Any, topology: Top
 
 
 def test_the_codes_are_all_there_in_order(world: Any) -> None:
-    codes = read_codes(world.root / "codes" / "holdout")
+    codes = codes_of(world)
     assert len(codes) == 26 and codes.labels.tolist() == [n % 3 for n in range(26)]
     assert codes.levels["top"].shape == (26, 4, 4) and codes.levels["bottom"].shape == (26, 8, 8)
     assert codes.above("bottom") == ["top"] and codes.above("top") == []
     assert codes.usage("top").sum() == 26 * 16
-    assert len(read_codes(world.root / "codes" / "holdout", limit=7)) == 7
-
-
-def test_images_are_not_codes(world: Any) -> None:
-    with pytest.raises(ValueError, match="code shards are needed, this is a data set of images"):
-        read_codes(world.root / "pack" / "train")
+    assert len(codes_of(world, limit=7)) == 7
 
 
 @pytest.mark.parametrize("n", [2, 3, 50])

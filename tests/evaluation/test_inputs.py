@@ -131,6 +131,17 @@ def test_what_cannot_be_computed_is_said_before_anything_is(
     assert not (tmp_path / "run" / "statistics").exists()
 
 
+def test_codes_without_those_of_training_images_are_left_out_at_every_start(
+    world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(world.root / "codes", tmp_path / "codes", ignore=shutil.ignore_patterns("train"))
+    assert run(world, tmp_path, codes=tmp_path / "codes", metrics="[]") == 0
+    assert f"codes: data set {tmp_path / 'codes'} has no dataset.json" in capsys.readouterr().out
+    assert not any(key.startswith("nll") for key in scores_of(tmp_path))
+    assert run(world, tmp_path, codes=tmp_path / "codes", metrics="[]") == 0
+    assert "nothing left to do" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("gone", ["scores.json", "report.html", "samples.png", "picture"])
 def test_outputs_that_are_gone_are_made_again(world: Any, tmp_path: Path, gone: str) -> None:
     changes = {"metrics": "[psnr]", "picture": tmp_path / "picture.png"}

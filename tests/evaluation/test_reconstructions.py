@@ -36,7 +36,8 @@ def reconstructed(root: Path, folder: Path, topology: Topology, block: int, **ne
     batches = read_runs(root / "pack" / "holdout", mine, read=ImageReader(16), block=block)
     rows = reconstruction_rows(model, topology, extractor, networks.get("perceptual"))
     assert passes.compute_chunks(folder, mine, batches, rows, block) == 0
-    return gather_reconstructions(folder, model, 26, topology, extractor, "perceptual" in networks)
+    chunks = passes.read_chunks(folder, mine)
+    return gather_reconstructions(chunks, model, 26, topology, extractor, "perceptual" in networks)
 
 
 def everything(root: str, folder: str, block: int) -> dict[str, Any]:
@@ -46,7 +47,9 @@ def everything(root: str, folder: str, block: int) -> dict[str, Any]:
     try:
         found = reconstructed(Path(root), Path(folder), topology, block, extractor=projection())
         assert found.features is not None and found.features.gaussian is not None
-        codes, prior = read_codes(Path(root) / "codes" / "holdout"), load_prior(Path(root) / "prior_bottom").model
+        held_out = Path(root) / "codes" / "holdout"
+        codes = read_codes(DataSet("codes", held_out, Manifest.load(held_out)))
+        prior = load_prior(Path(root) / "prior_bottom").model
         other = moments_of(found.features.features + 1)
         return {
             "numbers": [found.mse, found.psnr, found.ssim, frechet_distance(found.features.gaussian, other)],
@@ -98,7 +101,7 @@ def test_examples_are_spread_over_the_set(world: Any, topology: Topology) -> Non
     assert spread(100, 4).tolist() == [12, 37, 62, 87]
     folder, model = world.root / "pack" / "holdout", load_vqvae(world.root / "vqvae").model
     data = DataSet("pack", folder, Manifest.load(folder))
-    found, shown = examples_of(model, data, 3, topology, None), [4, 13, 21]
+    found, shown = examples_of(model, data, 3, topology), [4, 13, 21]
     assert torch.equal(found.originals, world.holdout[shown])
     assert torch.equal(found.pictures, to_uint8(model(to_float(world.holdout[shown])).reconstruction))
     assert found.names == [data.manifest.classes[n % 3] for n in shown]

@@ -8,15 +8,17 @@ from typing import Any
 
 from vqscale.evaluation.classify import ImageClassifier, accuracy
 from vqscale.evaluation.inputs import LEARNED_FROM, DataSet, Inputs
-from vqscale.evaluation.passes import Bench
+from vqscale.evaluation.passes import Bench, chunks_of_rank
 from vqscale.evaluation.scores import Score, keys_of
+
+_OTHER_CLASSIFIER = "the classifier is not the papers' (ResNet-50 with batch normalisation)"
 
 
 def leave_out_cas(bench: Bench, inputs: Inputs) -> None:
     """Without reference images, or without the classifier that learned from samples."""
     keys = keys_of("cas")
-    if not isinstance(inputs.reference, DataSet):
-        bench.scores.leave_out(keys, inputs.why_no_images())
+    if why := inputs.why_no_images():
+        bench.scores.leave_out(keys, why)
         return
     for name in (name for name in LEARNED_FROM if name not in inputs.classifiers):
         why = inputs.absent[f"classifier_{name}"]
@@ -36,22 +38,15 @@ def score_cas(bench: Bench, inputs: Inputs) -> None:
 
 def _score(bench: Bench, classifier: ImageClassifier, reference: DataSet, name: str) -> None:
     about = classifier.source.description
-    batches = bench.watch(bench.batches(reference, about["resolution"]), f"accuracy, learned from {name}")
-    *values, n = accuracy(classifier, batches, bench.topology)
-    if n != reference.n:
-        unread = f"{reference.n - n} of {reference.n} images could not be read"
-        raise ValueError(f"{reference.name}: {unread}: bad.jsonl names them")
+    batches = bench.batches(reference, about["resolution"], chunks_of_rank(reference.n, bench.topology))
+    watched = bench.watch(batches, f"accuracy, learned from {name}")
+    *values, n = accuracy(classifier, watched, bench.topology)
+    if unread := reference.n - n:
+        raise ValueError(f"{reference.name}: {unread} of {reference.n} images could not be read: bad.jsonl names them")
+    measured = f"learned from {about['learned_from']} ({about['data'][:19]}), tested on {reference.describe()}"
+    network = _network(about), classifier.source.fingerprint.removeprefix("sha256:")
     for key, value in zip(keys_of("cas"), values, strict=True):
-        score = Score(
-            value,
-            n,
-            f"learned from {about['learned_from']} ({about['data'][:19]}), tested on {reference.describe()}",
-            _network(about),
-            classifier.source.fingerprint.removeprefix("sha256:"),
-            None,
-            False,
-            "the classifier is not the papers' (ResNet-50 with batch normalisation)",
-        )
+        score = Score(value, n, measured, *network, reason=_OTHER_CLASSIFIER)
         bench.scores.put(key if name == "samples" else f"{key}/{name}", score)
 
 

@@ -8,7 +8,7 @@ Shapes: n samples, h w the grid of a level, k codes.
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,31 +16,28 @@ from jaxtyping import Float64, Int, Int64
 from torch import Tensor, nn
 
 from vqscale.batch import codes_of
-from vqscale.data.cache import Cache
 from vqscale.data.codes import CodeReader
 from vqscale.data.sequential import sequential_batches
-from vqscale.data.shards import Manifest
 from vqscale.evaluation import metrics
 from vqscale.evaluation.inputs import DataSet, Inputs
 from vqscale.evaluation.passes import Bench
 from vqscale.evaluation.reconstructions import USAGE, Reconstructions
-from vqscale.evaluation.scores import Score, describe_set, keys_of
+from vqscale.evaluation.scores import Score, keys_of
 from vqscale.models.codebook import perplexity
 from vqscale.models.prior import code_nll
 from vqscale.seeding import generator, key_of
 from vqscale.sources import Source
 from vqscale.topology import Topology
 
-MOST = 65_536  # samples held in memory; ImageNet's validation set is 50,000
-
 
 @dataclass(frozen=True)
 class Codes:
-    """The codes of n samples in stored order, levels top first."""
+    """The codes of n samples in stored order, levels top first. `about`: their data set in one phrase."""
 
     labels: Int64[Tensor, " n"]
     levels: dict[str, Tensor]  # int32 [n, h, w]
     num_codes: int
+    about: str
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -55,24 +52,20 @@ class Codes:
         return np.bincount(self.levels[level].flatten().numpy(), minlength=self.num_codes)
 
 
-def read_codes(folder: Path, *, limit: int = 0, workers: int = 0, cache: Cache | None = None) -> Codes:
-    """The first `limit` samples (0 = all, at most MOST) of a folder of code shards, the unflipped view.
+def read_codes(data: DataSet) -> Codes:
+    """All codes of code shards, or the first `data.limit`; the unflipped view.
 
-    Every rank reads all of them. Raises ValueError for another kind of data set or a sample that can't be read.
+    Every rank reads all of them. Raises ValueError for a sample that can't be read.
     """
-    manifest = Manifest.load(folder)
-    if manifest.kind != "codes":
-        raise ValueError(f"codes={folder}: code shards are needed, this is a data set of {manifest.kind}")
-    extra, total = manifest.extra, min(limit or MOST, MOST, manifest.num_samples)
+    extra, total = data.manifest.extra, data.n
     reader = CodeReader(extra["levels"], views=extra["views"], num_codes=extra["num_codes"])
-    batches = list(
-        sequential_batches(folder, read=reader, batch=min(256, total), workers=workers, limit=total, cache=cache)
-    )
+    batches = list(sequential_batches(data.folder, read=reader, batch=min(256, total), limit=total, cache=data.cache))
     weight = torch.cat([batch["weight"] for batch in batches])
     if int(weight.sum()) != total:
-        raise ValueError(f"codes={folder}: {total - int(weight.sum())} of {total} samples could not be read")
+        raise ValueError(f"codes={data.folder}: {total - int(weight.sum())} of {total} samples could not be read")
     levels = {name: torch.cat([codes_of(batch, name) for batch in batches])[:total] for name in extra["levels"]}
-    return Codes(torch.cat([batch["label"] for batch in batches])[:total], levels, extra["num_codes"])
+    labels = torch.cat([batch["label"] for batch in batches])[:total]
+    return Codes(labels, levels, extra["num_codes"], data.describe())
 
 
 @dataclass(frozen=True)
@@ -161,6 +154,7 @@ def bits_per_dim(nats_per_code: Mapping[str, float], grids: Mapping[str, tuple[i
 
 _SHUFFLED = ("nll_shuffled_class", "nll_shuffled_upper")
 _OWN_CODES = "a figure of this tokenizer's codes on this data set"
+_ONLY_CODES = "of the codes alone: what the decoder gets wrong is not coded"
 
 
 @dataclass(frozen=True)
@@ -174,7 +168,7 @@ class CodeResults:
 def leave_out_codes(bench: Bench, inputs: Inputs) -> None:
     """Without codes or priors; and likelihoods that the config does not ask for."""
     scores, config = bench.scores, bench.config
-    if inputs.codes is None or inputs.train_codes is None:
+    if inputs.codes is None:
         scores.leave_out([*keys_of("nll"), "order0_entropy"], inputs.absent["codes"])
         if inputs.vqvae is None or not isinstance(inputs.reference, DataSet):
             scores.leave_out(USAGE, inputs.absent["codes"])
@@ -198,23 +192,27 @@ def leave_out_codes(bench: Bench, inputs: Inputs) -> None:
 def score_codes(bench: Bench, inputs: Inputs, reconstructions: Reconstructions | None) -> CodeResults:
     """Usage of the codes, their order-0 entropy, and their likelihood under the priors."""
     scores = bench.scores
-    if inputs.codes is None or inputs.train_codes is None:
-        return CodeResults(_score_usage_of_reconstructions(bench, inputs, reconstructions))
+    if inputs.codes is None:
+        if reconstructions is None:
+            return CodeResults()
+        assert isinstance(inputs.reference, DataSet)
+        _score_usage(bench, reconstructions.usage, reconstructions.n, inputs.reference.describe())
+        return CodeResults(reconstructions.usage)
     if not scores.wants(*keys_of("nll"), *USAGE, "order0_entropy"):
         return CodeResults()
-    about = inputs.codes.describe()
-    codes = read_codes(inputs.codes.folder, limit=bench.config.nll_images, cache=bench.shards)
+    assert inputs.train_codes is not None
+    codes = read_codes(inputs.codes)
     usage = {level: codes.usage(level) for level in codes.levels}
-    _score_usage(bench, usage, len(codes), about)
+    _score_usage(bench, usage, len(codes), codes.about)
     train_usage = inputs.train_codes.manifest.extra["usage"]
     for level in codes.levels:
-        value = metrics.order0_entropy(usage[level], np.asarray(train_usage[level], np.float64))
-        scores.put(f"order0_entropy/{level}", _score(value, codes, about))
-    return CodeResults(usage, _score_likelihood(bench, inputs, codes, about, inputs.train_codes))
+        entropy = metrics.order0_entropy(usage[level], np.asarray(train_usage[level], np.float64))
+        _put(bench, f"order0_entropy/{level}", entropy, codes)
+    return CodeResults(usage, _score_likelihood(bench, inputs, codes))
 
 
-def _score(value: float, codes: Codes, about: str, reason: str = _OWN_CODES) -> Score:
-    return Score(value, len(codes), about, reason=reason)
+def _put(bench: Bench, key: str, value: float, codes: Codes, reason: str = _OWN_CODES) -> None:
+    bench.scores.put(key, Score(value, len(codes), codes.about, reason=reason))
 
 
 def _score_usage(bench: Bench, usage: Mapping[str, np.ndarray], n: int, about: str) -> None:
@@ -224,38 +222,30 @@ def _score_usage(bench: Bench, usage: Mapping[str, np.ndarray], n: int, about: s
             bench.scores.put(f"{key}/{level}", Score(value, n, about, reason=_OWN_CODES))
 
 
-def _score_usage_of_reconstructions(
-    bench: Bench, inputs: Inputs, reconstructions: Reconstructions | None
-) -> dict[str, np.ndarray]:
-    if reconstructions is None or not isinstance(inputs.reference, DataSet):
-        return {}
-    _score_usage(bench, reconstructions.usage, reconstructions.n, inputs.reference.describe())
-    return reconstructions.usage
-
-
 # --- likelihood -------------------------------------------------------------------------------------------------------
 
 
-def _score_likelihood(
-    bench: Bench, inputs: Inputs, codes: Codes, about: str, train_codes: DataSet
-) -> dict[str, dict[str, float]]:
+def _score_likelihood(bench: Bench, inputs: Inputs, codes: Codes) -> dict[str, dict[str, float]]:
     """Nats and bits per code of every level that has a prior. Returns the nats by level and class."""
-    scores, config = bench.scores, bench.config
+    scores = bench.scores
     if not scores.pending(keys_of("nll")):
         return {}
+    assert inputs.codes is not None and inputs.train_codes is not None
+    manifest = inputs.codes.manifest
     priors = {level: inputs.priors[level] for level in codes.levels if level in inputs.priors}
     by_level = {}
     for level, prior in priors.items():
         by_level[level] = _likelihood(bench, prior, codes, level)
         nats = by_level[level].per_code()
-        scores.put(f"nll/{level}", _score(nats, codes, about))
-        scores.put(f"bits_per_code/{level}", _score(nats / math.log(2), codes, about))
-        if config.shuffled_conditioning and len(codes) > 1:
-            _score_shuffled(bench, prior, codes, level, about)
-    assert inputs.codes is not None
-    manifest = inputs.codes.manifest
-    _score_bits_per_dim(bench, by_level, codes, about, manifest.extra["resolution"])
-    _score_train_nll(bench, priors, train_codes)
+        _put(bench, f"nll/{level}", nats, codes)
+        _put(bench, f"bits_per_code/{level}", nats / math.log(2), codes)
+        _score_shuffled(bench, prior, codes, level)
+    if scores.pending(["bits_per_dim"]):
+        nats_per_code = {level: one.per_code() for level, one in by_level.items()}
+        value = bits_per_dim(nats_per_code, manifest.extra["levels"], manifest.extra["resolution"])
+        _put(bench, "bits_per_dim", value, codes, _ONLY_CODES)
+    if scores.pending(["nll_train"]):
+        _score_train_nll(bench, priors, read_codes(inputs.train_codes))
     for name in scores.pending(_SHUFFLED):
         if not any(key.startswith(name) for key in scores.by_key):
             scores.leave_out([name], "there is nothing to shuffle")
@@ -266,43 +256,23 @@ def _score_likelihood(
 
 
 def _likelihood(bench: Bench, prior: Source, codes: Codes, level: str, **exchanged: Tensor) -> Likelihood:
-    def watch(starts: range) -> Iterable[int]:
-        return bench.watch(starts, f"NLL {level}")
-
-    batch = bench.config.batch
+    batch, watch = bench.config.batch, partial(bench.watch, title=f"NLL {level}")
     return likelihood(prior.model, codes, level, bench.topology, batch=batch, watch=watch, **exchanged)
 
 
-def _score_shuffled(bench: Bench, prior: Source, codes: Codes, level: str, about: str) -> None:
+def _score_shuffled(bench: Bench, prior: Source, codes: Codes, level: str) -> None:
     """Nats with another sample's class, and with another sample's upper codes: what the conditioning is worth."""
     exchanges: dict[str, dict[str, Tensor]] = {}
     if len(codes.labels.unique()) > 1:
         exchanges["nll_shuffled_class"] = {"labels_of": other_classes(codes.labels, bench.config.seed)}
-    if codes.above(level):
+    if codes.above(level) and len(codes) > 1:
         exchanges["nll_shuffled_upper"] = {"upper_of": other_samples(len(codes), bench.config.seed)}
-    for key, exchange in exchanges.items():
-        if bench.scores.wants(key):
-            value = _likelihood(bench, prior, codes, level, **exchange).per_code()
-            bench.scores.put(f"{key}/{level}", _score(value, codes, about))
+    for key in bench.scores.pending(exchanges):
+        value = _likelihood(bench, prior, codes, level, **exchanges[key]).per_code()
+        _put(bench, f"{key}/{level}", value, codes)
 
 
-def _score_train_nll(bench: Bench, priors: Mapping[str, Source], data: DataSet) -> None:
+def _score_train_nll(bench: Bench, priors: Mapping[str, Source], codes: Codes) -> None:
     """Nats per code on the first training samples: the distance to the held-out ones is overfitting."""
-    if not bench.scores.pending(["nll_train"]):
-        return
-    codes = read_codes(data.folder, limit=bench.config.nll_train_images, cache=bench.shards)
-    about = describe_set(data.manifest, str(data.folder), len(codes))
     for level, prior in priors.items():
-        value = likelihood(prior.model, codes, level, bench.topology, batch=bench.config.batch).per_code()
-        bench.scores.put(f"nll_train/{level}", _score(value, codes, about))
-
-
-def _score_bits_per_dim(
-    bench: Bench, by_level: Mapping[str, Likelihood], codes: Codes, about: str, resolution: int
-) -> None:
-    if not bench.scores.pending(["bits_per_dim"]):
-        return
-    grids = {level: (array.shape[1], array.shape[2]) for level, array in codes.levels.items()}
-    value = bits_per_dim({level: one.per_code() for level, one in by_level.items()}, grids, resolution)
-    reason = "of the codes alone: what the decoder gets wrong is not coded"
-    bench.scores.put("bits_per_dim", _score(value, codes, about, reason))
+        _put(bench, f"nll_train/{level}", _likelihood(bench, prior, codes, level).per_code(), codes)

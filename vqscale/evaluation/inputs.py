@@ -1,31 +1,36 @@
 """What an evaluation works on: its config, and the data sets and models that the config names.
 
 In: `EvaluateConfig`.  Out: `Inputs` that belong together, with the reason for every one that is missing; or one line
-that names the two inputs that do not fit.
+that names the two inputs that do not fit.  Shapes: r pixels a side.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
 import torch
+from jaxtyping import UInt8
+from torch import Tensor
 
-from vqscale.config import ReadsShards, run_of
+from vqscale.config import ReadsShards, level_names, run_of
+from vqscale.data.cache import Cache
+from vqscale.data.images import SUFFIXES, decode_image, resize_center_crop
+from vqscale.data.parts import read_samples
 from vqscale.data.shards import Manifest, resolve
 from vqscale.evaluation.classify import ImageClassifier
 from vqscale.evaluation.features import EXTRACTORS
-from vqscale.evaluation.scores import describe_set
+from vqscale.evaluation.scores import PAPERS_SAMPLES
 from vqscale.evaluation.statistics import PublishedReference, read_published
 from vqscale.fields import Choice, NonNegativeInt, PathText, PositiveFraction, PositiveInt
 from vqscale.files import sha256_of
 from vqscale.runtime import log
 from vqscale.sources import Source, load_prior, load_vqvae
 
-LEVELS = ("top", "middle", "bottom")
 LEARNED_FROM = {"samples": "samples", "reconstructions": "reconstructions", "real": "images"}  # by classifier_<key>
-CLASSIFIERS = tuple(f"classifier_{name}" for name in LEARNED_FROM)
-ACCEPTANCE_RATES = (1.0, 0.7, 0.5, 0.3, 0.1, 0.05)
+_MADE_OF = {"samples": ("data", "samples"), "reconstructions": ("vqvae", "vqvae")}  # its fact that is an input's
+MOST_CODES = 65_536  # samples of codes, which are held in memory; ImageNet's validation set is 50,000
 T = TypeVar("T")
 
 
@@ -63,7 +68,7 @@ class EvaluateConfig(ReadsShards):
     nll_images: NonNegativeInt = 0  # at most so many held-out code samples; 0 = all
     nll_train_images: NonNegativeInt = 0  # also the NLL of so many training samples
     shuffled_conditioning: bool = True  # also the NLL with shuffled classes and shuffled upper codes
-    acceptance: list[PositiveFraction] = field(default_factory=lambda: list(ACCEPTANCE_RATES))  # of rejection
+    acceptance: list[PositiveFraction] = field(default_factory=lambda: [1.0, 0.7, 0.5, 0.3, 0.1, 0.05])  # of rejection
     kid_subset_size: PositiveInt = 1_000  # as in torch-fidelity; another size is not comparable with papers
     num_reconstructions: NonNegativeInt = 12  # shown in the report and the picture
     samples_shown: NonNegativeInt = 10  # per class, in the report and the picture
@@ -73,12 +78,14 @@ class EvaluateConfig(ReadsShards):
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set as an input: `name` as the user gave it, the folder of the split that is used, how many of it."""
+    """A data set as an input: `name` as the user gave it, the folder of the split that is used, how many of it, and
+    where copies of remote shards are kept."""
 
     name: str
     folder: Path
     manifest: Manifest
     limit: int = 0  # the first so many; 0 = all
+    cache: Cache = field(default_factory=Cache)
 
     @property
     def n(self) -> int:
@@ -93,13 +100,30 @@ class DataSet:
     def fingerprint(self) -> str:
         return self.manifest.fingerprint
 
+    @property
+    def is_published(self) -> bool:
+        """Whether it is a whole ImageNet split: 1000 classes, 50,000 images or more."""
+        whole = self.n == self.manifest.num_samples
+        return whole and self.n >= PAPERS_SAMPLES and len(self.manifest.classes) == 1000
+
     def describe(self) -> str:
-        return describe_set(self.manifest, str(self.folder), self.n)
+        """In one phrase: where, what and how many."""
+        return f"{self.folder}, {self.fingerprint[:19]}, {self.n} {self.manifest.kind}"
+
+    def images_at(self, positions: Sequence[int], resolution: int) -> list[tuple[UInt8[Tensor, "3 r r"], str]]:
+        """(image, class name) at each position in stored order. Raises ValueError for a damaged one."""
+        return [
+            (resize_center_crop(decode_image(next(iter(parts.values()))), resolution), self.manifest.classes[label])
+            for _, label, parts in read_samples(self.folder, SUFFIXES, positions, self.cache)
+        ]
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The inputs of one evaluation. `absent`: by config key, why an input is missing."""
+    """The inputs of one evaluation. Codes come with those of the training images, or not at all.
+
+    absent: by config key, why an input is missing.
+    """
 
     samples: DataSet | None = None
     reference: DataSet | PublishedReference | None = None
@@ -112,18 +136,23 @@ class Inputs:
     weights: dict[str, str] = field(default_factory=dict)  # by config key, sha256 of files of weights
     absent: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def data_sets(self) -> dict[str, DataSet | PublishedReference]:
+        """What there is of data, by config key; train_codes is the other part of codes."""
+        keys = ("samples", "reference", "training", "codes", "train_codes")
+        return {key: data for key in keys if (data := getattr(self, key)) is not None}
+
+    @property
+    def models(self) -> dict[str, Source]:
+        """The models by config key, the VQ-VAE first."""
+        models = {"vqvae": self.vqvae} if self.vqvae is not None else {}
+        models |= {f"prior_{level}": prior for level, prior in self.priors.items()}
+        return models | {f"classifier_{name}": classifier.source for name, classifier in self.classifiers.items()}
+
     def identity(self) -> dict[str, str]:
         """What the result depends on besides the config: fingerprints by input."""
-        data = {key: getattr(self, key) for key in ("samples", "reference", "training", "codes", "train_codes")}
-        models = {"vqvae": self.vqvae, **{f"prior_{level}": prior for level, prior in self.priors.items()}}
-        models |= {f"classifier_{name}": classifier.source for name, classifier in self.classifiers.items()}
-        fingerprints = {name: one.fingerprint for name, one in data.items() if one is not None}
-        return self.weights | fingerprints | {name: one.fingerprint for name, one in models.items() if one is not None}
-
-    def sources(self) -> list[Source]:
-        """The models, the VQ-VAE first."""
-        classifiers = (classifier.source for classifier in self.classifiers.values())
-        return [source for source in (self.vqvae, *self.priors.values(), *classifiers) if source is not None]
+        data = {key: one.fingerprint for key, one in self.data_sets.items()}
+        return self.weights | data | {key: model.fingerprint for key, model in self.models.items()}
 
     def resolution_of(self, data: DataSet) -> int:
         """Size at which images are read: the data set's own or, where it does not say, the model's."""
@@ -134,7 +163,9 @@ class Inputs:
         return self.vqvae.description["resolution"]
 
     def why_no_images(self) -> str:
-        """Why the reference cannot be read as images."""
+        """Why the reference cannot be read as images; "" if it can."""
+        if isinstance(self.reference, DataSet):
+            return ""
         return self.absent.get("reference", "reference= is a file of statistics, real images are needed")
 
 
@@ -144,7 +175,10 @@ def find_inputs(config: EvaluateConfig, device: torch.device) -> Inputs:
     Raises ValueError for an input that is broken or unfinished, and if inputs do not belong together.
     """
     absent: dict[str, str] = {}
-    extractor_weights = {config.extractor: config.weights}
+    weights = {key: Path(getattr(config, key)) for key in ("weights", "vgg16_weights")}
+    vqvae = partial(load_vqvae, checkpoint=config.checkpoint, device=device, weights_kind=config.weights_kind)
+    prior = partial(load_prior, device=device, weights_kind=config.weights_kind)
+    classifier = partial(ImageClassifier.load, device=device, weights={config.extractor: config.weights})
 
     def find(key: str, load: Callable[[str], T]) -> T | None:
         path = getattr(config, key)
@@ -163,40 +197,25 @@ def find_inputs(config: EvaluateConfig, device: torch.device) -> Inputs:
     def data(key: str, made_by: str, split: str = "holdout", limit: int = 0) -> DataSet | None:
         def load(path: str) -> DataSet:
             folder = resolve(path, split, made_by=made_by)
-            return DataSet(path, folder, Manifest.load(folder), limit)
+            return DataSet(path, folder, Manifest.load(folder), limit, Cache.of(config))
 
         return find(key, load)
 
-    def vqvae(path: str) -> Source:
-        return load_vqvae(path, device=device, weights_kind=config.weights_kind, checkpoint=config.checkpoint)
-
-    def prior(level: str) -> Source | None:
-        return find(
-            f"prior_{level}", lambda path: load_prior(path, level, device=device, weights_kind=config.weights_kind)
-        )
-
-    def classifier(path: str) -> ImageClassifier:
-        return ImageClassifier.load(path, device, extractor_weights)
-
-    def weights_of(key: str) -> str | None:
-        path = Path(getattr(config, key))
-        return f"sha256:{sha256_of(path)}" if path.is_file() else None
-
-    def reference() -> DataSet | PublishedReference | None:
-        if config.reference.endswith(".npz"):
-            return read_published(Path(config.reference))
-        return data("reference", "pack", limit=config.reference_images)
+    def codes(split: str, images: int) -> DataSet | None:
+        return data("codes", "extract_codes", split, min(images or MOST_CODES, MOST_CODES))
 
     inputs = Inputs(
         samples=data("samples", "sample"),
-        reference=reference(),
+        reference=read_published(config.reference)
+        if config.reference.endswith(".npz")
+        else data("reference", "pack", limit=config.reference_images),
         training=data("training", "pack", "train", config.training_images),
-        codes=(codes := data("codes", "extract_codes", limit=config.nll_images)),
-        train_codes=data("codes", "extract_codes", "train") if codes else None,
+        train_codes=(train_codes := codes("train", config.nll_train_images)),
+        codes=codes("holdout", config.nll_images) if train_codes else None,
         vqvae=find("vqvae", vqvae),
-        priors=_present({level: prior(level) for level in LEVELS}),
+        priors=_present({level: find(f"prior_{level}", partial(prior, level=level)) for level in level_names(3)}),
         classifiers=_present({name: find(f"classifier_{name}", classifier) for name in LEARNED_FROM}),
-        weights=_present({key: weights_of(key) for key in ("weights", "vgg16_weights")}),
+        weights={key: f"sha256:{sha256_of(path)}" for key, path in weights.items() if path.is_file()},
         absent=absent,
     )
     _check(config, inputs)
@@ -212,8 +231,8 @@ def _present(values: Mapping[str, T | None]) -> dict[str, T]:
 
 
 def _check(config: EvaluateConfig, inputs: Inputs) -> None:
-    for key in ("samples", "reference", "training", "codes", "train_codes"):
-        if isinstance(data := getattr(inputs, key), DataSet):
+    for key, data in inputs.data_sets.items():
+        if isinstance(data, DataSet):
             _check_kind(key.removeprefix("train_"), data)
     for level, prior in inputs.priors.items():
         _check_prior(config, level, prior.description, inputs.codes)
@@ -290,9 +309,8 @@ def _other_models_of_samples(config: EvaluateConfig, inputs: Inputs) -> Iterator
     extra = inputs.samples.manifest.extra
     drawn_from = {"vqvae": extra.get("vqvae")}
     drawn_from |= {f"prior_{level}": fingerprint for level, fingerprint in extra.get("priors", {}).items()}
-    models = {"vqvae": inputs.vqvae, **{f"prior_{level}": prior for level, prior in inputs.priors.items()}}
-    for key, model in models.items():
-        if model is not None and drawn_from.get(key) not in (None, model.fingerprint):
+    for key, model in inputs.models.items():
+        if drawn_from.get(key) not in (None, model.fingerprint):
             where = f"{key}={getattr(config, key)} is {model.fingerprint}"
             yield "samples", f"samples={config.samples} was drawn from {key} {drawn_from[key]}, but {where}"
 
@@ -326,13 +344,10 @@ def _check_classifier(
         raise ValueError(f"{where}: takes images of {about['resolution']} px, the reference has {reference.resolution}")
     if about["data"] == reference.manifest.fingerprint:
         raise ValueError(f"{where}: learned from the very images it would be tested on, reference={config.reference}")
-    belongs = {
-        "samples": ("data", "samples", inputs.samples.manifest.fingerprint if inputs.samples else None),
-        "reconstructions": ("vqvae", "vqvae", inputs.vqvae.fingerprint if inputs.vqvae else None),
-    }
-    field_name, other, expected = belongs.get(name, ("", "", None))
-    if expected is not None and about[field_name] != expected:
+    made_of, other = _MADE_OF.get(name, ("", ""))
+    expected = inputs.identity().get(other)
+    if expected is not None and about[made_of] != expected:
         raise ValueError(
-            f"{where}: learned from {other} {about[field_name]}, but {other}={getattr(config, other)} is {expected}; "
+            f"{where}: learned from {other} {about[made_of]}, but {other}={getattr(config, other)} is {expected}; "
             f"train it again or leave it out with {key}=none"
         )

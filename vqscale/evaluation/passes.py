@@ -11,7 +11,8 @@ import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,9 +22,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vqscale.batch import Batch
-from vqscale.data.cache import Cache
 from vqscale.data.images import ImageReader
-from vqscale.data.sequential import SequentialBatches, read_runs, sequential_batches
+from vqscale.data.sequential import SequentialBatches, read_runs
 from vqscale.evaluation.features import Extractor, Features, PerceptualDistance, Unavailable, load_extractor, load_lpips
 from vqscale.evaluation.inputs import DataSet, EvaluateConfig
 from vqscale.evaluation.scores import METRICS, Scores
@@ -44,6 +44,7 @@ CHUNK = 256  # images; of Inception's features some 5 MB
 KEPT = 50_000  # images whose features are held in memory, for the metrics that compare pairs
 
 Rows = Callable[[Batch], dict[str, Tensor]]  # a batch -> what to keep of it, tensors of [b, ...]
+Chunks = Iterator[tuple[range, dict[str, Tensor]]]  # (positions of a chunk, its rows)
 N = TypeVar("N", Extractor, PerceptualDistance)
 
 
@@ -54,9 +55,8 @@ class Bench:
     config: EvaluateConfig
     run: Run
     scores: Scores
-    extractor: Extractor | None = None
-    perceptual: PerceptualDistance | None = None
-    shards: Cache = field(default_factory=Cache)
+    extractor: Extractor | None
+    perceptual: PerceptualDistance | None
 
     @property
     def topology(self) -> Topology:
@@ -67,36 +67,15 @@ class Bench:
         """The folder of cached statistics and chunks."""
         return self.run.run_dir / "statistics"
 
-    def batches(self, data: DataSet, resolution: int) -> SequentialBatches:
-        """This rank's batches of a data set's images."""
-        return sequential_batches(
-            data.folder,
-            batch=self.config.batch,
-            rank=self.topology.rank,
-            world_size=self.topology.world_size,
-            limit=data.limit,
-            **self._reading(resolution),
-        )
-
-    def runs(self, data: DataSet, resolution: int, runs: Sequence[range]) -> SequentialBatches:
-        """Batches of a data set's images at runs of positions."""
-        return read_runs(data.folder, runs, block=self.config.batch, **self._reading(resolution))
-
-    def _reading(self, resolution: int) -> dict[str, Any]:
-        bad, workers = self.run.run_dir / "bad.jsonl", self.config.workers
+    def batches(self, data: DataSet, resolution: int, chunks: Sequence[range]) -> SequentialBatches:
+        """Batches of a data set's images, chunk by chunk."""
         read = ImageReader(resolution, max_pixels=self.config.max_pixels)
-        return {"read": read, "workers": workers, "bad_path": bad, "cache": self.shards}
+        bad, block, workers = self.run.run_dir / "bad.jsonl", self.config.batch, self.config.workers
+        return read_runs(data.folder, chunks, read=read, block=block, workers=workers, bad_path=bad, cache=data.cache)
 
     def watch(self, batches: Sequence[Any] | SequentialBatches, title: str) -> Iterator[Any]:
-        """The batches, equally many on every rank, under a progress bar; between two of them all ranks may stop."""
-        main = self.topology.is_main
-        for batch in tqdm(batches, desc=title, total=len(batches), unit="batch", disable=not main):
-            if reason := self.run.stop_agreed():
-                self.run.stop(reason)
-            yield batch
-
-    def share(self, batches: Sequence[Any] | SequentialBatches, title: str) -> Iterator[Any]:
-        """The same for ranks that have different numbers of batches; they leave it together."""
+        """The batches under a progress bar. Ranks may have different numbers of them; all leave them together when one
+        is asked to stop."""
         main = self.topology.is_main
         with self.run.stoppable(), tqdm(total=len(batches), desc=title, unit="batch", disable=not main) as bar:
             for batch in batches:
@@ -111,18 +90,14 @@ class Bench:
 def open_bench(config: EvaluateConfig, run: Run, scores: Scores) -> Bench:
     """With the networks that the metrics need; metrics whose network is absent are left out."""
     keys = [metric.key for metric in METRICS.values() if metric.features]
-    options: dict[str, Any] = {
-        "allow_unverified_weights": config.allow_unverified_weights,
-        "device": run.topology.device,
-    }
-    extractor = _open(
-        scores, keys, f"weights={config.weights}", lambda: load_extractor(config.extractor, config.weights, **options)
-    )
+    unverified, device = config.allow_unverified_weights, run.topology.device
+    load = partial(load_extractor, config.extractor, config.weights, allow_unverified_weights=unverified, device=device)
+    extractor = _open(scores, keys, f"weights={config.weights}", load)
     path = config.vgg16_weights
-    perceptual = _open(scores, ["lpips"], f"vgg16_weights={path}", lambda: load_lpips(path, **options))
+    perceptual = _open(scores, ["lpips"], f"vgg16_weights={path}", partial(load_lpips, path, unverified, device))
     if extractor is not None:
         _leave_out_other_features(scores, keys, extractor)
-    return Bench(config, run, scores, extractor, perceptual, Cache.of(config))
+    return Bench(config, run, scores, extractor, perceptual)
 
 
 def _open(scores: Scores, keys: Sequence[str], where: str, load: Callable[[], N]) -> N | None:
@@ -154,18 +129,19 @@ def _leave_out_other_features(scores: Scores, keys: Sequence[str], extractor: Ex
 @contextmanager
 def chunked_pass(
     bench: Bench, facts: Mapping[str, Any], data: DataSet, resolution: int, rows: Rows, title: str
-) -> Iterator[Path]:
-    """The folder of a pass's chunks, all of them there; removed at the end.
+) -> Iterator[Chunks]:
+    """This rank's chunks of a pass, all of them there; removed at the end.
 
     Raises ValueError on all ranks if an image can't be read.
     """
     topology, folder = bench.topology, statistics_path(bench.statistics, facts).with_suffix("")
-    missing = unfinished(folder, chunks_of_rank(data.n, topology))
-    batches = bench.runs(data, resolution, missing)
-    unread = compute_chunks(folder, missing, bench.share(batches, title), rows, bench.config.batch)
+    mine = chunks_of_rank(data.n, topology)
+    missing = unfinished(folder, mine)
+    batches = bench.batches(data, resolution, missing)
+    unread = compute_chunks(folder, missing, bench.watch(batches, title), rows, bench.config.batch)
     if unread := sum(topology.gather(unread)):
         raise ValueError(f"{data.name}: {unread} of {data.n} images could not be read: bad.jsonl names them")
-    yield folder
+    yield read_chunks(folder, mine)
     topology.barrier()
     if topology.is_main:
         shutil.rmtree(folder, ignore_errors=True)
@@ -177,6 +153,7 @@ def chunks_of(total: int) -> list[range]:
 
 
 def chunks_of_rank(total: int, topology: Topology) -> list[range]:
+    """Those that this rank works on."""
     return chunks_of(total)[topology.rank :: topology.world_size]
 
 
@@ -187,7 +164,15 @@ def chunk_path(folder: Path, chunk: range) -> Path:
 
 def unfinished(folder: Path, chunks: Iterable[range]) -> list[range]:
     """The chunks that are not there or can't be read."""
-    return [chunk for chunk in chunks if _load(folder, chunk) is None]
+    return [chunk for chunk in chunks if not _is_whole(folder, chunk)]
+
+
+def _is_whole(folder: Path, chunk: range) -> bool:
+    try:
+        tensors, _ = read_tensors(chunk_path(folder, chunk))
+    except (OSError, DamagedFile):
+        return False
+    return bool(tensors) and all(len(rows) == len(chunk) for rows in tensors.values())
 
 
 def compute_chunks(folder: Path, chunks: Iterable[range], batches: Iterable[Batch], rows: Rows, block: int) -> int:
@@ -214,20 +199,10 @@ def _counted_rows(batch: Batch, rows: Rows) -> dict[str, Tensor]:
     return {name: value.cpu()[kept] for name, value in rows(batch).items()}
 
 
-def finished(folder: Path, chunks: Iterable[range]) -> Iterator[tuple[range, dict[str, Tensor]]]:
-    """(chunk, its rows) for each chunk that is there."""
+def read_chunks(folder: Path, chunks: Iterable[range]) -> Chunks:
+    """(chunk, its rows) for chunks that are all there."""
     for chunk in chunks:
-        rows = _load(folder, chunk)
-        if rows is not None:
-            yield chunk, rows
-
-
-def _load(folder: Path, chunk: range) -> dict[str, Tensor] | None:
-    try:
-        tensors, _ = read_tensors(chunk_path(folder, chunk))
-    except (OSError, DamagedFile):
-        return None
-    return tensors if tensors and all(len(rows) == len(chunk) for rows in tensors.values()) else None
+        yield chunk, read_tensors(chunk_path(folder, chunk))[0]
 
 
 # --- features ---------------------------------------------------------------------------------------------------------
@@ -236,32 +211,28 @@ def _load(folder: Path, chunk: range) -> dict[str, Tensor] | None:
 class Collector:
     """Adds up the features of `total` images, wherever they are computed; `finish` brings the ranks together."""
 
-    def __init__(self, extractor: Extractor, total: int, topology: Topology, keep: int = KEPT):
+    def __init__(self, extractor: Extractor, total: int, topology: Topology):
         self._extractor, self._total, self._topology = extractor, total, topology
-        self._kept = min(total, keep)
+        self._kept = min(total, KEPT)
         self._moments: dict[str, Moments] = {}
         self._rows: list[tuple[Tensor, Tensor, Tensor]] = []  # positions, features, logits; on the CPU
 
     def add(self, images: UInt8[Tensor, "b 3 h w"], position: Int[Tensor, " b"], weight: Float[Tensor, " b"]) -> None:
         """position: in 0 … total - 1; weight: 0 (padding) and 1."""
-        self.add_features(self._extractor(images), position, weight)
-
-    def add_features(self, features: Features, position: Int[Tensor, " b"], weight: Float[Tensor, " b"]) -> None:
-        """What the extractor said of the images at these positions."""
-        for name, values in (("pooled", features.pooled), ("spatial", features.spatial)):
-            if values is not None:
-                if name not in self._moments:
-                    self._moments[name] = Moments(values.shape[1], values.device)
-                self._moments[name].add(values, weight)
-        rows = ((weight > 0) & (position < self._kept)).nonzero().flatten()
-        pooled, logits = (values[rows].float().cpu() for values in (features.pooled, features.logits))
-        self._rows.append((position[rows].cpu(), pooled, logits))
+        self._add_rows(feature_rows(self._extractor(images)), position, weight)
 
     def add_chunk(self, chunk: range, rows: Mapping[str, Tensor]) -> None:
-        """A chunk of a pass that kept `feature_rows`."""
-        names = [name for name in ("pooled", "logits", "spatial") if name in rows]
-        features = Features(**{name: rows[name].to(self._topology.device) for name in names})
-        self.add_features(features, torch.arange(chunk.start, chunk.stop), torch.ones(len(chunk)))
+        """A chunk of a pass that kept `feature_rows`, and perhaps others."""
+        self._add_rows(rows, torch.arange(chunk.start, chunk.stop), torch.ones(len(chunk)))
+
+    def _add_rows(self, rows: Mapping[str, Tensor], position: Int[Tensor, " b"], weight: Float[Tensor, " b"]) -> None:
+        for name in ("pooled", "spatial"):
+            if name in rows:
+                if name not in self._moments:
+                    self._moments[name] = Moments(rows[name].shape[1], self._topology.device)
+                self._moments[name].add(rows[name], weight)
+        kept = ((weight > 0) & (position < self._kept)).nonzero().flatten()
+        self._rows.append((position[kept].cpu(), rows["pooled"][kept].cpu(), rows["logits"][kept].cpu()))
 
     def finish(self) -> FeatureSet:
         """The features of all ranks. Every rank must call it. Raises ValueError if images are missing."""
@@ -270,15 +241,10 @@ class Collector:
         n = self._moments["pooled"].n
         if n != self._total:
             raise ValueError(f"{self._total - n} of {self._total} images could not be read: bad.jsonl names them")
-        position, features, logits = (torch.cat(column) for column in zip(*self._rows, strict=True))
+        position, *columns = (torch.cat(column) for column in zip(*self._rows, strict=True))
+        features, logits = (gather_rows(rows, position, self._kept, self._topology) for rows in columns)
         gaussians = {name: moments.gaussian() for name, moments in self._moments.items() if n > 1}
-        return FeatureSet(
-            n,
-            gaussians.get("pooled"),
-            gaussians.get("spatial"),
-            gather_rows(features, position, self._kept, self._topology),
-            gather_rows(logits, position, self._kept, self._topology),
-        )
+        return FeatureSet(n, gaussians.get("pooled"), gaussians.get("spatial"), features, logits)
 
 
 def gather_rows(
@@ -306,8 +272,7 @@ def collect_images(
 
 def feature_rows(features: Features) -> dict[str, Tensor]:
     """What a chunk keeps of features: float32, `spatial` only where there is one."""
-    tensors = {"pooled": features.pooled, "logits": features.logits, "spatial": features.spatial}
-    return {name: value.float() for name, value in tensors.items() if value is not None}
+    return {name: value.float() for name, value in vars(features).items() if value is not None}
 
 
 def chunk_collector(total: int, resolution: int, extractor: Extractor, topology: Topology) -> Collector:
@@ -321,11 +286,11 @@ def chunk_collector(total: int, resolution: int, extractor: Extractor, topology:
 def _cached_statistics(path: Path, facts: Mapping[str, Any]) -> FeatureSet | None:
     try:
         return load_statistics(path, facts)
+    except FileNotFoundError:
+        return None
     except DamagedFile as error:
         log.warning("%s; it is computed again", error)
-    except FileNotFoundError:
-        pass
-    return None
+        return None
 
 
 def features_of(bench: Bench, data: DataSet, resolution: int) -> FeatureSet:
@@ -348,9 +313,9 @@ def features_of(bench: Bench, data: DataSet, resolution: int) -> FeatureSet:
     def rows(batch: Batch) -> dict[str, Tensor]:
         return feature_rows(extractor(batch["image"].to(topology.device)))
 
-    with chunked_pass(bench, facts, data, resolution, rows, f"features of {data.folder.name}") as folder:
+    with chunked_pass(bench, facts, data, resolution, rows, f"features of {data.folder.name}") as chunks:
         collector = chunk_collector(data.n, resolution, extractor, topology)
-        for chunk, kept in finished(folder, chunks_of_rank(data.n, topology)):
+        for chunk, kept in chunks:
             collector.add_chunk(chunk, kept)
         statistics = collector.finish()
         if topology.is_main:

@@ -6,7 +6,6 @@ Shapes: b images, m examples, h w pixels, k codes.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,23 +14,13 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from vqscale.batch import Batch
-from vqscale.data.cache import Cache
 from vqscale.data.images import to_float, to_uint8
+from vqscale.evaluation.classify import reconstructed
 from vqscale.evaluation.features import Extractor, PerceptualDistance
-from vqscale.evaluation.gallery import images_at
 from vqscale.evaluation.inputs import DataSet, Inputs
 from vqscale.evaluation.metrics import frechet, psnr, ssim
-from vqscale.evaluation.passes import (
-    Bench,
-    Rows,
-    chunk_collector,
-    chunked_pass,
-    chunks_of_rank,
-    feature_rows,
-    features_of,
-    finished,
-)
-from vqscale.evaluation.scores import Score, is_published_set, keys_of, score_or_null, why_not_comparable
+from vqscale.evaluation.passes import Bench, Chunks, Rows, chunk_collector, chunked_pass, feature_rows, features_of
+from vqscale.evaluation.scores import Score, keys_of, score_or_null, why_not_comparable
 from vqscale.evaluation.statistics import FeatureSet
 from vqscale.sources import Source
 from vqscale.topology import Topology
@@ -76,11 +65,8 @@ class ReconstructionResults:
 
 def leave_out_reconstructions(bench: Bench, inputs: Inputs) -> None:
     """Without a VQ-VAE or reference images."""
-    wanted = bench.scores.pending(keys_of("reconstruction"))
-    if inputs.vqvae is None:
-        bench.scores.leave_out(wanted, inputs.absent["vqvae"])
-    elif not isinstance(inputs.reference, DataSet):
-        bench.scores.leave_out(wanted, inputs.why_no_images())
+    if why := inputs.absent.get("vqvae") or inputs.why_no_images():
+        bench.scores.leave_out(bench.scores.pending(keys_of("reconstruction")), why)
 
 
 def score_reconstructions(bench: Bench, inputs: Inputs) -> ReconstructionResults:
@@ -92,9 +78,7 @@ def score_reconstructions(bench: Bench, inputs: Inputs) -> ReconstructionResults
     needed = scores.pending(keys_of("reconstruction")) or (inputs.codes is None and scores.wants(*USAGE))
     return ReconstructionResults(
         _score(bench, inputs.vqvae, data) if needed else None,
-        examples_of(model, data, config.num_reconstructions, bench.topology, bench.shards)
-        if config.num_reconstructions
-        else None,
+        examples_of(model, data, config.num_reconstructions, bench.topology) if config.num_reconstructions else None,
     )
 
 
@@ -105,14 +89,13 @@ def _score(bench: Bench, source: Source, data: DataSet) -> Reconstructions:
     networks = [network.weights_sha256 for network in (extractor, perceptual) if network is not None]
     facts = {"vqvae": source.fingerprint, "data": data.manifest.fingerprint, "n": data.n, "networks": networks}
     rows = reconstruction_rows(source.model, bench.topology, extractor, perceptual)
-    with chunked_pass(bench, facts, data, resolution, rows, "reconstructions") as folder:
-        figures = gather_reconstructions(
-            folder, source.model, data.n, bench.topology, extractor, perceptual is not None
-        )
-    about, published = data.describe(), is_published_set(data.manifest, data.n)
+    with chunked_pass(bench, facts, data, resolution, rows, "reconstructions") as chunks:
+        with_lpips = perceptual is not None
+        figures = gather_reconstructions(chunks, source.model, data.n, bench.topology, extractor, with_lpips)
+    about = data.describe()
 
     def reason(extractor: Extractor | None = None, verified: bool = True) -> str:
-        return why_not_comparable(extractor, n=data.n, published_reference=published, verified=verified)
+        return why_not_comparable(extractor, n=data.n, published_reference=data.is_published, verified=verified)
 
     for key, value in (("reconstruction_mse", figures.mse), ("psnr", figures.psnr), ("ssim", figures.ssim)):
         scores.put(key, Score(value, data.n, about, comparable_with_papers=not reason(), reason=reason()))
@@ -150,15 +133,15 @@ def reconstruction_rows(
 
 
 def gather_reconstructions(
-    folder: Path, vqvae: Any, total: int, topology: Topology, extractor: Extractor | None, with_lpips: bool
+    chunks: Chunks, vqvae: Any, total: int, topology: Topology, extractor: Extractor | None, with_lpips: bool
 ) -> Reconstructions:
-    """All chunks of all ranks as one. Every rank must call it."""
+    """The chunks of all ranks as one. Every rank must call it."""
     names = ["mse", "psnr", "ssim"] + ["lpips"] * with_lpips
     device = topology.device
     sums = torch.zeros(len(names), dtype=torch.float64, device=device)
     usage = {name: torch.zeros(vqvae.num_codes, dtype=torch.int64, device=device) for name in vqvae.level_names}
     collector = chunk_collector(total, vqvae.resolution, extractor, topology) if extractor is not None else None
-    for chunk, rows in finished(folder, chunks_of_rank(total, topology)):
+    for chunk, rows in chunks:
         sums += torch.stack([rows[name].double().sum() for name in names]).to(device)
         for name, counts in usage.items():
             counts += torch.bincount(rows[f"codes/{name}"].flatten(), minlength=len(counts)).to(device)
@@ -172,12 +155,11 @@ def gather_reconstructions(
     return Reconstructions(total, mse, ratio, similarity, distance[0] if distance else None, on_cpu, features)
 
 
-@torch.inference_mode()
-def examples_of(vqvae: Any, data: DataSet, count: int, topology: Topology, cache: Cache | None) -> Examples:
+def examples_of(vqvae: Any, data: DataSet, count: int, topology: Topology) -> Examples:
     """`count` > 0 images and what the VQ-VAE makes of them. Raises ValueError for a damaged one."""
-    images = images_at(data.folder, data.manifest, spread(data.n, count).tolist(), vqvae.resolution, cache)
+    images = data.images_at(spread(data.n, count).tolist(), vqvae.resolution)
     originals = torch.stack([image for image, _ in images])
-    pictures = to_uint8(vqvae(to_float(originals.to(topology.device))).reconstruction).cpu()
+    pictures = reconstructed(vqvae, originals.to(topology.device)).cpu()
     return Examples(originals, pictures, [name for _, name in images])
 
 

@@ -1,73 +1,70 @@
 """What an evaluation leaves behind: scores.json, the labelled grid, report.html, and a table on the terminal.
 
-In: scores, inputs, what is to be content.  Out: files in the run directory, each whole or not at all; the report last.
+In: a `Bench`, the inputs, what the families of metrics found.  Out: files in the run directory, each whole or not at
+all; the report last.  Shapes: r pixels a side.
 """
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import UInt8
 from torch import Tensor
 
-from vqscale import runtime
-from vqscale.data.cache import Cache
 from vqscale.data.shards import Manifest
 from vqscale.evaluation import report
+from vqscale.evaluation.codes import CodeResults
 from vqscale.evaluation.figures import grid_png, label_of_class, metrics_of_run
-from vqscale.evaluation.gallery import first_of_each_class
 from vqscale.evaluation.inputs import DataSet, EvaluateConfig, Inputs
-from vqscale.evaluation.reconstructions import Examples
-from vqscale.evaluation.samples import Neighbours
-from vqscale.evaluation.scores import Score, Scores, is_of_curve
+from vqscale.evaluation.passes import Bench
+from vqscale.evaluation.reconstructions import Examples, ReconstructionResults
+from vqscale.evaluation.samples import SampleResults
+from vqscale.evaluation.scores import Scores, is_of_curve
 from vqscale.files import read_json, write_atomically, write_json
-from vqscale.sources import Source
+from vqscale.runtime import read_status
 from vqscale.text import printable, redact_url
 
 
-@dataclass
-class Content:
-    """What the report shows besides the scores."""
+@dataclass(frozen=True)
+class Results:
+    """What the families of metrics leave for the report, besides scores."""
 
-    examples: Examples | None = None
-    usage: dict[str, np.ndarray] = field(default_factory=dict)
-    nll_by_class: dict[str, dict[str, float]] = field(default_factory=dict)  # level -> class -> nats per code
-    neighbours: Neighbours | None = None
-    checks: list[str] = field(default_factory=list)
+    samples: SampleResults
+    reconstructions: ReconstructionResults
+    codes: CodeResults
 
 
-def write_results(
-    config: EvaluateConfig, run: runtime.Run, scores: Scores, inputs: Inputs, content: Content, cache: Cache
-) -> None:
-    """scores.json, samples.png, the picture and report.html."""
-    write_json(run.run_dir / "scores.json", scores.as_json())
-    samples = _first_samples(config, inputs, cache)
-    columns = (content.examples.originals, content.examples.pictures) if content.examples else ((), ())
-    originals, pictures = (list(column[: config.samples_shown]) for column in columns)
-    if samples or originals:
-        labelled = _labelled(samples, inputs)
-        for path in filter(None, (str(run.run_dir / "samples.png"), config.picture)):
-            grid_png(path, originals=originals, reconstructions=pictures, samples=labelled)
-    text = report.render(
+def write_results(bench: Bench, inputs: Inputs, results: Results) -> None:
+    """scores.json, nll_by_class.json, samples.png, the picture and report.html."""
+    config, run_dir, scores = bench.config, bench.run.run_dir, bench.scores
+    write_json(run_dir / "scores.json", scores.as_json())
+    if results.codes.nll_by_class:
+        write_json(run_dir / "nll_by_class.json", results.codes.nll_by_class)
+    else:
+        (run_dir / "nll_by_class.json").unlink(missing_ok=True)
+    samples, examples = _first_samples(bench, inputs), results.reconstructions.examples
+    _write_pictures(bench, inputs, samples, examples)
+    page = report.render(
         report.Report(
             title=_title(config, inputs),
             subtitle=f"{config.run_dir} · {time.strftime('%Y-%m-%d')} · {_subtitle(inputs)}",
             benchmark=benchmark_of(_classes(inputs)),
-            scores={key: Score(**value) for key, value in scores.as_json().items()},
+            scores=scores.in_order(),
             left_out=scores.left_out,
             samples=samples,
-            examples=content.examples,
-            usage=content.usage,
-            neighbours=content.neighbours,
-            checks=content.checks,
-            curves={source.path.name: metrics_of_run(source.path) for source in inputs.sources()},
-            provenance=_provenance(run, inputs),
-            footer=f"Written by vqscale evaluate · {run.run_dir / 'scores.json'} has the same numbers.",
+            examples=examples,
+            usage=results.codes.usage,
+            neighbours=results.samples.neighbours,
+            checks=results.samples.checks,
+            curves={model.path.name: metrics_of_run(model.path) for model in inputs.models.values()},
+            provenance=_provenance(run_dir, inputs),
+            footer=f"Written by vqscale evaluate · {run_dir / 'scores.json'} has the same numbers.",
         )
     )
-    write_atomically(run.run_dir / "report.html", text.encode())
+    write_atomically(run_dir / "report.html", page)
 
 
 def _title(config: EvaluateConfig, inputs: Inputs) -> str:
@@ -88,11 +85,50 @@ def benchmark_of(classes: Sequence[str]) -> str:
     return "CIFAR-10" if set(classes) == _CIFAR10 else ""
 
 
-def _labelled(samples: Mapping[str, list[Tensor]], inputs: Inputs) -> dict[str, list[Tensor]]:
-    """With the classes' names, or their numbers where a name cannot be drawn."""
+def _first_samples(bench: Bench, inputs: Inputs) -> dict[str, list[Tensor]]:
+    config = bench.config
+    if inputs.samples is None or not (config.samples_shown and config.classes_shown):
+        return {}
+    return first_of_each_class(
+        inputs.samples,
+        inputs.resolution_of(inputs.samples),
+        per_class=config.samples_shown,
+        most_classes=config.classes_shown,
+    )
+
+
+def first_of_each_class(
+    data: DataSet, resolution: int, *, per_class: int, most_classes: int
+) -> dict[str, list[UInt8[Tensor, "3 r r"]]]:
+    """The first `per_class` images of classes spread evenly over all that occur, at most `most_classes`, by name.
+
+    Raises ValueError for an image that is damaged.
+    """
+    if not per_class or not most_classes:
+        return {}
+    shards = range(len(data.manifest.shards))
+    labels = np.concatenate([data.manifest.index(data.folder, shard).labels for shard in shards])
+    present = np.unique(labels).tolist()
+    step = max(1.0, len(present) / most_classes)
+    chosen = [present[int(n * step)] for n in range(min(len(present), most_classes))]
+    images: dict[str, list[Tensor]] = {}
+    for label in chosen:
+        firsts = np.flatnonzero(labels == label)[:per_class].tolist()
+        images[data.manifest.classes[label]] = [image for image, _ in data.images_at(firsts, resolution)]
+    return images
+
+
+def _write_pictures(
+    bench: Bench, inputs: Inputs, samples: Mapping[str, list[Tensor]], examples: Examples | None
+) -> None:
+    """samples.png and the picture, if there is anything to show; a class whose name cannot be drawn has its number."""
+    columns = (examples.originals, examples.pictures) if examples else ((), ())
+    originals, decoded = (list(column[: bench.config.samples_shown]) for column in columns)
     classes = _classes(inputs)
-    numbers = {name: classes.index(name) if name in classes else 0 for name in samples}
-    return {label_of_class(name, numbers[name]): images for name, images in samples.items()}
+    labelled = {label_of_class(name, classes.index(name)): images for name, images in samples.items()}
+    if samples or originals:
+        for path in filter(None, (str(bench.run.run_dir / "samples.png"), bench.config.picture)):
+            grid_png(path, originals=originals, reconstructions=decoded, samples=labelled)
 
 
 def _classes(inputs: Inputs) -> Sequence[str]:
@@ -109,32 +145,16 @@ def _subtitle(inputs: Inputs) -> str:
     if isinstance(inputs.reference, DataSet):
         parts.append(f"{inputs.reference.n:,} reference images")
     if inputs.vqvae is not None:
-        grids = ", ".join(f"{name} {h}×{w}" for name, (h, w) in _grids(inputs.vqvae))
-        parts.append(f"{inputs.vqvae.description['resolution']} px, K = {inputs.vqvae.model.num_codes}, {grids}")
+        model = inputs.vqvae.model
+        grids = ", ".join(f"{name} {h}×{w}" for name, (h, w) in zip(model.level_names, model.grids, strict=True))
+        parts.append(f"{inputs.vqvae.description['resolution']} px, K = {model.num_codes}, {grids}")
     return " · ".join(parts) or "no inputs"
 
 
-def _grids(source: Source) -> list[tuple[str, tuple[int, int]]]:
-    return list(zip(source.model.level_names, source.model.grids, strict=True))
-
-
-def _first_samples(config: EvaluateConfig, inputs: Inputs, cache: Cache) -> dict[str, list[Tensor]]:
-    if inputs.samples is None or not (config.samples_shown and config.classes_shown):
-        return {}
-    return first_of_each_class(
-        inputs.samples.folder,
-        inputs.samples.manifest,
-        resolution=inputs.resolution_of(inputs.samples),
-        per_class=config.samples_shown,
-        most_classes=config.classes_shown,
-        cache=cache,
-    )
-
-
-def _provenance(run: runtime.Run, inputs: Inputs) -> list[dict[str, Any]]:
+def _provenance(run_dir: Path, inputs: Inputs) -> list[dict[str, Any]]:
     """Where everything came from: one mapping per run or data set."""
-    facts = [_about_run(run.run_dir, "this evaluation")]
-    for source in inputs.sources():
+    facts = [_about_run(run_dir, "this evaluation")]
+    for source in inputs.models.values():
         about = {"fingerprint": source.fingerprint, "weights": source.weights, "images seen": source.images_seen}
         facts.append(_about_run(source.path, f"{source.description['kind']}: {source.path}", **about))
     for name, data in (("samples", inputs.samples), ("reference", inputs.reference), ("codes", inputs.codes)):
@@ -148,7 +168,7 @@ _OF_COMMAND = ("argv", "strategy", "world_size", "device", "precision", "git_com
 
 def _about_run(path: Path, name: str, **facts: Any) -> dict[str, Any]:
     """What the files of a run, or of an exported folder, say; missing files are skipped."""
-    command, status = read_json(path / "command.json"), runtime.read_status(path)
+    command, status = read_json(path / "command.json"), read_status(path)
     about = {"name": name, "path": str(path), **facts}
     about |= {key.replace("_", " "): command[key] for key in _OF_COMMAND if command.get(key)}
     if status:
@@ -176,16 +196,13 @@ def _about_data(manifest: Manifest, name: str) -> dict[str, Any]:
 def print_table(scores: Scores) -> None:
     """The scores on the terminal."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table(title="scores", title_justify="left")
-    for column, justify in (("metric", "left"), ("value", "right"), ("n", "right"), ("extractor", "left")):
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
-    for key, value in scores.as_json().items():
-        if is_of_curve(key):
-            continue
-        score = Score(**value)
-        table.add_row(key, report.format_value(key, score.value), f"{score.n:,}", score.extractor or "")
+    columns = ("metric", Column("value", justify="right"), Column("n", justify="right"), "extractor")
+    table = Table(*columns, title="scores", title_justify="left")
+    for key, score in scores.in_order().items():
+        if not is_of_curve(key):
+            table.add_row(key, report.format_value(key, score.value), f"{score.n:,}", score.extractor or "")
     console = Console()
     console.print(table)
     for reason, names in report.by_reason(scores.left_out).items():

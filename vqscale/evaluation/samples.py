@@ -17,16 +17,14 @@ import torch
 from jaxtyping import Float, Float64, Int64, UInt8
 from torch import Tensor
 
-from vqscale.data.cache import Cache
 from vqscale.data.parts import read_samples
 from vqscale.evaluation import metrics
 from vqscale.evaluation.classify import CLASS_PROBABILITY
 from vqscale.evaluation.features import Extractor
-from vqscale.evaluation.gallery import images_at
 from vqscale.evaluation.inputs import DataSet, Inputs
 from vqscale.evaluation.metrics import PRC_NEIGHBOURS, precision_recall
 from vqscale.evaluation.passes import Bench, collect_images, features_of
-from vqscale.evaluation.scores import is_published_set, keys_of, score_or_null, why_not_comparable
+from vqscale.evaluation.scores import keys_of, score_or_null, why_not_comparable
 from vqscale.evaluation.statistics import FeatureSet, PublishedReference, frechet_distance
 from vqscale.seeding import key_of, mix, uniform
 
@@ -66,15 +64,6 @@ class SampleResults:
     neighbours: Neighbours | None = None
 
 
-@dataclass(frozen=True)
-class _Reference:
-    """What samples are measured against. published: whether papers measure against it."""
-
-    features: FeatureSet
-    about: str
-    published: bool
-
-
 def leave_out_samples(bench: Bench, inputs: Inputs) -> None:
     """Without samples or a reference. Raises ValueError for what is asked for and lacks its inputs."""
     scores, config = bench.scores, bench.config
@@ -86,9 +75,10 @@ def leave_out_samples(bench: Bench, inputs: Inputs) -> None:
     if config.neighbours and inputs.training is None:
         raise ValueError(f"neighbours={config.neighbours} needs training images: {inputs.absent['training']}")
     if isinstance(inputs.reference, PublishedReference):
-        if bench.extractor is None or bench.extractor.name != "inception":
-            where = f"reference={config.reference}"
-            raise ValueError(f"{where}: holds moments of Inception features; use extractor=inception")
+        if config.extractor != "inception":
+            raise ValueError(
+                f"reference={config.reference}: holds moments of Inception features; use extractor=inception"
+            )
         if inputs.reference.spatial is None:
             scores.leave_out(scores.pending(["sfid"]), "the reference has no moments of spatial features")
 
@@ -98,34 +88,29 @@ def score_samples(bench: Bench, inputs: Inputs) -> SampleResults:
     config = bench.config
     if not bench.scores.pending(keys_of("samples")):
         return SampleResults()
-    assert inputs.samples is not None and bench.extractor is not None
+    assert inputs.samples is not None and inputs.reference is not None and bench.extractor is not None
     confidence = None
     if config.acceptance:
         check_independent_judge(inputs.samples, bench.extractor)
         confidence = read_confidence(inputs.samples)
     generated = features_of(bench, inputs.samples, inputs.resolution_of(inputs.samples))
-    reference = _reference(bench, inputs)
-    checks = check_metrics(reference.features) + _check_extractor_on_reference(bench, inputs)
-    _score(bench, generated, reference)
-    if confidence is not None:
-        _score_rejection(bench, confidence, generated, reference)
-    neighbours = _neighbours(bench, inputs, generated, reference.features) if config.neighbours else None
+    real = _features_of_reference(bench, inputs)
+    checks = check_metrics(real) + _check_extractor_on_reference(bench, inputs)
+    if bench.topology.is_main:
+        _score(bench, generated, real, inputs.reference)
+        if confidence is not None:
+            _score_rejection(bench, confidence, generated, real, inputs.reference.describe())
+    neighbours = _neighbours(bench, inputs, generated, real) if config.neighbours else None
     return SampleResults(checks, neighbours)
 
 
-def _reference(bench: Bench, inputs: Inputs) -> _Reference:
-    reference, where = inputs.reference, bench.config.reference
-    if isinstance(reference, PublishedReference):
-        return _Reference(_published_features(bench, reference), where, True)
-    assert reference is not None
-    features = features_of(bench, reference, inputs.resolution_of(reference))
-    return _Reference(features, reference.describe(), is_published_set(reference.manifest, reference.n))
-
-
-def _published_features(bench: Bench, reference: PublishedReference) -> FeatureSet:
-    """ADM's moments, and features of the images in its file, if it has any."""
-    assert bench.extractor is not None
-    if reference.images is None or not len(reference.images):
+def _features_of_reference(bench: Bench, inputs: Inputs) -> FeatureSet:
+    """Of ADM's file its moments, and features of the images in it, if it has any."""
+    reference = inputs.reference
+    assert reference is not None and bench.extractor is not None
+    if isinstance(reference, DataSet):
+        return features_of(bench, reference, inputs.resolution_of(reference))
+    if reference.images is None:
         nothing = torch.zeros(0, len(reference.gaussian.mean))
         return FeatureSet(0, reference.gaussian, reference.spatial, nothing, nothing)
     own = collect_images(reference.images, bench.extractor, bench.topology, bench.config.batch)
@@ -135,21 +120,19 @@ def _published_features(bench: Bench, reference: PublishedReference) -> FeatureS
 # --- scores -----------------------------------------------------------------------------------------------------------
 
 
-def _score(bench: Bench, generated: FeatureSet, reference: _Reference) -> None:
-    """Every metric of samples, by rank 0."""
+def _score(bench: Bench, generated: FeatureSet, real: FeatureSet, reference: DataSet | PublishedReference) -> None:
+    """Every metric of samples."""
     scores, subset_size = bench.scores, bench.config.kid_subset_size
-    if not bench.topology.is_main:
-        return
-    compute = _computations(generated, reference.features, subset_size)
+    compute = _computations(generated, real, subset_size)
     for key in scores.pending(compute):
         alone = key == "inception_score"  # needs no reference
         reason = why_not_comparable(
             bench.extractor,
             n=generated.n,
-            published_reference=reference.published or alone,
+            published_reference=reference.is_published or alone,
             standard=key != "kid" or subset_size == metrics.KID_SUBSET_SIZE,
         )
-        about = None if alone else reference.about
+        about = None if alone else reference.describe()
         scores.put(key, score_or_null(compute[key], generated.n, about, bench.extractor, reason))
 
 
@@ -174,15 +157,16 @@ def _computations(generated: FeatureSet, real: FeatureSet, kid_subset_size: int)
 
 
 def _check_extractor_on_reference(bench: Bench, inputs: Inputs) -> list[str]:
-    assert bench.extractor is not None
     reference = inputs.reference
+    assert reference is not None and bench.extractor is not None
     if isinstance(reference, DataSet):
         first, size = range(min(_CHECKED_IMAGES, reference.n)), inputs.resolution_of(reference)
-        images = [image for image, _ in images_at(reference.folder, reference.manifest, first, size, bench.shards)]
+        images = torch.stack([image for image, _ in reference.images_at(first, size)])
+    elif reference.images is not None:
+        images = reference.images[:_CHECKED_IMAGES]
     else:
-        assert reference is not None
-        images = [] if reference.images is None else list(reference.images[:_CHECKED_IMAGES])
-    return check_extractor(bench.extractor, torch.stack(images).to(bench.topology.device)) if images else []
+        return []
+    return check_extractor(bench.extractor, images.to(bench.topology.device))
 
 
 def check_extractor(extractor: Extractor, images: UInt8[Tensor, "b 3 h w"]) -> list[str]:
@@ -272,7 +256,7 @@ def read_confidence(data: DataSet) -> ClassConfidence | None:
     if not data.manifest.extra.get("rejection"):
         return None
     probabilities, labels = [], []
-    for key, label, parts in read_samples(data.folder, ["json"]):
+    for key, label, parts in read_samples(data.folder, ["json"], cache=data.cache):
         try:
             probabilities.append(float(json.loads(parts["json"])[CLASS_PROBABILITY]))
         except (KeyError, ValueError, TypeError):
@@ -297,25 +281,24 @@ def accepted_rows(confidence: ClassConfidence, rate: float, *, seed: int | None 
     return torch.cat(rows).sort().values
 
 
-def _score_rejection(bench: Bench, confidence: ClassConfidence, generated: FeatureSet, reference: _Reference) -> None:
+def _score_rejection(
+    bench: Bench, confidence: ClassConfidence, generated: FeatureSet, real: FeatureSet, about: str
+) -> None:
     """The samples' metrics at every rate, as `<metric>/accepted_<rate>`, and `<distance>/random_<rate>` beside them."""
-    if not bench.topology.is_main:
-        return
     n = len(generated.features)
     confidence = ClassConfidence(confidence.probability[:n], confidence.label[:n])
+
+    def score(part: str, rows: Int64[Tensor, " k"], keys: Iterable[str]) -> None:
+        subset = generated.subset(rows)
+        compute = _computations(subset, real, bench.config.kid_subset_size)
+        for key in bench.scores.pending(keys):
+            value = score_or_null(compute[key], subset.n, about, bench.extractor, _SELECTED)
+            bench.scores.put(f"{key}/{part}", value)
+
     for rate in sorted(bench.config.acceptance, reverse=True):
-        accepted = generated.subset(accepted_rows(confidence, rate))
-        _score_subset(bench, f"accepted_{rate:.2f}", accepted, reference, _CURVES)
+        score(f"accepted_{rate:.2f}", accepted_rows(confidence, rate), _CURVES)
         if rate < 1:
-            at_random = generated.subset(accepted_rows(confidence, rate, seed=bench.config.seed))
-            _score_subset(bench, f"random_{rate:.2f}", at_random, reference, _DISTANCES)
-
-
-def _score_subset(bench: Bench, name: str, subset: FeatureSet, reference: _Reference, keys: Iterable[str]) -> None:
-    compute = _computations(subset, reference.features, bench.config.kid_subset_size)
-    for key in bench.scores.pending(keys):
-        score = score_or_null(compute[key], subset.n, reference.about, bench.extractor, _SELECTED)
-        bench.scores.put(f"{key}/{name}", score)
+            score(f"random_{rate:.2f}", accepted_rows(confidence, rate, seed=bench.config.seed), _DISTANCES)
 
 
 # --- nearest training images ------------------------------------------------------------------------------------------
@@ -336,7 +319,6 @@ def _neighbours(bench: Bench, inputs: Inputs, generated: FeatureSet, real: Featu
         real.features,
         count=bench.config.neighbours,
         resolution=resolution,
-        cache=bench.shards,
     )
 
 
@@ -363,15 +345,14 @@ def find_neighbours(
     *,
     count: int,
     resolution: int,
-    cache: Cache | None = None,
 ) -> Neighbours:
     """The `count` samples that lie closest to a training image; of_…: features, in stored order."""
     distances, rows = nearest(of_samples, of_training, min(NEAREST, len(of_training)))
     closest = distances[:, 0].argsort(stable=True)[:count]
     images, names = [], []
     for sample in closest.tolist():
-        one = images_at(samples.folder, samples.manifest, [sample], resolution, cache)
-        others = images_at(training.folder, training.manifest, rows[sample].tolist(), resolution, cache)
+        one = samples.images_at([sample], resolution)
+        others = training.images_at(rows[sample].tolist(), resolution)
         images.append(torch.stack([image for image, _ in [*one, *others]]))
         names.append([name for _, name in [*one, *others]])
     held_out = nearest(of_held_out, of_training, 1)[0][:, 0] if len(of_held_out) else distances.new_zeros(0)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vqscale.data.shards import Manifest
 from vqscale.evaluation.features import Extractor
 from vqscale.evaluation.metrics import TooFew
 
@@ -93,20 +92,16 @@ def is_of_curve(key: str) -> bool:
     return key.partition("/")[2].startswith(("accepted_", "random_"))
 
 
-def chosen_metrics(asked: Sequence[str]) -> set[str]:
-    """The names to compute; all of them for an empty list. Raises ValueError naming the nearest known one."""
-    for name in asked:
-        if name not in METRICS:
-            near = difflib.get_close_matches(name.split("/")[0], METRICS, n=1, cutoff=0.0)[0]
-            raise ValueError(f"metrics: unknown metric {name}; did you mean {near}?")
-    return set(asked or METRICS)
-
-
 class Scores:
     """Collects scores; knows which metrics were asked for by name, so that a missing input is an error for those."""
 
     def __init__(self, asked: Sequence[str] = ()):
-        self._chosen = chosen_metrics(asked)
+        """asked: the names to compute; none = all of them. Raises ValueError naming the nearest known one."""
+        for name in asked:
+            if name not in METRICS:
+                near = difflib.get_close_matches(name.split("/")[0], METRICS, n=1, cutoff=0.0)[0]
+                raise ValueError(f"metrics: unknown metric {name}; did you mean {near}?")
+        self._chosen = set(asked or METRICS)
         self._by_name = bool(asked)
         self.by_key: dict[str, Score] = {}
         self.left_out: dict[str, str] = {}
@@ -139,11 +134,15 @@ class Scores:
         if self.wants(name):
             self.left_out[f"{name}/{level}"] = reason
 
-    def as_json(self) -> dict[str, Any]:
-        """The content of scores.json, in the order of the table of metrics."""
+    def in_order(self) -> dict[str, Score]:
+        """The scores in the order of the table of metrics."""
         order = list(METRICS)
         keys = sorted(self.by_key, key=lambda key: order.index(key.split("/")[0]))  # stable: levels stay top first
-        return {key: dataclasses.asdict(self.by_key[key]) for key in keys}
+        return {key: self.by_key[key] for key in keys}
+
+    def as_json(self) -> dict[str, Any]:
+        """The content of scores.json."""
+        return {key: dataclasses.asdict(score) for key, score in self.in_order().items()}
 
 
 def score_or_null(
@@ -155,16 +154,6 @@ def score_or_null(
         return Score(float(compute()), n, reference, name, sha256, resize, not reason, reason)
     except TooFew as few:
         return Score(None, n, reference, name, sha256, resize, False, str(few))
-
-
-def describe_set(manifest: Manifest, path: str, n: int) -> str:
-    """A data set in one phrase: where, what and how many."""
-    return f"{path}, {manifest.fingerprint[:19]}, {n} {manifest.kind}"
-
-
-def is_published_set(manifest: Manifest | None, n: int) -> bool:
-    """Whether the reference is a whole ImageNet split (1000 classes, 50,000 images or more), or a published file."""
-    return manifest is None or (len(manifest.classes) == 1000 and n >= PAPERS_SAMPLES and n == manifest.num_samples)
 
 
 def why_not_comparable(

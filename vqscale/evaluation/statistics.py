@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import safetensors
@@ -203,35 +203,41 @@ _FREE_BYTES, _MOST_EXPANSION = 256 << 20, 20  # above so many bytes, an array ma
 
 @dataclass(frozen=True)
 class PublishedReference:
-    """ADM's npz: moments of a whole set and, where it has them, some of its images."""
+    """ADM's npz, `name` as the user gave it: moments of a whole set and, where it has them, some of its images."""
 
+    is_published: ClassVar[bool] = True
+    name: str
     fingerprint: str
-
     gaussian: Gaussian
     spatial: Gaussian | None
     images: UInt8[Tensor, "m 3 h w"] | None
 
+    def describe(self) -> str:
+        """In one phrase, as a data set does it."""
+        return self.name
 
-def read_published(path: Path) -> PublishedReference:
+
+def read_published(path: str | Path) -> PublishedReference:
     """Read ADM's reference file (Dhariwal and Nichol 2021): mu, sigma, mu_s, sigma_s, arr_0.
 
     Raises FileNotFoundError, or ValueError for a file that is not one; nothing in it can run, and its size is known
     before it is read.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"reference={path}: there is no such file")
+    where = f"reference={path}"
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{where}: there is no such file")
     try:
         with zipfile.ZipFile(path) as archive:
             _check_sizes(archive)
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in _ARRAYS if name in file}
     except (ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"reference={path}: not an .npz of plain arrays ({error})") from None
+        raise ValueError(f"{where}: not an .npz of plain arrays ({error})") from None
     if "mu" not in arrays or "sigma" not in arrays:
-        raise ValueError(f"reference={path}: has no mu and sigma, only {', '.join(arrays) or 'unknown arrays'}")
-    spatial = _gaussian(arrays, "mu_s", "sigma_s", path) if {"mu_s", "sigma_s"} <= arrays.keys() else None
-    gaussian, images = _gaussian(arrays, "mu", "sigma", path), _images(arrays, path)
-    return PublishedReference(f"sha256:{sha256_of(path)}", gaussian, spatial, images)
+        raise ValueError(f"{where}: has no mu and sigma, only {', '.join(arrays) or 'unknown arrays'}")
+    spatial = _gaussian(arrays, "mu_s", "sigma_s", where) if {"mu_s", "sigma_s"} <= arrays.keys() else None
+    gaussian, images = _gaussian(arrays, "mu", "sigma", where), _images(arrays, where)
+    return PublishedReference(str(path), f"sha256:{sha256_of(Path(path))}", gaussian, spatial, images)
 
 
 def _check_sizes(archive: zipfile.ZipFile) -> None:
@@ -254,21 +260,21 @@ def _check_sizes(archive: zipfile.ZipFile) -> None:
             raise ValueError(f"{info.filename}: an array of {size:,} bytes in {info.file_size:,}")
 
 
-def _images(arrays: Mapping[str, np.ndarray], path: Path) -> UInt8[Tensor, "m 3 h w"] | None:
+def _images(arrays: Mapping[str, np.ndarray], where: str) -> UInt8[Tensor, "m 3 h w"] | None:
     if "arr_0" not in arrays:
         return None
     images = arrays["arr_0"]
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-        raise ValueError(f"reference={path}: arr_0 is {images.dtype} {list(images.shape)}, expected uint8 [m, h, w, 3]")
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+        raise ValueError(f"{where}: arr_0 is {images.dtype} {list(images.shape)}, expected uint8 [m, h, w, 3]")
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous() if len(images) else None
 
 
-def _gaussian(arrays: Mapping[str, np.ndarray], mean: str, covariance: str, path: Path) -> Gaussian:
+def _gaussian(arrays: Mapping[str, np.ndarray], mean: str, covariance: str, where: str) -> Gaussian:
     mu, sigma = arrays[mean], arrays[covariance]
     if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
-        raise ValueError(f"reference={path}: {mean} {list(mu.shape)} and {covariance} {list(sigma.shape)} do not fit")
+        raise ValueError(f"{where}: {mean} {list(mu.shape)} and {covariance} {list(sigma.shape)} do not fit")
     for name, values in ((mean, mu), (covariance, sigma)):
         if values.dtype.kind not in "fiu" or not np.isfinite(values).all():
-            raise ValueError(f"reference={path}: {name} holds values that are no finite numbers")
+            raise ValueError(f"{where}: {name} holds values that are no finite numbers")
     # The file does not say how many images its moments are of.
     return Gaussian(0, torch.from_numpy(mu.astype(np.float64)), torch.from_numpy(sigma.astype(np.float64)))

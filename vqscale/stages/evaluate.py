@@ -12,7 +12,7 @@ from vqscale.evaluation.codes import leave_out_codes, score_codes
 from vqscale.evaluation.inputs import DataSet, EvaluateConfig, Inputs, find_inputs
 from vqscale.evaluation.passes import Bench, open_bench
 from vqscale.evaluation.reconstructions import leave_out_reconstructions, score_reconstructions
-from vqscale.evaluation.results import Content, print_table, write_results
+from vqscale.evaluation.results import Results, print_table, write_results
 from vqscale.evaluation.samples import leave_out_samples, score_samples
 from vqscale.evaluation.scores import Scores
 from vqscale.files import read_json, write_json
@@ -32,20 +32,15 @@ def main(config: EvaluateConfig) -> None:
         check_none_is_gone(config, inputs, recorded)
         if run.was_done and recorded == identity and has_outputs(config, inputs):
             runtime.log.info("nothing left to do: %s is up to date", run.run_dir / "report.html")
-            run.images_seen = max((score["n"] for score in read_json(run.run_dir / "scores.json").values()), default=0)
-            return
-        bench = open_bench(config, run, scores)
-        content = compute(bench, inputs)
-        run.images_seen = max((score.n for score in scores.by_key.values()), default=0)
-        if run.topology.is_main:
-            write_results(config, run, scores, inputs, content, bench.shards)
-            if content.nll_by_class:
-                write_json(run.run_dir / "nll_by_class.json", content.nll_by_class)
-            else:
-                (run.run_dir / "nll_by_class.json").unlink(missing_ok=True)
-            write_json(run.run_dir / "inputs.json", identity)
-            print_table(scores)
-        run.topology.barrier()
+        else:
+            bench = open_bench(config, run, scores)
+            results = compute(bench, inputs)
+            if run.topology.is_main:
+                write_results(bench, inputs, results)
+                write_json(run.run_dir / "inputs.json", identity)
+                print_table(scores)
+            run.topology.barrier()
+        run.images_seen = max((score["n"] for score in read_json(run.run_dir / "scores.json").values()), default=0)
 
 
 def check_none_is_gone(config: EvaluateConfig, inputs: Inputs, recorded: dict[str, str]) -> None:
@@ -75,7 +70,7 @@ def has_outputs(config: EvaluateConfig, inputs: Inputs) -> bool:
     return bool(read_json(Path(config.run_dir) / "scores.json")) and all(path.is_file() for path in files)
 
 
-def compute(bench: Bench, inputs: Inputs) -> Content:
+def compute(bench: Bench, inputs: Inputs) -> Results:
     """All families of metrics, on all ranks. What cannot be computed is left out, or refused, before any of them."""
     for leave_out in (leave_out_samples, leave_out_reconstructions, leave_out_codes, leave_out_cas):
         leave_out(bench, inputs)
@@ -83,13 +78,7 @@ def compute(bench: Bench, inputs: Inputs) -> Content:
     reconstructions = score_reconstructions(bench, inputs)
     codes = score_codes(bench, inputs, reconstructions.figures)
     score_cas(bench, inputs)
-    return Content(
-        examples=reconstructions.examples,
-        usage=codes.usage,
-        nll_by_class=codes.nll_by_class,
-        neighbours=samples.neighbours,
-        checks=samples.checks,
-    )
+    return Results(samples, reconstructions, codes)
 
 
 def plan(config: EvaluateConfig) -> str:
