@@ -8,7 +8,6 @@ removed first. Nothing else is touched: copies have a sub-folder of their own, w
 
 import contextlib
 import fcntl
-import hashlib
 import os
 import re
 import shutil
@@ -21,7 +20,7 @@ from pathlib import Path
 
 from vqscale.config import ReadsShards
 from vqscale.data.remote import RemoteFile, check_url
-from vqscale.data.shards import Manifest
+from vqscale.data.shards import HashedFile, Manifest
 from vqscale.text import redact_url
 
 _CHUNK = 1 << 20
@@ -180,13 +179,11 @@ class RemoteTar:
             raise
 
     def _download(self, part: int) -> tuple[int, str]:
-        digest, size = hashlib.sha256(), 0
-        with RemoteFile(self.url, self.cache.allow_pipe, compare_versions=False) as source:
-            while size <= self.size and (data := source.read(_CHUNK)):
-                digest.update(data)
-                self._write(part, data, size)
-                size += len(data)
-        return size, digest.hexdigest()
+        with RemoteFile(self.url, self.cache.allow_pipe, compare_versions=False) as remote:
+            source = HashedFile(remote)
+            while source.tell() <= self.size and (data := source.read(_CHUNK)):
+                self._write(part, data, source.tell() - len(data))
+        return source.tell(), source.sha256.hexdigest()
 
     def _write(self, part: int, data: bytes, at: int) -> None:
         view = memoryview(data)

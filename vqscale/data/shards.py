@@ -16,15 +16,14 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import safetensors
 import safetensors.numpy
 from safetensors.numpy import save as safetensors_bytes
-from webdataset.writer import TarWriter
 
+from vqscale.data.processes import made_progress
 from vqscale.data.remote import is_url
 from vqscale.files import check_seal, replacing, sealed, write_atomically, write_json
 
@@ -154,18 +153,34 @@ class ShardIndex:
         return [self.key(row) for row in range(len(self))]
 
 
-class _HashingFile:
-    """A binary file that counts and hashes what is written."""
+class HashedFile:
+    """A binary file that is read, or written, once from front to back, and hashed on the way."""
 
-    def __init__(self, raw: BinaryIO):
-        self._raw = raw
+    def __init__(self, file: Any):
+        self.name = file.name
         self.sha256 = hashlib.sha256()
-        self.count = 0
+        self._file = file
+        self._at = 0
+
+    def tell(self) -> int:
+        """How many bytes were read, or written."""
+        return self._at
+
+    def read(self, size: int) -> bytes:
+        """The next bytes, fewer where the file ends."""
+        data = self._file.read(size)
+        made_progress()
+        self._count(data)
+        return data
 
     def write(self, data: bytes) -> int:
+        """Append bytes."""
+        self._count(data)
+        return self._file.write(data)
+
+    def _count(self, data: bytes) -> None:
         self.sha256.update(data)
-        self.count += len(data)
-        return self._raw.write(data)
+        self._at += len(data)
 
 
 class ShardWriter:
@@ -184,28 +199,19 @@ class ShardWriter:
 
     def __enter__(self) -> "ShardWriter":
         self._block = self._writing()
-        self._block.__enter__()
-        return self
+        return self._block.__enter__()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._block.__exit__(kind, error, trace)
+    def __exit__(self, *error: Any) -> None:
+        self._block.__exit__(*error)
 
     @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
+    def _writing(self) -> Iterator["ShardWriter"]:
         with replacing(self.path) as temporary:
             with open(temporary, "wb") as raw:
-                file = _HashingFile(raw)
-                # mtime must be the integer 0: a float adds a PAX header per member and makes bytes differ between runs.
-                self._tar = TarWriter(file, encoder=False, user="vqscale", group="vqscale", mode=0o444, mtime=0)
-                try:
-                    yield
-                    self._tar.close()
-                finally:
-                    with contextlib.suppress(Exception):  # closed already, or its file is thrown away
-                        self._tar.close()
-            info = ShardInfo(self.path.name, len(self._rows.keys), file.count, file.sha256.hexdigest())
+                file: Any = HashedFile(raw)
+                with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as self._tar:
+                    yield self
+            info = ShardInfo(self.path.name, len(self._rows.keys), file.tell(), file.sha256.hexdigest())
             self.path.unlink(missing_ok=True)  # an older tar must never be seen beside the new index
             index_sha256 = self._rows.save(self.path.with_suffix(INDEX_SUFFIX), info)
         self.info = dataclasses.replace(info, index_sha256=index_sha256)
@@ -221,8 +227,10 @@ class ShardWriter:
         label = parse_label(parts.get("cls"), f"{self.path}: key {key!r}")
         rows = {}
         for name, data in parts.items():
-            self._tar.write({"__key__": key, name: data})
-            start = self._tar.tarstream.offset - -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+            member = tarfile.TarInfo(f"{key}.{name}")  # its time is the integer 0: a float would add a PAX header
+            member.size, member.mode, member.uname, member.gname = len(data), 0o444, "vqscale", "vqscale"
+            self._tar.addfile(member, io.BytesIO(data))
+            start = self._tar.offset - -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
             rows[name] = (start, len(data), zlib.crc32(data))
         self._keys.add(key)
         self._rows.add(key, label, rows)

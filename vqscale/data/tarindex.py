@@ -5,19 +5,17 @@ read once: header checksums, contents (crc32 per part) and the sha256 of the who
 webdataset does it. Nothing is extracted, decoded or run.
 """
 
-import hashlib
+import itertools
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from vqscale.data.images import SUFFIXES
-from vqscale.data.processes import made_progress
-from vqscale.data.remote import RemoteFile, open_tar
-from vqscale.data.shards import MAX_CLASSES, MAX_LABEL_BYTES, IndexRows, ShardInfo, check_key, parse_label
+from vqscale.data.remote import open_tar
+from vqscale.data.shards import MAX_CLASSES, MAX_LABEL_BYTES, HashedFile, IndexRows, ShardInfo, check_key, parse_label
 
 _BLOCK = 512
 _ZERO = bytes(_BLOCK)
@@ -68,27 +66,14 @@ class Member:
     start: bytes  # the first bytes, enough for a label
 
 
-class _Stream:
-    """A tar read once from front to back and hashed on the way."""
-
-    def __init__(self, file: BinaryIO | RemoteFile):
-        self._file, self.path = file, file.name
-        self.sha256 = hashlib.sha256()
-        self.at = 0
-
-    def read(self, size: int) -> bytes:
-        """The next bytes, fewer where the tar ends."""
-        data = self._file.read(size)
-        made_progress()
-        self.sha256.update(data)
-        self.at += len(data)
-        return data
+class _Stream(HashedFile):
+    """A tar that is read once, from front to back."""
 
     def take(self, size: int, what: str) -> bytes:
         """The next bytes. Raises ValueError when the tar ends before them."""
         data = self.read(size)
         if len(data) < size:
-            raise ValueError(f"{self.path}: cut short at byte {self.at}, inside {what}")
+            raise ValueError(f"{self.name}: cut short at byte {self.tell()}, inside {what}")
         return data
 
     def contents(self, size: int, name: str) -> Iterator[bytes]:
@@ -100,20 +85,20 @@ class _Stream:
 
     def header(self) -> bytes:
         """The next header block, or zeros at the end mark. Raises ValueError for a file that is no tar at all."""
-        at, header = self.at, self.read(_BLOCK)
+        at, header = self.tell(), self.read(_BLOCK)
         if not at and (len(header) < _BLOCK or (header != _ZERO and not _checksum_holds(header))):
             for prefix, what in _OTHER_FORMATS.items():
                 if header.startswith(prefix):
-                    raise ValueError(f"{self.path}: {what}")
-        if not self.at:
-            raise ValueError(f"{self.path}: empty, 0 bytes")
+                    raise ValueError(f"{self.name}: {what}")
+        if not self.tell():
+            raise ValueError(f"{self.name}: empty, 0 bytes")
         if len(header) < _BLOCK:
-            raise ValueError(f"{self.path}: cut short at byte {self.at}, inside a header; its end mark is missing")
+            raise ValueError(f"{self.name}: cut short at byte {self.tell()}, inside a header; its end mark is missing")
         return header
 
 
 def index_tar(
-    tar: str | Path, num_classes: int | None = None, labels: str = "cls", allow_pipe: bool = False
+    tar: str | Path, num_classes: int = MAX_CLASSES, labels: str = "cls", allow_pipe: bool = False
 ) -> tuple[ShardInfo, IndexRows]:
     """Index a WebDataset tar, a file or what is at a URL.
 
@@ -124,80 +109,74 @@ def index_tar(
     """
     with open_tar(tar, allow_pipe) as file:
         stream = _Stream(file)
-        grouper = _Grouper(stream.path, num_classes or MAX_CLASSES, labels)
-        for member in members(stream):
-            grouper.add(member)
-    rows = grouper.finish()
-    return ShardInfo(str(tar), len(rows.keys), stream.at, stream.sha256.hexdigest()), rows
+        rows = _rows(stream, num_classes, labels)
+    return ShardInfo(str(tar), len(rows.keys), stream.tell(), stream.sha256.hexdigest()), rows
 
 
-class _Grouper:
-    """Groups consecutive members of one key into samples."""
+def _rows(stream: _Stream, num_classes: int, labels: str) -> IndexRows:
+    """One row for each run of members of one key. Raises ValueError as `index_tar` says."""
+    rows, keys, part_names = IndexRows(), set[str](), Counter[str]()
+    for key, group in itertools.groupby(_parts(stream), key=lambda part: part[0]):
+        parts = _sample(group, stream.name, keys, part_names)
+        label = 0 if labels == "none" else _label(parts, f"{stream.name}: key {key!r}", num_classes)
+        rows.add(key, label, {name: (m.offset, m.size, m.crc32) for name, m in parts.items()})
+        keys.add(key)
+    if not rows.keys:
+        raise ValueError(f"{stream.name}: there are no samples in it")
+    if part_names.keys().isdisjoint(SUFFIXES):
+        raise ValueError(
+            f"{stream.name}: none of its {len(rows.keys)} samples has a picture ({', '.join(SUFFIXES)}); their parts "
+            f"are {_listed(name for name, _ in part_names.most_common())}, and {_FIRST_DOT}"
+        )
+    return rows
 
-    def __init__(self, path: str, num_classes: int, labels: str):
-        self._rows = IndexRows()
-        self._path, self._num_classes, self._labels = path, num_classes, labels
-        self._key = ""
-        self._parts: dict[str, Member] = {}
-        self._keys: set[str] = set()
-        self._part_names: Counter[str] = Counter()
 
-    def add(self, member: Member) -> None:
-        where = f"{self._path} at byte {member.offset}"
+def _parts(stream: _Stream) -> Iterator[tuple[str, str, Member]]:
+    """(key, part's name, member); left out is what belongs to no sample: a README, webdataset's own notes."""
+    for member in members(stream):
+        where = f"{stream.name} at byte {member.offset}"
         _check_name(member.name, where)
         split = _SPLIT.match(member.name)
         if split is None or _META.match(member.name) or _is_clutter(member.name):
-            return  # a README, webdataset's own notes: not part of any sample
-        key, part = split[1], split[2].lower()
-        check_key(key, where)
-        if key != self._key:
-            self._close_sample()
-            if key in self._keys:
-                raise ValueError(
-                    f"{where}: key {key!r} comes a second time; keys must be unique, and a sample's parts adjacent "
-                    "(tar --sort=name)"
-                )
-            self._key = key
-        if part in self._parts:
-            raise ValueError(f"{where}: key {key!r} has two parts {part!r}")
-        self._parts[part] = member
-        self._part_names[part] += 1
-        if len(self._part_names) > _MAX_PARTS:
+            continue
+        check_key(split[1], where)
+        yield split[1], split[2].lower(), member
+
+
+def _sample(
+    group: Iterable[tuple[str, str, Member]], path: str, earlier_keys: set[str], part_names: Counter[str]
+) -> dict[str, Member]:
+    """The parts of one sample by name; they are counted in `part_names`."""
+    parts: dict[str, Member] = {}
+    for key, name, member in group:
+        where = f"{path} at byte {member.offset}"
+        if key in earlier_keys:
+            raise ValueError(
+                f"{where}: key {key!r} comes a second time; keys must be unique, and a sample's parts adjacent "
+                "(tar --sort=name)"
+            )
+        if name in parts:
+            raise ValueError(f"{where}: key {key!r} has two parts {name!r}")
+        parts[name] = member
+        part_names[name] += 1
+        if len(part_names) > _MAX_PARTS:
             raise ValueError(
                 f"{where}: more than {_MAX_PARTS} different part names; are there dots in the keys? {_FIRST_DOT}"
             )
+    return parts
 
-    def finish(self) -> IndexRows:
-        """All rows. Raises ValueError when there are none, or none with a picture."""
-        self._close_sample()
-        if not self._rows.keys:
-            raise ValueError(f"{self._path}: there are no samples in it")
-        if self._part_names.keys().isdisjoint(SUFFIXES):
-            listed = ", ".join(f"{name!r}" for name, _ in self._part_names.most_common(8))
-            raise ValueError(
-                f"{self._path}: none of its {len(self._rows.keys)} samples has a picture ({', '.join(SUFFIXES)}); "
-                f"their parts are {listed}, and {_FIRST_DOT}"
-            )
-        return self._rows
 
-    def _close_sample(self) -> None:
-        if not self._parts:
-            return
-        self._rows.add(self._key, self._label(), {n: (m.offset, m.size, m.crc32) for n, m in self._parts.items()})
-        self._keys.add(self._key)
-        self._parts = {}
+def _label(parts: Mapping[str, Member], where: str, num_classes: int) -> int:
+    if "cls" not in parts:
+        raise ValueError(
+            f"{where} has no label: its parts are {_listed(parts)}, and .cls is not among them ({_FIRST_DOT}); "
+            "labels=none reads all samples as one class"
+        )
+    return parse_label(parts["cls"].start, where, num_classes)
 
-    def _label(self) -> int:
-        where = f"{self._path}: key {self._key!r}"
-        if self._labels == "none":
-            return 0
-        if "cls" not in self._parts:
-            listed = ", ".join(f"{name!r}" for name in list(self._parts)[:8])
-            raise ValueError(
-                f"{where} has no label: its parts are {listed}, and .cls is not among them ({_FIRST_DOT}); labels=none "
-                "reads all samples as one class"
-            )
-        return parse_label(self._parts["cls"].start, where, self._num_classes)
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(f"{name!r}" for name in itertools.islice(names, 8))
 
 
 def _is_clutter(name: str) -> bool:
@@ -216,8 +195,8 @@ def members(stream: _Stream) -> Iterator[Member]:
     common: dict[str, str] = {}
     special: dict[str, str] = {}
     while (header := stream.header()) != _ZERO:
-        at = stream.at - _BLOCK
-        kind, name, size = _parse_header(header, stream.path, at)
+        at = stream.tell() - _BLOCK
+        kind, name, size = _parse_header(header, stream.name, at)
         if kind in _EXTENSIONS:
             target = common if kind == b"g" else special
             target.update(_extension(stream, kind, size, at))
@@ -232,7 +211,7 @@ def _member(
     stream: _Stream, kind: bytes, attributes: dict[str, str], name: str, size: int, at: int
 ) -> Iterator[Member]:
     name = attributes.get("path", name)
-    where = f"{stream.path} at byte {at}: member {name!r}"
+    where = f"{stream.name} at byte {at}: member {name!r}"
     if kind in _REFUSED:
         raise ValueError(f"{where} is {_REFUSED[kind]}; a data set may have regular files only")
     if any(key.startswith("GNU.sparse") for key in attributes):
@@ -246,7 +225,7 @@ def _member(
     if kind == _DIRECTORY:
         _check_name(name, where)
         size = 0
-    offset, crc32, start = stream.at, 0, b""
+    offset, crc32, start = stream.tell(), 0, b""
     for chunk in stream.contents(size, name):
         start = start or chunk[: MAX_LABEL_BYTES + 1]
         crc32 = zlib.crc32(chunk, crc32)
@@ -289,7 +268,7 @@ def _number(data: bytes) -> int | None:
 def _extension(stream: _Stream, kind: bytes, size: int, at: int) -> dict[str, str]:
     """The attributes that a GNU long-name or PAX header gives to the next member (POSIX.1-2001)."""
     if size > _MAX_EXTENSION:
-        raise ValueError(f"{stream.path}: the extension header at byte {at} claims {size} bytes")
+        raise ValueError(f"{stream.name}: the extension header at byte {at} claims {size} bytes")
     data = b"".join(stream.contents(size, "an extension header"))
     if kind in (b"L", b"K"):
         text = data.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
@@ -300,7 +279,7 @@ def _extension(stream: _Stream, kind: bytes, size: int, at: int) -> dict[str, st
         length = int(digits) if digits.isdigit() and len(digits) < 8 else 0
         record = data[len(digits) + 1 : length]
         if length <= len(digits) + 1 or length > len(data) or not record.endswith(b"\n") or b"=" not in record:
-            raise ValueError(f"{stream.path}: the PAX header at byte {at} is malformed")
+            raise ValueError(f"{stream.name}: the PAX header at byte {at} is malformed")
         key, _, value = record[:-1].partition(b"=")
         attributes[key.decode("utf-8", "surrogateescape")] = value.decode("utf-8", "surrogateescape")
         data = data[length:]
@@ -309,13 +288,13 @@ def _extension(stream: _Stream, kind: bytes, size: int, at: int) -> dict[str, st
 
 def _finish(stream: _Stream) -> None:
     """After the first zero block: another one, then nothing but zeros, in whole blocks."""
-    at = stream.at - _BLOCK
+    at = stream.tell() - _BLOCK
     zeros = _BLOCK
     while data := stream.read(_CHUNK):
         if data.count(0) != len(data):
-            raise ValueError(f"{stream.path}: there is data after the end mark at byte {at}; are these tars joined?")
+            raise ValueError(f"{stream.name}: there is data after the end mark at byte {at}; are these tars joined?")
         zeros += len(data)
         if zeros > _MAX_PADDING:
-            raise ValueError(f"{stream.path}: zeros without end after the end mark at byte {at}")
+            raise ValueError(f"{stream.name}: zeros without end after the end mark at byte {at}")
     if zeros < 2 * _BLOCK or zeros % _BLOCK:
-        raise ValueError(f"{stream.path}: cut short at byte {stream.at}, inside the end mark at byte {at}")
+        raise ValueError(f"{stream.name}: cut short at byte {stream.tell()}, inside the end mark at byte {at}")
