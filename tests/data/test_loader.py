@@ -14,7 +14,6 @@ import torch
 from support.streams import build, global_stream, rank_stream, reader
 
 from vqscale.data.images import ImageReader
-from vqscale.data.loader import GlobalBatchSampler
 from vqscale.data.parts import OpenFiles
 from vqscale.data.shards import Manifest
 
@@ -294,9 +293,11 @@ def test_fewer_handles_than_shards(images: Path) -> None:
             assert len(files._open) <= 3
 
 
-def test_sampler_covers_each_position_once() -> None:
+def test_ranks_cover_each_position_once(images: Path) -> None:
     seen: list[int] = []
     for rank in range(3):
-        batches = iter(GlobalBatchSampler(24, 12, rank, 4, 2))
-        seen += [position for _ in range(4) for position in next(batches)]
+        loader = build(images, rank=rank, world_size=3, micro_batch=2)
+        loader.state.consumed_samples = 24
+        positions = loader.positions()
+        seen += [position for _ in range(4) for position in next(positions)]
     assert sorted(seen) == list(range(24, 48))

@@ -8,7 +8,7 @@ import torch
 
 from vqscale.data.images import ImageReader
 from vqscale.data.loader import TarDataset
-from vqscale.data.sequential import read_shard_blocks, sequential_batches
+from vqscale.data.sequential import read_runs, sequential_batches
 from vqscale.data.shards import Manifest
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
@@ -43,12 +43,13 @@ def test_a_bad_sample_has_no_weight(own_images: Path) -> None:
 
 
 def test_shard_blocks_are_the_same_whoever_reads_them(images: Path) -> None:
-    alone = list(read_shard_blocks(images, [0, 2, 4], read=READ, block=4))
+    runs = Manifest.load(images).runs([0, 2, 4])
+    alone = list(read_runs(images, runs, read=READ, block=4))
     assert [len(b["image"]) for b in alone] == [4] * (2 + 4 + 3)
     starts = {0: 0, 2: 8, 4: 26}
     expected = [starts[s] + row for s, size in ((0, 7), (2, 13), (4, 11)) for row in range(size)]
     assert torch.cat([b["position"][b["weight"] > 0] for b in alone]).tolist() == expected
-    other = [b for shard in (0, 2, 4) for b in read_shard_blocks(images, [shard], read=READ, block=4, workers=1)]
+    other = [b for run in runs for b in read_runs(images, [run], read=READ, block=4, workers=1)]
     for one, two in zip(alone, other, strict=True):
         assert all(torch.equal(one[name], two[name]) for name in one)
 

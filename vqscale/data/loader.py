@@ -8,11 +8,11 @@ Ranks, workers, accumulation and restarts do not change what is in a global batc
 import json
 import logging
 import os
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -50,21 +50,6 @@ class DataState:
     bad_samples: dict[str, int] = field(default_factory=lambda: dict.fromkeys(BAD_KINDS, 0))
     version: int = 1
     order: str = NAME
-
-    def state_dict(self) -> dict[str, Any]:
-        """As plain JSON types."""
-        return asdict(self)
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state`. Raises ValueError when it belongs to other data, another seed or order."""
-        for name in ("version", "order", "dataset", "num_samples", "seed", "shuffle_window"):
-            if state.get(name) != getattr(self, name):
-                raise ValueError(
-                    f"the checkpoint's data position has {name}={state.get(name)}, this run has {getattr(self, name)}: "
-                    "it would not continue the same stream"
-                )
-        self.consumed_samples = int(state["consumed_samples"])
-        self.bad_samples = {kind: int(state["bad_samples"].get(kind, 0)) for kind in BAD_KINDS}
 
 
 class TarDataset(Dataset):
@@ -157,6 +142,28 @@ class TarDataset(Dataset):
             f"{self.folder}: none of {_MAX_SUBSTITUTES} samples drawn to replace a bad one can be read: {sample.error}"
         )
 
+    def batches(
+        self, positions: Iterable[Sequence[int]], bad_path: Path | None, workers: int, pin_memory: bool = False
+    ) -> Generator[Batch, None, None]:
+        """The batches at these positions, in order. Bad samples are appended to the JSONL file `bad_path`."""
+        with closing(run_workers(self, positions, workers=workers, pin_memory=pin_memory)) as stream:
+            for batch in stream:
+                self._record(batch.pop("errors"), bad_path)
+                yield batch
+
+    def _record(self, errors: Sequence[tuple[int, int, str]], path: Path | None) -> None:
+        if path is None or not errors:
+            return
+        lines = [
+            json.dumps({**self.sample_at(position), "position": position, "kind": BAD_KINDS[kind - 1], "error": error})
+            for position, kind, error in errors
+        ]
+        try:
+            with open(path, "a") as file:  # all ranks append to this file, with one write each
+                file.write("".join(line + "\n" for line in lines))
+        except OSError as error:  # the samples are counted all the same
+            log.warning("%s cannot be written (%s); bad samples: %s", path, error.strerror, "; ".join(lines))
+
     def sample_at(self, position: int) -> dict[str, Any]:
         """Names the sample at a position: {epoch, shard, key}."""
         epoch, shard, row = (int(a[0]) for a in self.order.locate(np.array([position])))
@@ -189,24 +196,7 @@ def collate(samples: Sequence[Mapping[str, Tensor | int]]) -> dict[str, Tensor]:
     }
 
 
-@dataclass(frozen=True)
-class GlobalBatchSampler:
-    """Endless ranges of positions, one per micro-batch of this rank, from position `first` on."""
-
-    first: int
-    global_batch: int
-    rank: int
-    local_batch: int
-    micro_batch: int
-
-    def __iter__(self) -> Iterator[range]:
-        start = self.first + self.rank * self.local_batch
-        while True:
-            for offset in range(0, self.local_batch, self.micro_batch):
-                yield range(start + offset, start + offset + self.micro_batch)
-            start += self.global_batch
-
-
+@dataclass
 class Loader:
     """An endless stream of micro-batches, from `state.consumed_samples` on. Made by `build_loader`.
 
@@ -214,39 +204,29 @@ class Loader:
     Prefetching does not move the state: only `advance`, called after the optimizer step, does.
     """
 
-    bad_kinds = BAD_KINDS
-
-    def __init__(
-        self,
-        dataset: TarDataset,
-        state: DataState,
-        *,
-        batching: tuple[int, int, int, int],
-        max_bad_fraction: float,
-        bad_path: Path | None,
-        loader_options: Mapping[str, Any],
-    ):
-        self.dataset = dataset
-        self.state = state
-        self.global_batch, self.local_batch, self.micro_batch, self.rank = batching
-        self.micro_batches_per_step = self.local_batch // self.micro_batch
-        self.max_bad_fraction = max_bad_fraction
-        self._bad_path = bad_path
-        self._options = loader_options
-
-    @property
-    def manifest(self) -> Manifest:
-        """The data set's facts: classes, number of samples, extra."""
-        return self.dataset.manifest
+    dataset: TarDataset
+    state: DataState
+    rank: int
+    global_batch: int
+    local_batch: int
+    micro_batch: int
+    micro_batches_per_step: int
+    max_bad_fraction: float
+    bad_path: Path | None
+    workers: int
+    pin_memory: bool
+    bad_kinds: ClassVar[tuple[str, ...]] = BAD_KINDS
 
     def __iter__(self) -> Generator[Batch, None, None]:
-        batches = GlobalBatchSampler(
-            self.state.consumed_samples, self.global_batch, self.rank, self.local_batch, self.micro_batch
-        )
-        with closing(run_workers(self.dataset, batches, **self._options)) as stream:
-            for batch in stream:
-                record_bad_samples(batch, self.dataset, self._bad_path)
-                yield batch
+        return self.dataset.batches(self.positions(), self.bad_path, self.workers, self.pin_memory)
+
+    def positions(self) -> Iterator[range]:
+        """Endless: those of each micro-batch of this rank."""
+        start = self.state.consumed_samples + self.rank * self.local_batch
+        while True:
+            for first in range(start, start + self.local_batch, self.micro_batch):
+                yield range(first, first + self.micro_batch)
+            start += self.global_batch
 
     def sample_at(self, position: int) -> dict[str, Any]:
         """Names the sample at a position: {epoch, shard, key}."""
@@ -259,19 +239,39 @@ class Loader:
     def count_bad(self, counts: Mapping[str, int]) -> None:
         """Add bad samples by kind, summed over all ranks.
 
-        Raises ValueError, on every rank alike, when there are more than `max_bad_fraction` allows.
+        Raises ValueError, on every rank alike, when there are more so far than the epochs begun allow.
         """
+        state = self.state
         for kind, count in counts.items():
-            self.state.bad_samples[kind] += int(count)
-        check_budget(self.state, self.max_bad_fraction, self._bad_path)
+            state.bad_samples[kind] += int(count)
+        epochs = state.consumed_samples // state.num_samples + 1  # the same sample may come early in the next one
+        allowed = allowed_bad(state.num_samples, self.max_bad_fraction) * epochs
+        total = sum(state.bad_samples.values())
+        if total > allowed:
+            by_kind = ", ".join(f"{kind} {count}" for kind, count in state.bad_samples.items())
+            where = f"; {self.bad_path} lists them" if self.bad_path else ""
+            raise ValueError(
+                f"{total} of {state.consumed_samples} samples could not be used ({by_kind}), more than the "
+                f"{int(allowed)} that max_bad_fraction={self.max_bad_fraction} allows{where}"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """The data state as plain JSON types."""
-        return self.state.state_dict()
+        return asdict(self.state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a saved state, at any number of ranks; the next `iter` starts there."""
-        self.state.load_state_dict(state)
+        """Continue from a saved state, at any number of ranks; the next `iter` starts there.
+
+        Raises ValueError when it belongs to other data, another seed or order.
+        """
+        for name in ("version", "order", "dataset", "num_samples", "seed", "shuffle_window"):
+            if state.get(name) != (here := getattr(self.state, name)):
+                raise ValueError(
+                    f"the checkpoint's data position has {name}={state.get(name)}, this run has {here}: it would not "
+                    "continue the same stream"
+                )
+        self.state.consumed_samples = int(state["consumed_samples"])
+        self.state.bad_samples = {kind: int(state["bad_samples"].get(kind, 0)) for kind in BAD_KINDS}
 
 
 def build_loader(
@@ -289,66 +289,30 @@ def build_loader(
     pin_memory: bool = False,
     max_bad_fraction: float = 0.001,
     bad_path: Path | None = None,
-    prefetch: int = 4,
     cache: Cache | None = None,
 ) -> Loader:
     """The training batches of one rank.
 
-    read: decodes one sample (see `Read`). shuffle_window: shards shuffled together, 0 = stored order. prefetch:
-    micro-batches that each worker reads ahead. max_bad_fraction: share of an epoch's samples that may be bad; 0 = none,
-    else at least one per epoch. bad_path: a JSONL file that lists the bad ones. cache: where remote shards are kept.
+    read: decodes one sample (see `Read`). shuffle_window: shards shuffled together, 0 = stored order.
+    max_bad_fraction: share of an epoch's samples that may be bad; 0 = none, else at least one per epoch. bad_path: a
+    JSONL file that lists the bad ones. cache: where remote shards are kept.
 
     Raises ValueError before the first batch when global_batch does not fit the ranks, when the shards have already
     lost more than allowed, or when `state` belongs to other data.
     """
-    local, micro, _ = local_batching(global_batch, world_size, micro_batch)
+    batching = local_batching(global_batch, world_size, micro_batch)
     dataset = TarDataset(folder, read, seed=seed, window=shuffle_window, cache=cache)
-    data_state = DataState(seed, shuffle_window, dataset.manifest.fingerprint, len(dataset))
+    start = DataState(seed, shuffle_window, dataset.manifest.fingerprint, len(dataset))
+    loader = Loader(dataset, start, rank, global_batch, *batching, max_bad_fraction, bad_path, workers, pin_memory)
     if state is not None:
-        data_state.load_state_dict(state)
+        loader.load_state_dict(state)
     check_shards(dataset, max_bad_fraction)
-    return Loader(
-        dataset,
-        data_state,
-        batching=(global_batch, local, micro, rank),
-        max_bad_fraction=max_bad_fraction,
-        bad_path=bad_path,
-        loader_options={"workers": workers, "pin_memory": pin_memory, "prefetch": prefetch},
-    )
-
-
-def record_bad_samples(batch: Batch, dataset: TarDataset, path: Path | None) -> None:
-    """Remove `errors` from the batch and append each to the JSONL file."""
-    errors = batch.pop("errors")
-    if path is None or not errors:
-        return
-    lines = [
-        json.dumps({**dataset.sample_at(position), "position": position, "kind": BAD_KINDS[kind - 1], "error": error})
-        for position, kind, error in errors
-    ]
-    try:
-        with open(path, "a") as file:  # all ranks append to this file, with one write each
-            file.write("".join(line + "\n" for line in lines))
-    except OSError as error:  # the samples are counted all the same
-        log.warning("%s cannot be written (%s); bad samples: %s", path, error.strerror, "; ".join(lines))
+    return loader
 
 
 def allowed_bad(num_samples: int, max_bad_fraction: float) -> float:
     """How many samples of an epoch may be bad: the fraction, but at least one unless the fraction is 0."""
     return max(max_bad_fraction * num_samples, 1.0) if max_bad_fraction else 0.0
-
-
-def check_budget(state: DataState, max_bad_fraction: float, bad_path: Path | None) -> None:
-    """Raises ValueError when there are more bad samples so far than the epochs begun allow."""
-    epochs = state.consumed_samples // state.num_samples + 1  # the same sample may come early in the next one
-    total, allowed = sum(state.bad_samples.values()), allowed_bad(state.num_samples, max_bad_fraction) * epochs
-    if total > allowed:
-        counts = ", ".join(f"{kind} {count}" for kind, count in state.bad_samples.items())
-        where = f"; {bad_path} lists them" if bad_path else ""
-        raise ValueError(
-            f"{total} of {state.consumed_samples} samples could not be used ({counts}), more than the {int(allowed)} "
-            f"that max_bad_fraction={max_bad_fraction} allows{where}"
-        )
 
 
 def check_shards(dataset: TarDataset, max_bad_fraction: float) -> None:

@@ -5,17 +5,12 @@ sample that could not be read, so that weighted sums are exact at any number of 
 """
 
 from collections.abc import Generator, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from vqscale.batch import Batch
 from vqscale.data.cache import Cache
-from vqscale.data.loader import Read, TarDataset, record_bad_samples
-from vqscale.data.shards import Manifest
-from vqscale.data.workers import run_workers
+from vqscale.data.loader import Read, TarDataset
 
 
 @dataclass(frozen=True)
@@ -31,10 +26,7 @@ class SequentialBatches:
         return len(self.positions)
 
     def __iter__(self) -> Generator[Batch, None, None]:
-        with closing(run_workers(self.dataset, self.positions, workers=self.workers)) as batches:
-            for batch in batches:
-                record_bad_samples(batch, self.dataset, self.bad_path)
-                yield batch
+        return self.dataset.batches(self.positions, self.bad_path, self.workers)
 
 
 def sequential_batches(
@@ -55,32 +47,9 @@ def sequential_batches(
     """
     dataset = TarDataset(folder, read, weighted=True, cache=cache)
     total = min(len(dataset), limit) if limit else len(dataset)
-    count = -(-total // (batch * world_size))
-    positions = np.arange(count * world_size * batch)
-    positions[total:] = -1
-    mine = positions.reshape(count, world_size, batch)[:, rank]
-    return SequentialBatches(dataset, mine.tolist(), workers, bad_path)
-
-
-def read_shard_blocks(
-    folder: str | Path,
-    shards: Sequence[int],
-    *,
-    read: Read,
-    block: int,
-    workers: int = 0,
-    bad_path: Path | None = None,
-    cache: Cache | None = None,
-) -> SequentialBatches:
-    """The rows of whole shards, in order, in fixed blocks; a shard's last block is padded with weight 0.
-
-    So a row is in the same batch at any world size. Each shard takes ceil(num_samples / block) batches; `position`
-    counts samples over the whole data set in stored order.
-    """
-    sizes = [shard.num_samples for shard in Manifest.load(folder).shards]
-    starts = np.concatenate([[0], np.cumsum(sizes)]).tolist()
-    runs = [range(starts[shard], starts[shard + 1]) for shard in shards]
-    return read_runs(folder, runs, read=read, block=block, workers=workers, bad_path=bad_path, cache=cache)
+    step = batch * world_size
+    positions = [_padded(first + rank * batch, batch, total) for first in range(0, total, step)]
+    return SequentialBatches(dataset, positions, workers, bad_path)
 
 
 def read_runs(
@@ -93,10 +62,15 @@ def read_runs(
     bad_path: Path | None = None,
     cache: Cache | None = None,
 ) -> SequentialBatches:
-    """Runs of consecutive positions in fixed blocks; each run's last block is padded with weight 0."""
-    blocks = []
-    for run in runs:
-        for first in range(run.start, run.stop, block):
-            positions = np.arange(first, first + block)
-            blocks.append(np.where(positions < run.stop, positions, -1).tolist())
+    """Runs of consecutive positions in fixed blocks; each run's last block is padded with weight 0.
+
+    So a sample is in the same batch at any world size. `position` counts samples over the whole data set in stored
+    order.
+    """
+    blocks = [_padded(first, block, run.stop) for run in runs for first in range(run.start, run.stop, block)]
     return SequentialBatches(TarDataset(folder, read, weighted=True, cache=cache), blocks, workers, bad_path)
+
+
+def _padded(first: int, size: int, stop: int) -> list[int]:
+    """`size` positions from `first` on; -1 from `stop` on."""
+    return [position if position < stop else -1 for position in range(first, first + size)]

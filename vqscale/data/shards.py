@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import logging
 import re
@@ -313,6 +314,11 @@ class Manifest:
         """A shard's tar: a path, or the URL of a remote one, which is read through `data.cache`."""
         name = self.shards[shard].name
         return name if is_url(name) else Path(folder) / name  # an absolute name replaces the folder
+
+    def runs(self, shards: Sequence[int]) -> list[range]:
+        """The positions of each of these shards' samples, counted over the whole data set in stored order."""
+        ends = list(itertools.accumulate(shard.num_samples for shard in self.shards))
+        return [range(ends[n] - self.shards[n].num_samples, ends[n]) for n in shards]
 
     def names_of_results(self) -> list[str]:
         """A file name for the result of each shard: the tar's own, or a number where those repeat or are not plain."""

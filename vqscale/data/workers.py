@@ -7,7 +7,6 @@ it, and finalizes nothing of what it inherits. What keeps a worker from reading 
 import atexit
 import gc
 import multiprocessing
-import signal
 import warnings
 from collections.abc import Generator, Sequence
 from multiprocessing.reduction import ForkingPickler
@@ -19,15 +18,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vqscale.batch import Batch
-from vqscale.data.processes import worker_failure
+from vqscale.data.processes import ignore_stop_signals, worker_failure
 from vqscale.topology import die_with_parent
 
 _INLINE_BYTES = 1 << 16
-_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGXCPU", "SIGUSR1", "SIGUSR2")
+_PREFETCH = 4  # batches that each worker reads ahead
 
 
 def run_workers(
-    dataset: Dataset[Batch], batches: Any, *, workers: int, pin_memory: bool = False, prefetch: int = 4
+    dataset: Dataset[Batch], batches: Any, *, workers: int, pin_memory: bool = False
 ) -> Generator[Batch, None, None]:
     """torch's DataLoader over lists of positions, in order. Closing the generator ends the workers; so does the end of
     the process, because one that was left open may outlive its users in a cycle or a traceback."""
@@ -35,7 +34,7 @@ def run_workers(
     if workers:
         dataset = _InWorker(dataset)
         # Forked whatever the default is here, in a spawned rank say: else each imports torch for seconds.
-        options = {"prefetch_factor": prefetch, "worker_init_fn": _start_worker, "multiprocessing_context": "fork"}
+        options = {"prefetch_factor": _PREFETCH, "worker_init_fn": _start_worker, "multiprocessing_context": "fork"}
     with warnings.catch_warnings():
         # Workers mostly wait for storage, so more of them than cores is a choice, not a mistake.
         warnings.filterwarnings("ignore", message="This DataLoader will create")
@@ -43,7 +42,7 @@ def run_workers(
         loader = DataLoader(
             dataset,
             batch_sampler=batches,
-            collate_fn=_as_is,
+            collate_fn=lambda batch: batch,
             num_workers=workers,
             pin_memory=pin_memory,
             in_order=True,
@@ -70,10 +69,6 @@ def run_workers(
     finally:
         atexit.unregister(end)
         end()
-
-
-def _as_is(batch: Any) -> Any:
-    return batch
 
 
 def _failure(what: str, error: BaseException) -> OSError:
@@ -134,9 +129,7 @@ def _small_as_arrays(batch: Batch) -> dict[str, Any]:
 
 
 def _start_worker(_worker: int) -> None:
-    """Slurm signals every process of a step; stopping is the trainer's decision. A worker ends with its parent."""
+    """A worker ends with its parent, and leaves signals to it."""
     parent = multiprocessing.parent_process()
     die_with_parent(parent.pid or 0 if parent else 0)
-    for name in _SIGNALS:
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    ignore_stop_signals()

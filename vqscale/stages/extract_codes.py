@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from vqscale.data.cache import Cache
 from vqscale.data.codes import CodeReader, pack_codes
 from vqscale.data.images import ImageReader, to_float
 from vqscale.data.loader import allowed_bad
-from vqscale.data.sequential import read_shard_blocks
+from vqscale.data.sequential import read_runs
 from vqscale.data.shards import MANIFEST, Manifest, ShardIndex, ShardInfo, ShardWriter, resolve, shard_info
 from vqscale.fields import Choice, Fraction, NonNegativeInt, PathText, PositiveInt
 from vqscale.files import read_json
@@ -104,9 +104,9 @@ def _extract_split(config: ExtractCodesConfig, run: runtime.Run, source: Source,
     unfinished = [n for n, info in enumerate(finished) if info is None]
     numbers = unfinished[topology.rank :: topology.world_size]
     # One loader for all shards: its workers read on into the next one while this one is written.
-    blocks = read_shard_blocks(
+    blocks = read_runs(
         folder,
-        numbers,
+        images.runs(numbers),
         read=ImageReader(source.description["resolution"], flip=False, crop="center", max_pixels=config.max_pixels),
         block=config.block,
         workers=config.workers,
@@ -134,7 +134,7 @@ def _extract_split(config: ExtractCodesConfig, run: runtime.Run, source: Source,
     if bad:
         where = run.run_dir / "bad.jsonl"
         runtime.log.warning("%s: %d of %d images could not be read; see %s", split, bad, images.num_samples, where)
-    _write_manifest(config, run, source, out, images, shards, bad)
+    _write_manifest(config, run, source, out, images, shards)
     return True
 
 
@@ -188,25 +188,19 @@ def _encode(source: Source, image: Tensor, flips: bool) -> dict[str, np.ndarray]
 
 
 def _write_manifest(
-    config: ExtractCodesConfig,
-    run: runtime.Run,
-    source: Source,
-    out: Path,
-    images: Manifest,
-    shards: Sequence[ShardInfo],
-    bad: int,
+    config: ExtractCodesConfig, run: runtime.Run, source: Source, out: Path, images: Manifest, shards: list[ShardInfo]
 ) -> None:
     """Count the codes of all shards, shared among the ranks, and write dataset.json, the last file of the data set."""
     topology, model = run.topology, source.model
     levels = {name: list(grid) for name, grid in zip(model.level_names, model.grids, strict=True)}
-    extra: dict[str, Any] = {
+    extra = {
         "tokenizer": source.fingerprint,
         "tokenizer_model": source.description,
         "num_codes": model.num_codes,
         "levels": levels,
         "views": 2 if config.flips else 1,
         "source": images.fingerprint,
-        "bad_images": bad,
+        "bad_images": images.num_samples - sum(shard.num_samples for shard in shards),
         "resolution": source.description["resolution"],
     }
     manifest = Manifest.of("codes", shards, images.classes, images.transform, extra)
@@ -215,19 +209,20 @@ def _write_manifest(
     topology.barrier()
     usage = {name: torch.zeros(model.num_codes, dtype=torch.int64) for name in levels}
     numbers = range(topology.rank, len(shards), topology.world_size)
-    for batch in read_shard_blocks(out, numbers, read=CodeReader(levels, views=extra["views"]), block=1024):
+    reader = CodeReader(levels, views=manifest.extra["views"])
+    for batch in read_runs(out, manifest.runs(numbers), read=reader, block=1024):
         run.stop_requested()  # counts as progress
         for name, histogram in usage.items():
             histogram += torch.bincount(codes_of(batch, name)[batch["weight"] > 0].flatten(), minlength=model.num_codes)
     for histogram in usage.values():
         topology.all_reduce_(histogram)
-    extra["usage"] = {name: histogram.tolist() for name, histogram in usage.items()}
-    extra["perplexity"] = {name: float(perplexity(histogram)) for name, histogram in usage.items()}
-    for name, value in extra["perplexity"].items():
+    manifest.extra["usage"] = {name: histogram.tolist() for name, histogram in usage.items()}
+    manifest.extra["perplexity"] = {name: float(perplexity(histogram)) for name, histogram in usage.items()}
+    for name, value in manifest.extra["perplexity"].items():
         if value < 2:
             runtime.log.warning("the %s codes have collapsed: perplexity %.2f of %d", name, value, model.num_codes)
     if topology.is_main:
-        Manifest.of("codes", shards, images.classes, images.transform, extra).save(out)
+        manifest.save(out)
     topology.barrier()
 
 
