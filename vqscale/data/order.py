@@ -8,6 +8,7 @@ Letters: n positions.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from jaxtyping import Int
@@ -67,7 +68,7 @@ class ShuffleOrder:
             raise ValueError(f"{self.num_samples} samples in {len(shard_sizes)} shards: there is nothing to read")
         self.seed = seed
         self.window = window
-        self._epochs: dict[int, _Epoch] = {}
+        self._epoch = lru_cache(3)(self._lay_out)  # a batch spans two epochs at most, the prefetch one more
 
     def locate(
         self, positions: Int[np.ndarray, "n"]
@@ -107,13 +108,6 @@ class ShuffleOrder:
             key = mix(self.seed, key_of("samples"), number, int(window))
             shuffled[chosen] = first + permute(offsets[chosen] - first, end - first, key)
         return shuffled
-
-    def _epoch(self, number: int) -> _Epoch:
-        if number not in self._epochs:
-            if len(self._epochs) > 2:  # a batch spans two epochs at most, the prefetch one more
-                self._epochs.clear()
-            self._epochs[number] = self._lay_out(number)
-        return self._epochs[number]
 
     def _lay_out(self, number: int) -> _Epoch:
         shards = np.arange(len(self._sizes))
