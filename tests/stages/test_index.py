@@ -155,7 +155,6 @@ def test_a_damaged_index_is_made_again(tmp_path: Path, tars: Path) -> None:
 def test_mistakes(tmp_path: Path, tars: Path) -> None:
     for changes, message in (
         ({"source": ""}, "source= names no tars"),
-        ({"labels": "json"}, "labels=json: choose cls or none"),
         ({"source": f"{tars}/nothing-*.tar"}, "nothing matches"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):

@@ -7,14 +7,13 @@ that started it, and ignores stop signals, which its parent handles.
 import contextlib
 import multiprocessing
 import os
-import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from signal import SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2, SIGXCPU
+from signal import SIG_IGN, SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2, SIGXCPU, signal
 from typing import Any, TypeVar
 
 from vqscale import progress
@@ -146,10 +145,15 @@ def _start_worker(beats: Any) -> None:
 
     _set_beat(beat)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    for number in (SIGTERM, SIGINT, SIGHUP, SIGXCPU, SIGUSR1, SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
+    ignore_stop_signals()
     if torch := sys.modules.get("torch"):  # not imported by jobs that do not need it
         torch.set_num_threads(1)  # as many processes as cores
+
+
+def ignore_stop_signals() -> None:
+    """Slurm signals every process of a step; whether a worker stops is its parent's decision."""
+    for number in (SIGTERM, SIGINT, SIGHUP, SIGXCPU, SIGUSR1, SIGUSR2):
+        signal(number, SIG_IGN)
 
 
 def _end_with_parent() -> None:

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from http.client import HTTPConnection, HTTPResponse, HTTPSConnection
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO
 from urllib.error import HTTPError, URLError
 from urllib.parse import quote, unquote_to_bytes, urlsplit, urlunsplit
@@ -94,9 +93,7 @@ class RemoteFile:
     def __enter__(self) -> "RemoteFile":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: Any) -> None:
         self._disconnect()
 
     def read(self, size: int) -> bytes:

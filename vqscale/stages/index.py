@@ -64,8 +64,6 @@ def main(config: IndexConfig) -> None:
     """Index. Raises ValueError or FileNotFoundError, naming tar, member, key or label, for a tar that is not sound."""
     if not config.source:
         raise ValueError("source= names no tars: a path such as data-{000000..000128}.tar, a glob or a folder")
-    if config.labels not in ("cls", "none"):
-        raise ValueError(f"labels={config.labels}: choose cls or none")
     if config.verify and (folders := _data_sets(Path(config.source))):
         with runtime.run(config, stage="index") as run:
             _verify(config, folders, run)
@@ -222,8 +220,7 @@ def _numbered(jobs: Sequence[_Job], labels: str) -> list[str]:
 
 def _verify(config: IndexConfig, folders: Sequence[Path], run: Any) -> None:
     """Raises ValueError naming the first difference; the log has all."""
-    shards = [(folder, n) for folder in folders for n in range(len(Manifest.load(folder).shards))]
-    jobs = [(folder, n, config.allow_pipe) for folder, n in shards]
+    jobs = [(folder, n, config.allow_pipe) for folder in folders for n in range(len(Manifest.load(folder).shards))]
     mine = jobs[run.topology.rank :: run.topology.world_size]
     differences: list[str] = []
     with run.stoppable(), tqdm(total=len(mine), unit="tar", desc="verify", disable=not run.topology.is_main) as bar:
