@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measure import Row, arguments, at_least, finish, in_turns, median, ratio
+from measure import ALONE, Row, arguments, at_least, finish, in_turns, median, ratio
 from torch import Tensor
 
 from vqscale.models.quantizer import QuantizerConfig, VectorQuantizer, update_quantizers
@@ -39,16 +39,7 @@ class Ours:
         z = vectors.t().reshape(1, DIM, 1, len(vectors)).requires_grad_()
         out = self.quantizer(z)
         (out.vectors.square().mean() + out.commitment).backward()
-        update_quantizers(
-            {"top": self.quantizer},
-            lambda total: total,
-            key=0,
-            images=1,
-            applied=True,
-            learning_rate=0.0,
-            rank=0,
-            world_size=1,
-        )
+        update_quantizers({"top": self.quantizer}, ALONE, key=0, images=1, applied=True, learning_rate=0.0)
         return out.codes.flatten()
 
 

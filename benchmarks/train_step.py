@@ -74,13 +74,7 @@ class VQVAESteps:
 
     def after(self, step: int) -> None:
         self.model.update_codebooks(
-            ALONE.all_reduce_,
-            rank=0,
-            world_size=1,
-            seed=0,
-            images_seen=step * self.batch,
-            applied=True,
-            learning_rate=LEARNING_RATE,
+            ALONE, seed=0, images_seen=step * self.batch, applied=True, learning_rate=LEARNING_RATE
         )
 
 

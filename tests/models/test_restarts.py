@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.quantizers import D, K, inputs, learn, quantizer, state, update, with_dead_codes
+from support.quantizers import D, K, Rank, inputs, learn, quantizer, state, update, with_dead_codes
 from torch import Tensor
 
 from vqscale.models.quantizer import (
@@ -80,10 +80,10 @@ class Ranks:
 
         for rank, q in enumerate(quantizers):
             with pytest.raises(Collected):
-                update(q, images, rank=rank, world_size=self.world, all_reduce=collect, **options)
+                update(q, images, ranks=Rank(rank, self.world, collect), **options)
         total = torch.stack(parts).sum(0)
         return [
-            update(q, images, rank=rank, world_size=self.world, all_reduce=lambda t: t.copy_(total), **options)
+            update(q, images, ranks=Rank(rank, self.world, lambda t: t.copy_(total)), **options)
             for rank, q in enumerate(quantizers)
         ]
 

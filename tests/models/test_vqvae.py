@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from support.quantizers import Rank
 from support.vqvaes import images, loss_of, update, vqvae
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -270,9 +271,7 @@ def test_two_ranks_equal_one_in_float64_with_one_reduction_per_step(codebook):
         total = torch.stack(parts).sum(0)
         for rank, model in enumerate(ranks):
             fused = Fused(total)
-            model.update_codebooks(
-                fused, seed=0, images_seen=step, applied=True, learning_rate=1e-3, rank=rank, world_size=2
-            )
+            update(model, step, ranks=Rank(rank, 2, fused))
             assert fused.calls == 1
         for name, value in one.state_dict().items():
             torch.testing.assert_close(ranks[0].state_dict()[name], value, rtol=0, atol=1e-12)
@@ -304,9 +303,7 @@ def packed(model: VQVAE, rank: int, step: int) -> Tensor:
         raise Seen
 
     with pytest.raises(Seen):
-        model.update_codebooks(
-            keep, seed=0, images_seen=step, applied=True, learning_rate=1e-3, rank=rank, world_size=2
-        )
+        update(model, step, ranks=Rank(rank, 2, keep))
     return kept[0]
 
 

@@ -1,5 +1,8 @@
 """Small quantizers for tests, and one update of their codebook."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -10,6 +13,17 @@ from vqscale.models.quantizer import (
 )
 
 K, D = 8, 4
+
+
+class Rank(NamedTuple):
+    """One of several ranks, with a sum over all of them."""
+
+    rank: int
+    world_size: int
+    all_reduce_: Callable[[Tensor], object]
+
+
+ALONE = Rank(0, 1, lambda total: None)
 
 
 def quantizer(**options) -> VectorQuantizer:
@@ -24,9 +38,8 @@ def inputs(images: int = 6, side: int = 4, seed: int = 2, dim: int = D) -> Tenso
 
 
 def update(q: VectorQuantizer, images: int, **options) -> dict[str, Tensor]:
-    options = {"key": 7, "applied": True, "learning_rate": 1e-2, "rank": 0, "world_size": 1} | options
-    all_reduce = options.pop("all_reduce", lambda total: None)
-    return update_quantizers({"top": q}, all_reduce, images=images, **options)
+    options = {"ranks": ALONE, "key": 7, "applied": True, "learning_rate": 1e-2} | options
+    return update_quantizers({"top": q}, images=images, **options)
 
 
 def learn(q: VectorQuantizer, z: Tensor) -> dict[str, Tensor]:

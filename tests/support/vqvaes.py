@@ -2,10 +2,11 @@
 
 import torch
 import torch.nn.functional as F
+from support.quantizers import ALONE
 from torch import Tensor, nn
 
 from vqscale.models.init import initialise
-from vqscale.models.quantizer import QuantizerConfig
+from vqscale.models.quantizer import QuantizerConfig, Ranks
 from vqscale.models.vqvae import VQVAE, VQVAEConfig, VQVAEOutput
 
 SIZES = dict(hidden=16, residual_hidden=8, residual_layers=1)
@@ -34,6 +35,5 @@ def loss_of(model: nn.Module, image: Tensor, position: Tensor | None = None) -> 
     return F.mse_loss(out.reconstruction, image) + out.commitment
 
 
-def update(model: VQVAE, step: int = 0, applied: bool = True, **options) -> dict[str, Tensor]:
-    options = {"seed": 0, "images_seen": step, "applied": applied, "learning_rate": 1e-3} | options
-    return model.update_codebooks(lambda total: None, **options)
+def update(model: VQVAE, step: int = 0, applied: bool = True, ranks: Ranks = ALONE) -> dict[str, Tensor]:
+    return model.update_codebooks(ranks, seed=0, images_seen=step, applied=applied, learning_rate=1e-3)

@@ -10,8 +10,8 @@ Legend: b batch, d code dimension, h w grid, k codes, c = h w cells of an image;
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Annotated, NamedTuple
+from dataclasses import dataclass, field
+from typing import Annotated, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +21,6 @@ from torch import Tensor, nn
 
 from vqscale.fields import Choice, NonNegativeFloat, NonNegativeInt, PositiveInt, Range, check_values
 from vqscale.models.codebook import choose_restarts, draw_pool, nearest_codes, perplexity, pick_candidates
-
-AllReduce = Callable[[Tensor], object]  # sums a tensor in place over all ranks
 
 _RESTART_SIZE = 2.0  # a restarted code's EMA count, in units of the threshold: soon dead again if nothing chooses it
 _TINY = 1e-6  # below this EMA count (in vectors) a code keeps its place: the ratio of two vanishing numbers is noise
@@ -50,34 +48,42 @@ class Quantized(NamedTuple):
     codebook_loss: Float[Tensor, ""]  # mean (sg[z] - e)^2, a report: the codebook learns in `update_quantizers`
 
 
+class Ranks(Protocol):
+    """Who shares a global batch, as `vqscale.topology.Topology` says it."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def world_size(self) -> int: ...
+    def all_reduce_(self, tensor: Tensor) -> object:
+        """Sum over all ranks, in place."""
+
+
+@dataclass
 class Candidates:
     """Encoder vectors of this rank's images since the last update: what dead codes may restart from."""
 
-    def __init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        self._rows: list[Tensor] = []  # [b, p, d + 1] each: vector, squared error
-        self._positions: list[Tensor] = []  # int64 [b] each
-        self._positioned = True
+    rows: list[Tensor] = field(default_factory=list)  # [b, p, d + 1] each: vector, squared error
+    positions: list[Tensor] = field(default_factory=list)  # int64 [b] each
+    positioned: bool = True
 
     def add(
         self, vectors: Float[Tensor, "b c d"], errors: Float[Tensor, "b c"], position: Int[Tensor, " b"] | None
     ) -> None:
         """Keep a few vectors of each image. Without positions the draw depends on the topology."""
-        self._positioned = position is not None
+        self.positioned = position is not None
         if position is None:
-            first = sum(len(rows) for rows in self._rows)
+            first = sum(len(rows) for rows in self.rows)
             position = torch.arange(first, first + len(vectors), device=vectors.device)
-        self._rows.append(pick_candidates(vectors, errors, position))
-        self._positions.append(position)
+        self.rows.append(pick_candidates(vectors, errors, position))
+        self.positions.append(position)
 
-    def pack(self, key: int, num_codes: int, rank: int, world_size: int) -> Float[Tensor, "s r"]:
+    def pack(self, key: int, num_codes: int, ranks: Ranks) -> Float[Tensor, "s r"]:
         """This rank's rows of the pool that all ranks restart from; see `draw_pool`."""
-        rows, position = torch.cat(self._rows), torch.cat(self._positions)
-        images = len(rows) * world_size
+        rows, position = torch.cat(self.rows), torch.cat(self.positions)
+        images = len(rows) * ranks.world_size
         # A global batch is a run of `images` consecutive positions, so the remainder tells its images apart
-        index = position % images if self._positioned else position + rank * len(rows)
+        index = position % images if self.positioned else position + ranks.rank * len(rows)
         return draw_pool(rows, index, images, num_codes, key)
 
 
@@ -89,28 +95,19 @@ class VectorQuantizer(nn.Module):
     (cluster_size 1, embedding_sum = embedding): the first batches then move the codes fast, and no code starts dead.
     """
 
-    embedding: Tensor
-    cluster_size: Tensor
-    embedding_sum: Tensor
-    updates: Tensor
-    counts: Tensor
-    sums: Tensor
-    adam_mean: Tensor
-    adam_square: Tensor
-
     def __init__(self, config: QuantizerConfig):
         super().__init__()
         self.config = config
         shape = (config.num_codes, config.code_dim)
-        self.register_buffer("embedding", torch.zeros(shape))
-        self.register_buffer("cluster_size", torch.zeros(shape[0]))
-        self.register_buffer("embedding_sum", torch.zeros(shape))
-        self.register_buffer("updates", torch.zeros(()))  # t, a float like all of its state
-        self.register_buffer("counts", torch.zeros(shape[0]), persistent=False)
-        self.register_buffer("sums", torch.zeros(shape), persistent=False)
+        self.embedding = nn.Buffer(torch.zeros(shape))
+        self.cluster_size = nn.Buffer(torch.zeros(shape[0]))
+        self.embedding_sum = nn.Buffer(torch.zeros(shape))
+        self.updates = nn.Buffer(torch.zeros(()))  # t, a float like all of its state
+        self.counts = nn.Buffer(torch.zeros(shape[0]), persistent=False)
+        self.sums = nn.Buffer(torch.zeros(shape), persistent=False)
         if config.codebook == "gradient":
-            self.register_buffer("adam_mean", torch.zeros(shape))
-            self.register_buffer("adam_square", torch.zeros(shape))
+            self.adam_mean = nn.Buffer(torch.zeros(shape))
+            self.adam_square = nn.Buffer(torch.zeros(shape))
         self.candidates = Candidates()
         self.images = 0  # images behind the statistics, on this rank
         self.vectors_per_image = 0
@@ -187,14 +184,14 @@ class VectorQuantizer(nn.Module):
     def discard_statistics(self) -> None:
         self.counts.zero_()
         self.sums.zero_()
-        self.candidates.clear()
+        self.candidates = Candidates()
         self.images = 0
 
-    def pack_statistics(self, key: int, rank: int, world_size: int) -> list[Tensor]:
+    def pack_statistics(self, key: int, ranks: Ranks) -> list[Tensor]:
         """This rank's part of what is summed over ranks: counts, sums, candidates."""
         parts = [self.counts, self.sums.flatten()]
         if self.config.restart_below > 0:
-            parts.append(self.candidates.pack(key, self.config.num_codes, rank, world_size).flatten())
+            parts.append(self.candidates.pack(key, self.config.num_codes, ranks).flatten())
         return parts
 
     def learn(self, total: Float[Tensor, " n"], key: int, images: int, learning_rate: float) -> dict[str, Tensor]:
@@ -268,14 +265,12 @@ class VectorQuantizer(nn.Module):
 @torch.no_grad()
 def update_quantizers(
     quantizers: Mapping[str, VectorQuantizer],
-    all_reduce: AllReduce,
+    ranks: Ranks,
     *,
     key: int,
     images: int,
     applied: bool,
     learning_rate: float,
-    rank: int,
-    world_size: int,
 ) -> dict[str, Tensor]:
     """Learn from the statistics of one optimizer step: one fused sum over ranks, then each codebook once.
 
@@ -289,12 +284,12 @@ def update_quantizers(
         for name, quantizer in quantizers.items():
             assert quantizer.images == images, f"{name}: statistics of {quantizer.images} images after {images} images"
         keys = {name: key + index for index, name in enumerate(quantizers)}
-        packed = {name: q.pack_statistics(keys[name], rank, world_size) for name, q in quantizers.items()}
+        packed = {name: q.pack_statistics(keys[name], ranks) for name, q in quantizers.items()}
         sizes = [sum(part.numel() for part in parts) for parts in packed.values()]
         total = torch.cat([part for parts in packed.values() for part in parts])
-        all_reduce(total)
+        ranks.all_reduce_(total)
         for (name, quantizer), part in zip(quantizers.items(), total.split(sizes), strict=True):
-            learned = quantizer.learn(part, keys[name], images * world_size, learning_rate)
+            learned = quantizer.learn(part, keys[name], images * ranks.world_size, learning_rate)
             metrics |= {f"{metric}/{name}": value for metric, value in learned.items()}
     for quantizer in quantizers.values():
         quantizer.discard_statistics()

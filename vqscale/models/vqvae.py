@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from vqscale.config import level_names
 from vqscale.fields import NonNegativeInt, Range, check_values
 from vqscale.models.codebook import addressed_cells, fit_codebook, sample_size
-from vqscale.models.quantizer import AllReduce, Quantized, QuantizerConfig, VectorQuantizer, update_quantizers
+from vqscale.models.quantizer import Quantized, QuantizerConfig, Ranks, VectorQuantizer, update_quantizers
 from vqscale.seeding import key_of, mix
 
 _RELU_GAIN = math.sqrt(2)  # He et al. 2015, equation 10
@@ -283,27 +283,13 @@ class VQVAE(nn.Module):
         return quantized, maps, decoded
 
     def update_codebooks(
-        self,
-        all_reduce: AllReduce,
-        *,
-        seed: int,
-        images_seen: int,
-        applied: bool,
-        learning_rate: float,
-        rank: int = 0,
-        world_size: int = 1,
+        self, ranks: Ranks, *, seed: int, images_seen: int, applied: bool, learning_rate: float
     ) -> dict[str, Tensor]:
         """Call once after each optimizer step, on every rank. See `update_quantizers`."""
         images, self._images = self._images, 0
+        key = mix(seed, key_of("restarts"), images_seen)
         return update_quantizers(
-            self.quantizers,
-            all_reduce,
-            key=mix(seed, key_of("restarts"), images_seen),
-            images=images,
-            applied=applied,
-            learning_rate=learning_rate,
-            rank=rank,
-            world_size=world_size,
+            self.quantizers, ranks, key=key, images=images, applied=applied, learning_rate=learning_rate
         )
 
     @torch.no_grad()

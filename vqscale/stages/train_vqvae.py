@@ -97,13 +97,7 @@ def _update_codebooks(
     seed: int, topology: Topology, model: VQVAE, applied: bool, learning_rate: float, images_seen: int
 ) -> dict[str, Tensor]:
     return model.update_codebooks(
-        topology.all_reduce_,
-        rank=topology.rank,
-        world_size=topology.world_size,
-        seed=seed,
-        images_seen=images_seen,
-        applied=applied,
-        learning_rate=learning_rate,
+        topology, seed=seed, images_seen=images_seen, applied=applied, learning_rate=learning_rate
     )
 
 
