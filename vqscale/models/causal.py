@@ -25,18 +25,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vqscale.models.dropout import Dropout
+from vqscale.models.init import with_init_scale
 
 Stream = Float[Tensor, "b i j c"]
 Key = Int[Tensor, " b"]
 
 
-class BranchEnd(nn.Linear):
+def branch_end(inputs: int, outputs: int) -> nn.Linear:
     """The last layer of a residual branch: starts at zero, so that every block starts as the identity."""
-
-    init_scale = 0.0
-
-    def __init__(self, inputs: int, outputs: int):
-        super().__init__(inputs, outputs, bias=False)
+    return with_init_scale(nn.Linear(inputs, outputs, bias=False), 0.0)
 
 
 def shift_down(x: Stream) -> Stream:
@@ -140,8 +137,8 @@ class GatedBlock(CheckpointableBlock):
         self.across = nn.Linear(hidden, 2 * residual, bias=False)  # vertical stream -> horizontal gate
         self.class_bias = nn.Linear(class_dim, 4 * residual, bias=False)  # vertical gate, then horizontal gate
         self.condition = nn.Linear(conditioning, 4 * residual, bias=False) if conditioning else None
-        self.vertical_out = BranchEnd(residual, hidden)
-        self.horizontal_out = BranchEnd(residual, hidden)
+        self.vertical_out = branch_end(residual, hidden)
+        self.horizontal_out = branch_end(residual, hidden)
         self.vertical_dropout = Dropout(dropout, layer)
         self.horizontal_dropout = Dropout(dropout, layer + 1)
 
@@ -259,7 +256,7 @@ class AttentionBlock(CheckpointableBlock):
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(hidden, 3 * hidden)
-        self.out = BranchEnd(hidden, hidden)
+        self.out = branch_end(hidden, hidden)
         self.dropout = Dropout(dropout, layer)
 
     def compute(self, x: Stream, key: Key | None) -> Stream:
@@ -332,7 +329,7 @@ class PointwiseBlock(CheckpointableBlock):
     def __init__(self, hidden: int, residual: int, dropout: float, layer: int):
         super().__init__()
         self.up = nn.Linear(hidden, residual)
-        self.out = BranchEnd(residual, hidden)
+        self.out = branch_end(residual, hidden)
         self.dropout = Dropout(dropout, layer)
 
     def compute(self, x: Stream, key: Key | None) -> Stream:
@@ -361,7 +358,7 @@ class ConditioningBlock(CheckpointableBlock):
         super().__init__()
         self.reach = filter // 2
         self.conv = nn.Conv2d(hidden, residual, filter)
-        self.out = BranchEnd(residual, hidden)
+        self.out = branch_end(residual, hidden)
         self.dropout = Dropout(dropout, layer)
 
     def compute(self, x: Stream, key: Key | None) -> Stream:

@@ -17,9 +17,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vqscale.fields import Choice, PositiveInt, Range, check_values
+from vqscale.models.init import RELU_GAIN, with_init_scale
 
 NETWORKS = ("small", "resnet50", "linear")
-_RELU_GAIN = math.sqrt(2)  # He et al. 2015, equation 10
 _GROUPS = 32  # of channels; Wu and He 2018
 
 
@@ -47,10 +47,8 @@ class Norm(nn.GroupNorm):
         return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
-def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1, gain: float = _RELU_GAIN) -> nn.Conv2d:
-    conv = nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=kernel // 2, bias=False)
-    conv.init_scale = gain  # type: ignore[assignment]
-    return conv
+def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1, gain: float = RELU_GAIN) -> nn.Conv2d:
+    return with_init_scale(nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False), gain)
 
 
 class PreActivationBlock(nn.Module):
@@ -91,9 +89,7 @@ class SmallResNet(nn.Module):
 
 
 def _head(inputs: int, num_classes: int) -> nn.Linear:
-    head = nn.Linear(inputs, num_classes)
-    head.init_scale = 0.0  # type: ignore[assignment]  # every class equally likely before the first step
-    return head
+    return with_init_scale(nn.Linear(inputs, num_classes), 0.0)  # every class equally likely before the first step
 
 
 def _resnet50(num_classes: int) -> nn.Module:
@@ -102,8 +98,8 @@ def _resnet50(num_classes: int) -> nn.Module:
     network = resnet50(num_classes=num_classes, norm_layer=Norm)
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
-            module.init_scale = _RELU_GAIN  # type: ignore[assignment]
-    network.fc.init_scale = 0.0  # type: ignore[assignment]
+            with_init_scale(module, RELU_GAIN)
+    with_init_scale(network.fc, 0.0)
     network.blocks = [block for n in range(1, 5) for block in getattr(network, f"layer{n}")]
     return network
 

@@ -16,6 +16,7 @@ buffers to fill (masks, a codebook) has `init_buffers(generator)`.
 """
 
 import math
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,16 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from vqscale.seeding import generator, key_of
 
+RELU_GAIN = math.sqrt(2)  # He et al. 2015, equation 10
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase)
+
+Layer = TypeVar("Layer", bound=nn.Module)
+
+
+def with_init_scale(layer: Layer, scale: float) -> Layer:
+    """The layer, whose weights will start at `scale` times what keeps the variance."""
+    layer.init_scale = scale  # type: ignore[assignment]
+    return layer
 
 
 @torch.no_grad()
@@ -34,14 +44,10 @@ def initialise(model: nn.Module, seed: int) -> None:
 
     Raises TypeError for a parameter that no rule covers, naming it.
     """
-    done: set[int] = set()
+    for path, parameter in model.named_parameters():  # tied weights once, under their first name
+        module = model.get_submodule(path.rpartition(".")[0])
+        _fill(parameter, _draw(module, path, parameter.shape, generator(seed, key_of(path))))
     for prefix, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in done:  # tied weights are drawn once, under their first name
-                continue
-            done.add(id(parameter))
-            path = f"{prefix}.{name}" if prefix else name
-            _fill(parameter, _draw(module, path, parameter.shape, generator(seed, key_of(path))))
         fill_buffers = getattr(module, "init_buffers", None)
         if fill_buffers is not None:
             fill_buffers(generator(seed, key_of(f"{prefix}.buffers")))
@@ -74,7 +80,5 @@ def _fill(parameter: Tensor, drawn: Tensor) -> None:
     if isinstance(parameter, DTensor):
         whole = drawn.to(parameter.device, parameter.dtype)
         # src_data_rank=None: every rank has drawn the same tensor and cuts its own part, without communication
-        part = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        parameter.to_local().copy_(part.to_local())
-    else:
-        parameter.copy_(drawn)
+        drawn = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    parameter.copy_(drawn)

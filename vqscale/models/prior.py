@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from vqscale.fields import Choice, NonNegativeInt, PositiveInt, Range, check_values
 from vqscale.models.causal import CachedBlock, CachedLinear, CheckpointableBlock, ConditioningBlock, Key, normalise
 from vqscale.models.dropout import drop_labels
+from vqscale.models.init import with_init_scale
 
 Grid = tuple[int, int]
 Codes = Int[Tensor, "b h w"]
@@ -90,12 +91,6 @@ class Conditioning(nn.Module):
         return normalise(x)
 
 
-class Head(nn.Linear):
-    """Channels -> logits. Starts small: the first loss is near ln K."""
-
-    init_scale = 0.1
-
-
 def resize_nearest(x: Shaped[Tensor, "b u v *c"], grid: Grid) -> Shaped[Tensor, "b h w *c"]:
     """Resized to the grid, each position taking what covers its centre."""
     height, width = x.shape[1:3]
@@ -137,7 +132,7 @@ class LevelPrior(nn.Module):
 
     def finish(self) -> None:
         """The last step of building one: the head, and the config's word on recomputing blocks."""
-        self.logits = Head(self.config.hidden, self.num_codes)
+        self.logits = with_init_scale(nn.Linear(self.config.hidden, self.num_codes), 0.1)  # the first loss: near ln K
         for block in self.wrap_units():
             block.activation_checkpointing = self.config.activation_checkpointing
 

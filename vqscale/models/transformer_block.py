@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from vqscale.models.causal import (
     AttentionHeads,
-    BranchEnd,
     CausalAttentionHeads,
     CheckpointableBlock,
     Key,
+    branch_end,
     normalise,
     num_slices,
     sliced,
@@ -67,7 +67,7 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(hidden, 3 * hidden)
         # They hold the gains of `apply_rotary`
         self.query_norm, self.key_norm = nn.RMSNorm(hidden // heads), nn.RMSNorm(hidden // heads)
-        self.out = BranchEnd(hidden, hidden)
+        self.out = branch_end(hidden, hidden)
 
     def forward(self, x: Tokens, query_table: Table, key_table: Table) -> Tokens:
         query, key, value = rearrange(
@@ -110,7 +110,7 @@ class CrossAttention(nn.Module):
         self.query = nn.Linear(hidden, hidden)
         self.key_value = nn.Linear(conditioning, 2 * hidden)
         self.query_norm, self.key_norm = nn.RMSNorm(hidden // heads), nn.RMSNorm(hidden // heads)
-        self.out = BranchEnd(hidden, hidden)
+        self.out = branch_end(hidden, hidden)
 
     def keys_and_values(
         self, features: Float[Tensor, "b s e"], upper_table: UpperTable
@@ -161,7 +161,7 @@ class SwiGLU(nn.Module):
     def __init__(self, hidden: int, residual: int):
         super().__init__()
         self.up = nn.Linear(hidden, 2 * residual)
-        self.out = BranchEnd(residual, hidden)
+        self.out = branch_end(residual, hidden)
 
     def forward(self, x: Tokens) -> Tokens:
         signal, factor = self.up(normalise(x)).chunk(2, dim=-1)

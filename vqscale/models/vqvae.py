@@ -31,10 +31,9 @@ from torch.utils.checkpoint import checkpoint
 from vqscale.config import level_names
 from vqscale.fields import NonNegativeInt, Range, check_values
 from vqscale.models.codebook import addressed_cells, fit_codebook, sample_size
+from vqscale.models.init import RELU_GAIN, with_init_scale
 from vqscale.models.quantizer import Quantized, QuantizerConfig, Ranks, VectorQuantizer, update_quantizers
 from vqscale.seeding import key_of, mix
-
-_RELU_GAIN = math.sqrt(2)  # He et al. 2015, equation 10
 
 
 @dataclass(frozen=True)
@@ -67,15 +66,11 @@ class VQVAEOutput(NamedTuple):
 
 
 def _conv(inputs: int, outputs: int, kernel: int, *, stride: int = 1, gain: float = 1.0) -> nn.Conv2d:
-    conv = nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=(kernel - 1) // 2)
-    conv.init_scale = gain  # type: ignore[assignment]
-    return conv
+    return with_init_scale(nn.Conv2d(inputs, outputs, kernel, stride, padding=(kernel - 1) // 2), gain)
 
 
 def _upconv(inputs: int, outputs: int, *, gain: float = 1.0) -> nn.ConvTranspose2d:
-    conv = nn.ConvTranspose2d(inputs, outputs, 4, stride=2, padding=1)
-    conv.init_scale = gain  # type: ignore[assignment]
-    return conv
+    return with_init_scale(nn.ConvTranspose2d(inputs, outputs, 4, stride=2, padding=1), gain)
 
 
 class ResidualBlock(nn.Module):
@@ -84,7 +79,7 @@ class ResidualBlock(nn.Module):
     def __init__(self, config: VQVAEConfig):
         super().__init__()
         self.checkpointing, self.rectified_skip = config.activation_checkpointing, config.rectified_skip
-        self.spatial = _conv(config.hidden, config.residual_hidden, 3, gain=_RELU_GAIN)
+        self.spatial = _conv(config.hidden, config.residual_hidden, 3, gain=RELU_GAIN)
         self.pointwise = _conv(config.residual_hidden, config.hidden, 1, gain=0.0)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
@@ -106,9 +101,9 @@ def encoder(inputs: int, stride: int, config: VQVAEConfig) -> nn.Sequential:
     layers: list[nn.Module] = []
     width = config.hidden // 2
     for _ in range(int(math.log2(stride))):
-        layers += [_conv(inputs, width, 4, stride=2, gain=_RELU_GAIN), nn.ReLU()]
+        layers += [_conv(inputs, width, 4, stride=2, gain=RELU_GAIN), nn.ReLU()]
         inputs, width = width, config.hidden
-    layers.append(_conv(inputs, config.hidden, 3, gain=_RELU_GAIN))
+    layers.append(_conv(inputs, config.hidden, 3, gain=RELU_GAIN))
     return nn.Sequential(*layers, *_residual_stack(config))
 
 
@@ -119,7 +114,7 @@ def decoder(inputs: int, outputs: int, stride: int, config: VQVAEConfig) -> nn.S
     width = config.hidden
     for doubling in range(doublings - 1):
         narrower = config.hidden // 2 if doubling == doublings - 2 else config.hidden
-        layers += [_upconv(width, narrower, gain=_RELU_GAIN), nn.ReLU()]
+        layers += [_upconv(width, narrower, gain=RELU_GAIN), nn.ReLU()]
         width = narrower
     return nn.Sequential(*layers, _upconv(width, outputs))
 
