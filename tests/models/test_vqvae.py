@@ -176,14 +176,14 @@ def test_checkpointing_counts_once_and_changes_no_gradient():
     plain, checkpointed = vqvae(), vqvae(activation_checkpointing=True)
     calls = 0
     for block in checkpointed.wrap_units():
-        body = block._body
+        compute = block.compute
 
-        def counted(x: Tensor, body=body) -> Tensor:
+        def counted(x: Tensor, compute=compute) -> Tensor:
             nonlocal calls
             calls += 1
-            return body(x)
+            return compute(x)
 
-        block._body = counted
+        block.compute = counted
     for model in (plain, checkpointed):
         loss_of(model, images()).backward()
         assert [q.counts.sum().item() for q in model.quantizers.values()] == [4 * 2 * 2, 4 * 4 * 4]

@@ -19,6 +19,7 @@ first.
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Annotated, NamedTuple
 
 import torch
@@ -26,10 +27,10 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from vqscale.config import level_names
 from vqscale.fields import NonNegativeInt, Range, check_values
+from vqscale.models.causal import CheckpointableBlock
 from vqscale.models.codebook import addressed_cells, fit_codebook, sample_size
 from vqscale.models.init import RELU_GAIN, with_init_scale
 from vqscale.models.quantizer import Quantized, QuantizerConfig, Ranks, VectorQuantizer, update_quantizers
@@ -73,21 +74,17 @@ def _upconv(inputs: int, outputs: int, *, gain: float = 1.0) -> nn.ConvTranspose
     return with_init_scale(nn.ConvTranspose2d(inputs, outputs, 4, stride=2, padding=1), gain)
 
 
-class ResidualBlock(nn.Module):
+class ResidualBlock(CheckpointableBlock):
     """x + 1x1(ReLU(3x3(ReLU(x)))). The last convolution starts at 0, so the block starts as x."""
 
     def __init__(self, config: VQVAEConfig):
         super().__init__()
-        self.checkpointing, self.rectified_skip = config.activation_checkpointing, config.rectified_skip
+        self.activation_checkpointing = config.activation_checkpointing
+        self.rectified_skip = config.rectified_skip
         self.spatial = _conv(config.hidden, config.residual_hidden, 3, gain=RELU_GAIN)
         self.pointwise = _conv(config.residual_hidden, config.hidden, 1, gain=0.0)
 
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        if self.checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(self._body, x, use_reentrant=False, preserve_rng_state=False)
-        return self._body(x)
-
-    def _body(self, x: Tensor) -> Tensor:
+    def compute(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         rectified = F.relu(x)
         return (rectified if self.rectified_skip else x) + self.pointwise(F.relu(self.spatial(rectified)))
 
@@ -98,25 +95,22 @@ def _residual_stack(config: VQVAEConfig) -> list[nn.Module]:
 
 def encoder(inputs: int, stride: int, config: VQVAEConfig) -> nn.Sequential:
     """[b, inputs, h, w] -> [b, c, h / stride, w / stride]: 4x4 stride-2 convolutions, a 3x3, residual blocks."""
+    widths = [inputs, config.hidden // 2] + [config.hidden] * (int(math.log2(stride)) - 1)
     layers: list[nn.Module] = []
-    width = config.hidden // 2
-    for _ in range(int(math.log2(stride))):
-        layers += [_conv(inputs, width, 4, stride=2, gain=RELU_GAIN), nn.ReLU()]
-        inputs, width = width, config.hidden
-    layers.append(_conv(inputs, config.hidden, 3, gain=RELU_GAIN))
-    return nn.Sequential(*layers, *_residual_stack(config))
+    for before, after in pairwise(widths):
+        layers += [_conv(before, after, 4, stride=2, gain=RELU_GAIN), nn.ReLU()]
+    return nn.Sequential(*layers, _conv(widths[-1], config.hidden, 3, gain=RELU_GAIN), *_residual_stack(config))
 
 
 def decoder(inputs: int, outputs: int, stride: int, config: VQVAEConfig) -> nn.Sequential:
     """[b, inputs, h, w] -> [b, outputs, h * stride, w * stride]: a 3x3, residual blocks, 4x4 up-convolutions."""
-    doublings = int(math.log2(stride))
+    widths = [config.hidden] * int(math.log2(stride))
+    if len(widths) > 1:
+        widths[-1] //= 2
     layers: list[nn.Module] = [_conv(inputs, config.hidden, 3), *_residual_stack(config)]
-    width = config.hidden
-    for doubling in range(doublings - 1):
-        narrower = config.hidden // 2 if doubling == doublings - 2 else config.hidden
-        layers += [_upconv(width, narrower, gain=RELU_GAIN), nn.ReLU()]
-        width = narrower
-    return nn.Sequential(*layers, _upconv(width, outputs))
+    for before, after in pairwise(widths):
+        layers += [_upconv(before, after, gain=RELU_GAIN), nn.ReLU()]
+    return nn.Sequential(*layers, _upconv(widths[-1], outputs))
 
 
 def upsampler(channels: int, stride: int) -> nn.Sequential:
@@ -125,16 +119,18 @@ def upsampler(channels: int, stride: int) -> nn.Sequential:
 
 
 class Level(nn.Module):
-    """One level's networks. `above` counts the levels above it, `stride_above` is the step to the nearest of them."""
+    """One level's networks; level 0 is the top, so that `index` levels lie above."""
 
-    def __init__(self, config: VQVAEConfig, *, inputs: int, outputs: int, stride: int, above: int, stride_above: int):
+    def __init__(self, config: VQVAEConfig, index: int):
         super().__init__()
+        strides = config.downsample[::-1]  # top first
+        bottom = index == len(strides) - 1
         dim = config.quantizer.code_dim
-        self.encoder = encoder(inputs, stride, config)
-        self.to_code = _conv(config.hidden + (dim if above else 0), dim, 1)
+        self.encoder = encoder(3 if bottom else config.hidden, strides[index], config)
+        self.to_code = _conv(config.hidden + (dim if index else 0), dim, 1)
         self.quantizer = VectorQuantizer(config.quantizer)
-        self.upsample = nn.ModuleList(upsampler(dim, stride_above) for _ in range(above))
-        self.decoder = decoder(dim * (above + 1), outputs, stride, config)
+        self.upsample = nn.ModuleList(upsampler(dim, strides[index - 1]) for _ in range(index))
+        self.decoder = decoder(dim * (index + 1), 3 if bottom else dim, strides[index], config)
 
     def project(
         self, features: Float[Tensor, "b c h w"], decoded: Float[Tensor, "b d h w"] | None
@@ -163,24 +159,9 @@ class VQVAE(nn.Module):
         self.config = config
         self.resolution = resolution
         self.level_names = level_names(len(config.downsample))
-        self.levels = nn.ModuleList(self._make_levels(config))
+        levels = (Level(config, index) for index in range(len(config.downsample)))
+        self.levels: list[Level] = nn.ModuleList(levels)  # type: ignore[assignment]
         self._images = 0  # forwarded in training since the last update of the codebooks
-
-    @staticmethod
-    def _make_levels(config: VQVAEConfig) -> list[Level]:
-        strides = list(reversed(config.downsample))  # top first
-        last = len(strides) - 1
-        return [
-            Level(
-                config,
-                inputs=3 if index == last else config.hidden,
-                outputs=3 if index == last else config.quantizer.code_dim,
-                stride=stride,
-                above=index,
-                stride_above=strides[index - 1] if index else 1,
-            )
-            for index, stride in enumerate(strides)
-        ]
 
     @property
     def num_codes(self) -> int:
@@ -195,11 +176,7 @@ class VQVAE(nn.Module):
     @property
     def quantizers(self) -> dict[str, VectorQuantizer]:
         """By level name, top first."""
-        return {name: level.quantizer for name, level in zip(self.level_names, self._levels, strict=True)}
-
-    @property
-    def _levels(self) -> list[Level]:
-        return list(self.levels)  # type: ignore[arg-type]
+        return {name: level.quantizer for name, level in zip(self.level_names, self.levels, strict=True)}
 
     def wrap_units(self) -> list[nn.Module]:
         """The residual blocks: what the engine may checkpoint, compile and shard on its own."""
@@ -213,7 +190,7 @@ class VQVAE(nn.Module):
         """
         if self.training:
             self._count(len(image))
-        quantized, _, decoded = self._descend(self._features(image), len(self.levels), position, track=True)
+        quantized, decoded = self._descend(self._features(image), len(self.levels), position, track=True)
         assert decoded is not None
         return VQVAEOutput(
             decoded,
@@ -229,17 +206,17 @@ class VQVAE(nn.Module):
     def encode(self, image: Image) -> list[Codes]:
         """Codes of images in [-1, 1], top first."""
         features, last = self._features(image), len(self.levels) - 1
-        quantized, _, decoded = self._descend(features, last)
-        z = self._levels[last].project(features[last], decoded)
-        return [*(q.codes for q in quantized), self._levels[last].quantizer.nearest(rearrange(z, "b d h w -> b h w d"))]
+        quantized, decoded = self._descend(features, last)
+        z = self.levels[last].project(features[last], decoded)
+        return [*(q.codes for q in quantized), self.levels[last].quantizer.nearest(rearrange(z, "b d h w -> b h w d"))]
 
     def decode(self, codes: Sequence[Codes]) -> Image:
         """Images (not clamped) of codes, top first."""
-        return self._decode([level.quantizer.lookup(c) for level, c in zip(self._levels, codes, strict=True)])
+        return self._decode([level.quantizer.lookup(c) for level, c in zip(self.levels, codes, strict=True)])
 
     def decode_top(self, codes: Sequence[Codes]) -> Image:
         """Images from the top level's codes alone (codes[0]); every lower level is its mean code."""
-        top, *lower = self._levels
+        top, *lower = self.levels
         vectors = [top.quantizer.lookup(codes[0])]
         for level, (h, w) in zip(lower, self.grids[1:], strict=True):
             mean = level.quantizer.mean_vector().to(vectors[0].dtype)
@@ -248,34 +225,34 @@ class VQVAE(nn.Module):
 
     def _decode(self, vectors: Sequence[Tensor]) -> Tensor:
         maps: list[Tensor] = []
-        for level, quantized in zip(self._levels, vectors, strict=True):
+        for level, quantized in zip(self.levels, vectors, strict=True):
             maps = level.gather(maps, quantized.to(level.to_code.weight.dtype))
-        return self._levels[-1].decoder(torch.cat(maps, dim=1))
+        return self.levels[-1].decoder(torch.cat(maps, dim=1))
 
     def _features(self, image: Tensor) -> list[Tensor]:
         """Encoder features [b, c, h, w], top first; a lower level's are the input of the one above."""
         if image.shape[-2:] != (self.resolution, self.resolution):
             raise ValueError(f"images of {tuple(image.shape[-2:])} pixels for a model of resolution {self.resolution}")
-        image = image.to(self._levels[-1].to_code.weight.dtype)
+        image = image.to(self.levels[-1].to_code.weight.dtype)
         if image.is_cuda:  # what its convolutions are fast in; on a CPU the last bits would differ
             image = image.contiguous(memory_format=torch.channels_last)
         features = [image]
-        for level in reversed(self._levels):
+        for level in reversed(list(self.levels)):
             features.insert(0, level.encoder(features[0]))
         return features[:-1]
 
     def _descend(
         self, features: Sequence[Tensor], depth: int, position: Tensor | None = None, track: bool = False
-    ) -> tuple[list[Quantized], list[Tensor], Tensor | None]:
-        """Quantize and decode the first `depth` levels: (quantized, their maps, what the last of them decodes)."""
+    ) -> tuple[list[Quantized], Tensor | None]:
+        """Quantize and decode the first `depth` levels: (quantized, what the last of them decodes)."""
         quantized: list[Quantized] = []
         maps: list[Tensor] = []
         decoded: Tensor | None = None
-        for level, feature in zip(self._levels[:depth], features, strict=False):
+        for level, feature in zip(self.levels, features[:depth], strict=False):
             quantized.append(level.quantizer(level.project(feature, decoded), position, track))
             maps = level.gather(maps, quantized[-1].vectors)
             decoded = level.decoder(torch.cat(maps, dim=1))
-        return quantized, maps, decoded
+        return quantized, decoded
 
     def update_codebooks(
         self, ranks: Ranks, *, seed: int, images_seen: int, applied: bool, learning_rate: float
@@ -299,7 +276,7 @@ class VQVAE(nn.Module):
             raise ValueError("codebook init needs at least one batch of images, got 0")
         training = self.training
         self.eval()
-        for index, (name, level) in enumerate(zip(self.level_names, self._levels, strict=True)):
+        for index, (name, level) in enumerate(zip(self.level_names, self.levels, strict=True)):
             key = mix(seed, key_of("codebook"), key_of(name))
             vectors = self._sample_vectors(images, index, key, between)
             level.quantizer.set_codebook(fit_codebook(vectors, self.num_codes, key))
@@ -307,13 +284,13 @@ class VQVAE(nn.Module):
 
     def _sample_vectors(self, images: Sequence[Tensor], index: int, key: int, between: Callable[[], None]) -> Tensor:
         """Encoder vectors [n, d] of one level: the same number of grid cells of every image."""
-        level, cells = self._levels[index], math.prod(self.grids[index])
+        level, cells = self.levels[index], math.prod(self.grids[index])
         count = min(cells, math.ceil(sample_size(self.num_codes) / sum(len(batch) for batch in images)))
         chosen: list[Tensor] = []
         for batch in images:
             between()
             features = self._features(batch.to(level.quantizer.embedding.device))
-            _, _, decoded = self._descend(features, index)
+            _, decoded = self._descend(features, index)
             z = rearrange(level.project(features[index], decoded), "b d h w -> b (h w) d")
             for vectors in z:
                 chosen.append(vectors[addressed_cells(cells, count, key, len(chosen)).to(z.device)])
