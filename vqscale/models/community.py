@@ -37,23 +37,20 @@ def convert(
     Raises ValueError naming `where` and the tensor that is missing or is none of that layout.
     """
     given = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
-    for name in given:
-        if name.partition(".")[0] not in _PARTS:
-            raise ValueError(f"{where}: {name} is no tensor of a rosinality/vq-vae-2-pytorch model")
+    blocks = sum(name.startswith("enc_b.") and name.endswith(".conv.1.weight") for name in given)
     try:
-        code_dim, num_codes = _shape(given, "quantize_t.embed", (-1, -1), where)
-        residual_hidden, hidden, *_ = _shape(given, "enc_b.blocks.5.conv.1.weight", (-1,) * 4, where)
+        for name in given:
+            if name.partition(".")[0] not in _PARTS:
+                raise ValueError(f"{name} is no tensor of a rosinality/vq-vae-2-pytorch model")
+        code_dim, num_codes = _shape(given, "quantize_t.embed", (-1, -1))
+        residual_hidden, hidden, *_ = _shape(given, "enc_b.blocks.5.conv.1.weight", (-1,) * 4)
         ours = {_our_name(name): tensor for name, tensor in given.items()}
         ours = {name: tensor for name, tensor in ours.items() if ".quantizer." not in name}
         for part in ("quantize_t", "quantize_b"):
-            codes = _shape(given, f"{part}.embed", (-1, -1), where)[1]
-            _shape(given, f"{part}.cluster_size", (codes,), where)
+            codes = _shape(given, f"{part}.embed", (-1, -1))[1]
+            _shape(given, f"{part}.cluster_size", (codes,))
             codebook = _codebook(given[f"{part}.embed"], given[f"{part}.cluster_size"])
             ours |= {f"{_PARTS[part]}.{name}": tensor for name, tensor in codebook.items()}
-    except KeyError as error:
-        raise ValueError(f"{where}: {error.args[0]} is missing") from None
-    blocks = sum(name.startswith("enc_b.") and name.endswith(".conv.1.weight") for name in given)
-    try:
         config = VQVAEConfig(
             hidden=hidden,
             residual_hidden=residual_hidden,
@@ -62,16 +59,18 @@ def convert(
             quantizer=QuantizerConfig(num_codes=num_codes, code_dim=code_dim),
             rectified_skip=rectified_skip,
         )
+    except KeyError as error:
+        raise ValueError(f"{where}: {error.args[0]} is missing") from None
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     return config, ours
 
 
-def _shape(given: Mapping[str, Tensor], name: str, expected: tuple[int, ...], where: str) -> tuple[int, ...]:
+def _shape(given: Mapping[str, Tensor], name: str, expected: tuple[int, ...]) -> tuple[int, ...]:
     """A tensor's shape; -1 = any size."""
     shape = tuple(given[name].shape)
     if len(shape) != len(expected) or any(e not in (-1, size) for size, e in zip(shape, expected, strict=True)):
-        raise ValueError(f"{where}: {name} has shape {list(shape)}, expected {list(expected)} (-1 = any size)")
+        raise ValueError(f"{name} has shape {list(shape)}, expected {list(expected)} (-1 = any size)")
     return shape
 
 

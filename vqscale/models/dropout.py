@@ -49,17 +49,12 @@ def _layer_key(key: Tensor, word: Tensor) -> Tensor:
     return _mix32(_mix32(low + word) ^ high)
 
 
-def _threshold(p: float) -> int:
-    """int32 value below which a uniform int32 falls with probability p."""
-    return max(-(1 << 31), min((1 << 31) - 1, round(p * (1 << 32)) - (1 << 31)))
-
-
 def drop_mask(key: Int[Tensor, " b"], word: Int[Tensor, ""], elements: int, p: float) -> Bool[Tensor, "b n"]:
     """True where the element is dropped, with probability p. word: the layer's, from `layer_word`."""
     index = _mix32(torch.arange(elements, dtype=torch.int32, device=key.device))
     x = (index[None] ^ _layer_key(key, word)[:, None]) * _FINAL_1
     x = (x ^ logical_shift(x, 15)) * _FINAL_2
-    return x < _threshold(p)
+    return x < min(round(p * (1 << 32)) - (1 << 31), (1 << 31) - 1)  # x is uniform over int32
 
 
 def drop_labels(label: Int[Tensor, " b"], key: Int[Tensor, " b"] | None, p: float, null: int) -> Int[Tensor, " b"]:

@@ -210,23 +210,16 @@ def check_fits(model: nn.Module, tensors: Mapping[str, Tensor], where: str | Pat
             raise ValueError(f"{where}: {name} is {given.dtype}, the model needs {tensor.dtype}")
 
 
-def _check_finite(tensor: Tensor, where: str) -> None:
-    if tensor.is_floating_point() and not (finite := tensor.isfinite()).all():
-        bad = finite.numel() - int(finite.sum())
-        raise ValueError(
-            f"{where} has {bad:,} of {finite.numel():,} numbers that are NaN or infinite as {tensor.dtype}"
-        )
-
-
 def load_into(model: nn.Module, tensors: Mapping[str, Tensor], where: str | Path) -> None:
     """Copy tensors into a model. Raises ValueError as `check_fits` does, and for numbers that are not finite."""
     check_fits(model, tensors, where)
-    own = model.state_dict()
-    for name, tensor in own.items():
-        _check_finite(tensors[name].to(tensor.dtype), f"{where}: {name}")
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(tensors[name])
+    for name, tensor in model.state_dict().items():
+        finite = tensors[name].to(tensor.dtype).isfinite()
+        if bad := finite.numel() - int(finite.sum()):
+            raise ValueError(
+                f"{where}: {name} has {bad:,} of {finite.numel():,} numbers that are NaN or infinite as {tensor.dtype}"
+            )
+    model.load_state_dict(tensors)
 
 
 def save_pretrained(

@@ -6,7 +6,7 @@ the codes before it in raster order only. `pixelcnn.py` and `transformer.py` are
 Legend: b batch, h w grid, k codes, c hidden, e conditioning.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, ClassVar
 
@@ -154,12 +154,8 @@ class LevelPrior(nn.Module):
 
     def num_parameters(self) -> dict[str, int]:
         """{"layers": parameters of convolutions and linear layers, "embeddings": those of the embedding tables}."""
-        embeddings = sum(p.numel() for p in _embedding_weights(self))
+        embeddings = sum(module.weight.numel() for module in self.modules() if isinstance(module, nn.Embedding))
         return {"layers": sum(p.numel() for p in self.parameters()) - embeddings, "embeddings": embeddings}
-
-
-def _embedding_weights(model: nn.Module) -> Iterator[Tensor]:
-    return (module.weight for module in model.modules() if isinstance(module, nn.Embedding))
 
 
 class PriorCache:
@@ -194,8 +190,7 @@ def code_nll(logits: Float[Tensor, "b k h w"], codes: Codes) -> Float[Tensor, "b
 
     Computed in float32 (float64 for float64 logits) whatever the precision of the model.
     """
-    flat = rearrange(logits, "b k i j -> (b i j) k")
-    flat = flat if flat.dtype == torch.float64 else flat.float()
+    flat = rearrange(logits, "b k i j -> (b i j) k").to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(flat, codes.reshape(-1), reduction="none").view(codes.shape)
 
 
