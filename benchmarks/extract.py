@@ -26,7 +26,7 @@ from vqscale.config import StageConfig, as_dict
 from vqscale.models.init import initialise
 from vqscale.models.pretrained import save_pretrained
 from vqscale.models.vqvae import VQVAE, VQVAEConfig
-from vqscale.sources import load_vqvae
+from vqscale.sources import load_model
 from vqscale.stages import extract_codes
 from vqscale.topology import bring_up, take_down
 
@@ -48,7 +48,7 @@ def encode_alone(folder: Path, side: int, count: int, go_on: bool) -> float | No
     if not topology.gather(go_on)[0]:
         take_down(orderly=True)
         return None
-    model, image = load_vqvae(folder / "vqvae").model, torch.rand(BLOCK, 3, side, side) * 2 - 1
+    model, image = load_model(folder / "vqvae", "vqvae").model, torch.rand(BLOCK, 3, side, side) * 2 - 1
 
     def passes() -> None:
         with torch.inference_mode():

@@ -10,7 +10,7 @@ import torch
 
 import vqscale
 from vqscale.models.prior import nll
-from vqscale.sources import load_prior
+from vqscale.sources import load_model
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 MODEL = EXAMPLES / "clipart64"
@@ -53,7 +53,7 @@ def test_samples_look_like_what_the_vqvae_knows_and_like_their_class() -> None:
     assert float(error) < 0.1 * float(images.var()), "a picture of what it was not trained on comes back much worse"
     noise = torch.rand(8, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     assert float((vqvae.decode(vqvae.encode(noise)) - noise).square().mean()) > 0.3 * float(noise.var())
-    prior, label = load_prior(MODEL / "prior_top").model, torch.arange(count).repeat_interleave(8)
+    prior, label = load_model(MODEL / "prior_top", "prior").model, torch.arange(count).repeat_interleave(8)
     with torch.inference_mode():
         own, *others = (float(nll(prior(codes[0], (label + n) % count, []), codes[0])) for n in (0, 1, 5, 11))
     assert own < min(others), "a prior that ignored the class would give all four the same"

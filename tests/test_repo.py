@@ -12,6 +12,7 @@ from support.code_lines import by_folder, code_lines
 
 from vqscale import cli, config, fields, topology
 from vqscale.evaluation.inputs import LEARNED_FROM
+from vqscale.stages.sample import PER_LEVEL
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -30,7 +31,8 @@ def fields_of(cls: Any) -> Iterator[tuple[str, str]]:
 
 
 def names_read(tree: ast.Module) -> Iterator[str]:
-    """Attributes that are read; `f"prior_{name}"` stands for those of all levels, `f"classifier_{name}"` likewise."""
+    """Attributes that are read; `f"prior_{name}"` stands for those of all levels, `f"classifier_{name}"` likewise, and
+    `getattr(config, option)` for the options that samples have by level."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
             yield node.attr
@@ -38,6 +40,8 @@ def names_read(tree: ast.Module) -> Iterator[str]:
             yield from (f"prior_{level}" for level in config.level_names(3))
         elif isinstance(node, ast.JoinedStr) and ast.unparse(node) == "f'classifier_{name}'":
             yield from (f"classifier_{name}" for name in LEARNED_FROM)
+        elif isinstance(node, ast.Call) and ast.unparse(node) == "getattr(config, option)":
+            yield from PER_LEVEL
 
 
 def test_every_config_field_is_read_somewhere() -> None:

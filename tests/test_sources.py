@@ -20,7 +20,7 @@ from vqscale import cli, sources
 from vqscale.files import sealed
 from vqscale.models import pretrained
 from vqscale.models.pretrained import read_folder
-from vqscale.sources import load_any, load_prior, load_vqvae, locate
+from vqscale.sources import load_model, locate
 
 
 def change_json(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -42,7 +42,7 @@ def test_weights_that_are_not_finite_are_named(tmp_path, name, number):
     del about["fingerprint"]
     pretrained.write_folder(tmp_path, tensors, about)
     with pytest.raises(ValueError, match=rf"{tmp_path}: {name} has 1 of [\d,]+ numbers that are NaN or infinite"):
-        load_vqvae(tmp_path)
+        load_model(tmp_path, "vqvae")
 
 
 def test_weights_that_become_infinite_in_the_models_precision_are_named(tmp_path):
@@ -54,7 +54,7 @@ def test_weights_that_become_infinite_in_the_models_precision_are_named(tmp_path
     del about["fingerprint"]
     pretrained.write_folder(tmp_path, tensors, about)
     with pytest.raises(ValueError, match=f"{name} has 1 of .* numbers that are NaN or infinite as torch.float32"):
-        load_vqvae(tmp_path)
+        load_model(tmp_path, "vqvae")
 
 
 # ---- more than the file holds
@@ -74,7 +74,7 @@ def test_a_config_beside_small_weights_takes_no_memory(tmp_path, monkeypatch, ch
     change_json(tmp_path, lambda about: about["config"].update(change))
     monkeypatch.setattr(safetensors.torch, "load_file", lambda _: pytest.fail("the weights were read"))
     with pytest.raises(ValueError, match=message):
-        load_vqvae(tmp_path)
+        load_model(tmp_path, "vqvae")
 
 
 def test_a_checkpoint_takes_no_memory_before_it_fits(tmp_path, monkeypatch):
@@ -90,20 +90,20 @@ def test_a_checkpoint_takes_no_memory_before_it_fits(tmp_path, monkeypatch):
     (tmp_path / "checkpoints").mkdir()
     monkeypatch.setattr(sources, "_checkpoint_of", lambda *_: Checkpoint())
     with pytest.raises(ValueError, match="is missing"):
-        load_vqvae(tmp_path)
+        load_model(tmp_path, "vqvae")
 
 
 def test_a_config_json_that_is_far_too_long_is_not_read(tmp_path, monkeypatch):
     export_vqvae(tmp_path)
     monkeypatch.setattr(pretrained, "_MOST_JSON", 100)
     with pytest.raises(ValueError, match=r"config.json: [\d,]+ bytes, where a model's have at most 100"):
-        load_vqvae(tmp_path)
+        load_model(tmp_path, "vqvae")
 
 
 @pytest.mark.parametrize(
     ("fact", "value"),
     [
-        *[("level", value) for value in ("../../x", "Top", 3, ["top"])],
+        *[("level", value) for value in ("../../x", "x/../../..", "/etc", "", "Top", 3, ["top"])],
         *[("classes", value) for value in ("star", ["a\nb"], ["\x1b[2J"], ["caf\udce9"], [1], {"a": 1})],
         *[("grid", value) for value in ([2], [2, 0], [2, 2.5], "22", [2, 10**9], [True, 2])],
         *[("upper_grids", value) for value in ([2, 2], "x", [[2]])],
@@ -117,7 +117,7 @@ def test_facts_of_a_model_are_checked_where_they_are_read(tmp_path, fact, value)
     export_prior(tmp_path, "sha256:x")
     change_json(tmp_path, lambda about: about.update({fact: value}))
     with pytest.raises(ValueError, match=f"description of a prior model: {fact} must be "):
-        load_prior(tmp_path)
+        load_model(tmp_path, "prior")
 
 
 @pytest.mark.parametrize("fact", ["level", "classes", "tokenizer", "grid", "config"])
@@ -125,7 +125,7 @@ def test_a_fact_that_is_missing_is_named(tmp_path, fact):
     export_prior(tmp_path, "sha256:x")
     change_json(tmp_path, lambda about: about.pop(fact))
     with pytest.raises(ValueError, match=fact):
-        load_prior(tmp_path)
+        load_model(tmp_path, "prior")
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"a": ' * 100_000, "\xff", "1" * 5000, "NaN", ""])
@@ -133,7 +133,7 @@ def test_a_config_json_that_is_none_is_one_line(tmp_path, text):
     export_vqvae(tmp_path)
     (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match="config.json: "):
-        load_vqvae(tmp_path)
+        load_model(tmp_path, "vqvae")
 
 
 # ---- files of torch.save
@@ -198,14 +198,18 @@ def test_one_folder_of_several_models_is_enough(tmp_path):
     tokenizer = export_vqvae(tmp_path / "vqvae")
     for level in ("top", "bottom"):
         export_prior(tmp_path / f"prior_{level}", tokenizer, level)
-    assert load_vqvae(tmp_path).path == tmp_path / "vqvae"
-    assert load_prior(tmp_path, "bottom").path == tmp_path / "prior_bottom"
+    assert load_model(tmp_path, "vqvae").path == tmp_path / "vqvae"
+    assert load_model(tmp_path, "prior_bottom").path == tmp_path / "prior_bottom"
     shutil.move(tmp_path / "vqvae", tmp_path / "train_vqvae")
-    assert load_vqvae(tmp_path).path == load_vqvae(tmp_path / "train_vqvae").path == tmp_path / "train_vqvae"
+    assert (
+        load_model(tmp_path, "vqvae").path
+        == load_model(tmp_path / "train_vqvae", "vqvae").path
+        == tmp_path / "train_vqvae"
+    )
     with pytest.raises(ValueError, match="holds a vqvae model, expected a prior"):
-        load_prior(tmp_path / "train_vqvae", "top")
+        load_model(tmp_path / "train_vqvae", "prior_top")
     with pytest.raises(FileNotFoundError, match="no run and no exported model there; `vqscale train_vqvae` makes one"):
-        load_vqvae(tmp_path / "nowhere")
+        load_model(tmp_path / "nowhere", "vqvae")
 
 
 def test_a_runs_checkpoints_win_over_an_export(tmp_path):
@@ -216,7 +220,7 @@ def test_a_runs_checkpoints_win_over_an_export(tmp_path):
     shutil.copy(tmp_path / "vqvae" / "model.safetensors", run)
     assert locate(tmp_path, "vqvae") == run
     with pytest.raises(ValueError, match="this run is not started"):
-        load_any(run)
+        load_model(run)
 
 
 @pytest.mark.parametrize(
@@ -232,9 +236,9 @@ def test_an_export_has_one_state(tmp_path, options, message):
     export_vqvae(tmp_path)
     if message:
         with pytest.raises(ValueError, match=message):
-            load_vqvae(tmp_path, **options)
+            load_model(tmp_path, "vqvae", **options)
     else:
-        assert load_vqvae(tmp_path, **options).images_seen == 640
+        assert load_model(tmp_path, "vqvae", **options).images_seen == 640
 
 
 @pytest.mark.parametrize(
@@ -262,4 +266,4 @@ def test_an_import_may_be_done_again(tmp_path):
     torch.save(port_state(), tmp_path / "x.pt")
     for _ in range(2):
         assert cli.main(["import-checkpoint", str(tmp_path / "x.pt"), str(tmp_path / "out"), "resolution=64"]) == 0
-    assert load_vqvae(tmp_path / "out").weights == "exported"
+    assert load_model(tmp_path / "out", "vqvae").weights == "exported"

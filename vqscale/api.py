@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vqscale.config import from_dict, level_names
 from vqscale.data.images import decode_image, read_image_file, resize_center_crop, to_float
-from vqscale.sources import load_vqvae
+from vqscale.sources import load_model
 from vqscale.stages.sample import SampleConfig, check_options, chosen_classes, draw, load_chain
 
 PerLevel = float | Mapping[str, float]  # one number for all levels, or one by level name
@@ -40,7 +40,7 @@ class VQVAE:
 
         Raises FileNotFoundError where there is none, ValueError for one that is unfinished or damaged.
         """
-        source = load_vqvae(path, device=_usable_device(device))
+        source = load_model(path, "vqvae", device=_usable_device(device))
         return cls(source.model, source.description["classes"], source.fingerprint)
 
     @torch.inference_mode()
@@ -74,11 +74,10 @@ class VQVAE:
         for level in codes:
             if level.is_floating_point() or level.dtype == torch.bool:
                 raise ValueError(f"codes are {level.dtype}: integers are needed")
-        codes = [level.long() for level in codes]  # torch has no minimum of uint16
-        for level in codes:
+            level = level.long()  # torch has no minimum of uint16
             if level.numel() and not 0 <= int(level.min()) <= int(level.max()) < self.num_codes:
                 raise ValueError(f"codes from {int(level.min())} to {int(level.max())}, but K = {self.num_codes}")
-        return self.model.decode([level.to(self._device) for level in codes]).float().clamp(-1, 1)
+        return self.model.decode([level.to(self._device, torch.int64) for level in codes]).float().clamp(-1, 1)
 
     def load_images(self, paths: str | Path | Iterable[str | Path]) -> Tensor:
         """Image files, or one -> float [n, 3, R, R] in [-1, 1]: the central square, resized, as `vqscale pack` does it.

@@ -42,6 +42,12 @@ class Source:
     weights: str
     images_seen: int
 
+    @property
+    def role(self) -> str:
+        """vqvae | prior_<level> | classifier."""
+        kind = self.description["kind"]
+        return f"prior_{self.description['level']}" if kind == "prior" else kind
+
 
 def build(description: Mapping[str, Any]) -> nn.Module:
     """The uninitialised model of a description. Raises ValueError for one that this program cannot build."""
@@ -118,56 +124,28 @@ def check_description(description: Mapping[str, Any], where: str) -> None:
             raise ValueError(f"{where}: {key} must be {expected}, not {printable(repr(description[key]))[:80]}")
 
 
-def _outline(description: Mapping[str, Any], tensors: int, where: str | Path) -> nn.Module:
-    """The model of a description on the meta device, which takes no memory.
+def check_model(description: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str | Path) -> None:
+    """Compare the model of a description with tensors, on the meta device, before memory is taken for it.
 
-    Raises ValueError for one of far more parameters than there are `tensors`, before all of them are made.
+    Raises ValueError as `check_fits` does, and for a model of far more parameters than there are tensors, before all of
+    them are made.
     """
-    made, most = 0, 10 * tensors + 1000
+    made, most = 0, 10 * len(tensors) + 1000
 
     def count(_module: nn.Module, _name: str, parameter: nn.Parameter) -> None:
         nonlocal made
         made += parameter.is_meta
         if made > most:
             raise ValueError(
-                f"{where}: its config asks for more than {most} parameters, where it has {tensors} tensors"
+                f"{where}: its config asks for more than {most} parameters, where it has {len(tensors)} tensors"
             )
 
     try:
         with torch.device("meta"), register_module_parameter_registration_hook(count):
-            return build(description)
+            model = build(description)
     except (RuntimeError, TypeError, OverflowError, MemoryError) as error:
         raise ValueError(f"{where}: its config describes no model: {error}") from None
-
-
-def check_model(description: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str | Path) -> None:
-    """Compare the model of a description with tensors before memory is taken for it. Raises ValueError as `check_fits`
-    does."""
-    check_fits(_outline(description, len(tensors), where), tensors, where)
-
-
-def load_vqvae(
-    path: str | Path, *, device: torch.device | str = "cpu", weights_kind: str = "", checkpoint: int = 0
-) -> Source:
-    """A VQ-VAE; see `load`."""
-    return load(path, "vqvae", device=device, weights_kind=weights_kind, checkpoint=checkpoint)
-
-
-def load_prior(
-    path: str | Path, level: str = "", *, device: torch.device | str = "cpu", weights_kind: str = ""
-) -> Source:
-    """A prior; see `load`. `level`: which one, where the folder has several."""
-    return load(path, f"prior_{level}" if level else "prior", device=device, weights_kind=weights_kind)
-
-
-def load_classifier(path: str | Path, *, device: torch.device | str = "cpu") -> Source:
-    """A classifier; see `load`."""
-    return load(path, "classifier", device=device)
-
-
-def load_any(path: str | Path, *, weights_kind: str = "", checkpoint: int = 0) -> Source:
-    """A model of any kind, on the CPU; see `load`."""
-    return load(path, "", weights_kind=weights_kind, checkpoint=checkpoint)
+    check_fits(model, tensors, where)
 
 
 def locate(path: str | Path, name: str) -> Path:
@@ -186,9 +164,9 @@ def _has_export(path: Path) -> bool:
     return (path / WEIGHTS).is_file()
 
 
-def load(
+def load_model(
     path: str | Path,
-    name: str,
+    name: str = "",
     *,
     device: torch.device | str = "cpu",
     weights_kind: str = "",

@@ -10,7 +10,7 @@ from vqscale.data.shards import Manifest
 from vqscale.evaluation.codes import Codes, bits_per_dim, likelihood, other_classes, other_samples, read_codes
 from vqscale.evaluation.inputs import DataSet
 from vqscale.models.prior import code_nll
-from vqscale.sources import load_prior
+from vqscale.sources import load_model
 from vqscale.topology import Topology
 
 
@@ -22,7 +22,7 @@ def codes_of(world: Any, limit: int = 0) -> Codes:
 @torch.inference_mode()
 def test_nll_is_the_mean_over_all_codes_at_any_batch(world: Any, topology: Topology) -> None:
     codes = codes_of(world)
-    prior = load_prior(world.root / "prior_bottom").model
+    prior = load_model(world.root / "prior_bottom", "prior").model
     target = codes.levels["bottom"].long()
     expected = float(code_nll(prior(target, codes.labels, [codes.levels["top"].long()]), target).double().mean())
     for batch in (5, 26, 100):
@@ -32,7 +32,7 @@ def test_nll_is_the_mean_over_all_codes_at_any_batch(world: Any, topology: Topol
 @torch.inference_mode()
 def test_each_class_has_its_own_mean(world: Any, topology: Topology) -> None:
     codes = codes_of(world)
-    prior = load_prior(world.root / "prior_top").model
+    prior = load_model(world.root / "prior_top", "prior").model
     target = codes.levels["top"].long()
     each = code_nll(prior(target, codes.labels), target).double().flatten(1).mean(1)
     found = likelihood(prior, codes, "top", topology, batch=7)
@@ -49,7 +49,7 @@ def test_each_class_has_its_own_mean(world: Any, topology: Topology) -> None:
 @torch.inference_mode()
 def test_exchanged_conditioning_is_what_the_prior_sees(world: Any, topology: Topology) -> None:
     codes = codes_of(world)
-    prior = load_prior(world.root / "prior_bottom").model
+    prior = load_model(world.root / "prior_bottom", "prior").model
     target, others = codes.levels["bottom"].long(), other_samples(len(codes), 0)
     upper = codes.levels["top"][others].long()
     expected = float(code_nll(prior(target, codes.labels, [upper]), target).double().mean())

@@ -13,7 +13,7 @@ from vqscale import cli
 from vqscale.data.shards import Manifest
 from vqscale.evaluation import codes, passes, samples
 from vqscale.evaluation.features import Extractor
-from vqscale.sources import load_prior
+from vqscale.sources import load_model
 
 OTHER = "sha256:" + "e" * 64
 
@@ -72,7 +72,7 @@ def test_samples_of_other_models_are_refused_before_anything_is_computed(
 
 
 def test_samples_of_these_models_are_taken(world: Any, tmp_path: Path) -> None:
-    priors = {level: load_prior(world.root / f"prior_{level}").fingerprint for level in ("top", "bottom")}
+    priors = {level: load_model(world.root / f"prior_{level}", "prior").fingerprint for level in ("top", "bottom")}
     folder = with_extra(tmp_path / "samples", world.root / "samples", vqvae=world.tokenizer, priors=priors)
     assert run(world, tmp_path, samples=folder, metrics="[fid]") == 0
 

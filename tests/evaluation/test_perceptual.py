@@ -14,7 +14,7 @@ from torchvision.models import vgg16
 from vqscale import cli
 from vqscale.data.images import to_float, to_uint8
 from vqscale.evaluation.features import PerceptualDistance, load_lpips
-from vqscale.sources import load_vqvae
+from vqscale.sources import load_model
 
 BEFORE_POOLING = (3, 8, 15, 22, 29)  # the ReLUs whose outputs are compared
 
@@ -87,7 +87,7 @@ def test_the_stage_reports_it(world: Any, weights: Path, tmp_path: Path, capsys:
     trusted = [f"vgg16_weights={weights}", "allow_unverified_weights=true"]
     assert cli.main(["evaluate", str(config), *words, *trusted]) == 0
     score = json.loads((tmp_path / "run" / "scores.json").read_text())["lpips"]
-    model = load_vqvae(world.root / "vqvae").model
+    model = load_model(world.root / "vqvae", "vqvae").model
     made = to_uint8(model(to_float(world.holdout)).reconstruction.detach())
     assert score["value"] == pytest.approx(float(by_the_formula(weights, made, world.holdout).mean()), rel=1e-3)
     assert score["n"] == 26 and "weights of unknown origin" in score["reason"]

@@ -25,13 +25,13 @@ from vqscale.evaluation.reconstructions import (
     spread,
 )
 from vqscale.evaluation.statistics import frechet_distance, moments_of
-from vqscale.sources import load_prior, load_vqvae
+from vqscale.sources import load_model
 from vqscale.topology import Topology, bring_up, take_down
 
 
 def reconstructed(root: Path, folder: Path, topology: Topology, block: int, **networks: Any) -> Reconstructions:
     """All 26 held-out images, in chunks of `passes.CHUNK`."""
-    model, extractor = load_vqvae(root / "vqvae").model, networks.get("extractor")
+    model, extractor = load_model(root / "vqvae", "vqvae").model, networks.get("extractor")
     mine = passes.chunks_of(26)[topology.rank :: topology.world_size]
     batches = read_runs(root / "pack" / "holdout", mine, read=ImageReader(16), block=block)
     rows = reconstruction_rows(model, topology, extractor, networks.get("perceptual"))
@@ -49,7 +49,7 @@ def everything(root: str, folder: str, block: int) -> dict[str, Any]:
         assert found.features is not None and found.features.gaussian is not None
         held_out = Path(root) / "codes" / "holdout"
         codes = read_codes(DataSet("codes", held_out, Manifest.load(held_out)))
-        prior = load_prior(Path(root) / "prior_bottom").model
+        prior = load_model(Path(root) / "prior_bottom", "prior").model
         other = moments_of(found.features.features + 1)
         return {
             "numbers": [found.mse, found.psnr, found.ssim, frechet_distance(found.features.gaussian, other)],
@@ -75,7 +75,7 @@ def test_two_ranks_find_what_one_finds(world: Any, tmp_path: Path) -> None:
 @torch.inference_mode()
 def test_the_figures_are_the_models(world: Any, topology: Topology, tmp_path: Path) -> None:
     found = reconstructed(world.root, tmp_path, topology, 8)
-    output = load_vqvae(world.root / "vqvae").model(to_float(world.holdout))
+    output = load_model(world.root / "vqvae", "vqvae").model(to_float(world.holdout))
     picture = to_uint8(output.reconstruction)
     error = (output.reconstruction - to_float(world.holdout)).square().mean()
     assert found.n == 26 and found.mse == pytest.approx(float(error), rel=1e-5)
@@ -90,7 +90,7 @@ def test_a_distance_of_pairs_is_averaged(world: Any, topology: Topology, tmp_pat
         return (pictures[:, 0, 0, 0].float() - images[:, 0, 0, 0].float()).abs()
 
     found = reconstructed(world.root, tmp_path, topology, 8, perceptual=first_pixel)
-    model = load_vqvae(world.root / "vqvae").model
+    model = load_model(world.root / "vqvae", "vqvae").model
     pictures = to_uint8(model(to_float(world.holdout)).reconstruction.detach())
     assert found.lpips == pytest.approx(float(first_pixel(pictures, world.holdout).mean()), rel=1e-6)
 
@@ -99,7 +99,7 @@ def test_a_distance_of_pairs_is_averaged(world: Any, topology: Topology, tmp_pat
 def test_examples_are_spread_over_the_set(world: Any, topology: Topology) -> None:
     assert spread(10, 10).tolist() == list(range(10)) and spread(3, 8).tolist() == [0, 1, 2]
     assert spread(100, 4).tolist() == [12, 37, 62, 87]
-    folder, model = world.root / "pack" / "holdout", load_vqvae(world.root / "vqvae").model
+    folder, model = world.root / "pack" / "holdout", load_model(world.root / "vqvae", "vqvae").model
     data = DataSet("pack", folder, Manifest.load(folder))
     found, shown = examples_of(model, data, 3, topology), [4, 13, 21]
     assert torch.equal(found.originals, world.holdout[shown])

@@ -15,7 +15,7 @@ from vqscale.data.shards import Manifest
 from vqscale.evaluation import classify
 from vqscale.evaluation.classify import ImageClassifier, hits
 from vqscale.evaluation.features import Extractor, Features
-from vqscale.sources import load_classifier
+from vqscale.sources import load_model
 from vqscale.stages import train_classifier
 
 CPU = torch.device("cpu")
@@ -40,7 +40,7 @@ def test_a_classifier_says_what_it_learned_from(whole_chain: Path) -> None:
         ("reconstructions", "reconstructions", "pack/train", vqvae),
         ("samples", "samples", "sample", ""),
     ):
-        description = load_classifier(whole_chain / f"train_classifier_{name}").description
+        description = load_model(whole_chain / f"train_classifier_{name}", "classifier").description
         assert (description["learned_from"], description["vqvae"]) == (kind, tokenizer)
         assert description["data"] == Manifest.load(whole_chain / data).fingerprint
 

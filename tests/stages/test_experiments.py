@@ -10,7 +10,7 @@ from support.reduced import REDUCED
 
 from vqscale import cli
 from vqscale.data.shards import Manifest
-from vqscale.sources import load_vqvae
+from vqscale.sources import load_model
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 DRAWN = ["source=drawn", "num_drawn=120", "holdout=0.2"]
@@ -45,7 +45,7 @@ def test_every_stage_has_a_pulse(experiment: str, tmp_path: Path, monkeypatch: p
     codes, samples = Manifest.load(runs / "extract_codes" / "train"), Manifest.load(runs / "sample")
     assert {level: tuple(grid) for level, grid in codes.extra["levels"].items()} == grids
     assert samples.num_samples == len(codes.classes) and samples.transform["resolution"] == side
-    kind = load_vqvae(runs / "train_vqvae").model.config.quantizer.codebook
+    kind = load_model(runs / "train_vqvae", "vqvae").model.config.quantizer.codebook
     assert kind == ("ema" if experiment == "ffhq1024" else "gradient")
     scores = json.loads((runs / "evaluate" / "scores.json").read_text())
     nats = sum(scores[f"nll/{level}"]["value"] * h * w for level, (h, w) in grids.items())

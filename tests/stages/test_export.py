@@ -20,12 +20,10 @@ from torch import Tensor
 import vqscale
 from vqscale import cli
 from vqscale.api import VQVAE, sample
-from vqscale.config import Request
 from vqscale.data.images import decode_image, to_float, to_uint8
 from vqscale.data.parts import read_samples
 from vqscale.data.shards import Manifest, resolve
-from vqscale.sources import Source, load_any, load_vqvae
-from vqscale.stages import export
+from vqscale.sources import Source, load_model
 from vqscale.stages.export import ExportConfig, Exported, card
 
 ROOT = Path(__file__).parents[2]
@@ -56,7 +54,7 @@ def test_an_experiment_becomes_a_folder_per_model_with_the_runs_own_fingerprints
     assert sorted(path.name for path in exported.iterdir()) == ["README.md", *sorted(MODELS)]
     codes = Manifest.load(whole_chain / "extract_codes" / "train")
     for name in MODELS:
-        run, folder = load_any(whole_chain / f"train_{name}"), load_any(exported / name)
+        run, folder = load_model(whole_chain / f"train_{name}"), load_model(exported / name)
         assert folder.fingerprint == run.fingerprint and folder.images_seen == run.images_seen
         config = json.loads((exported / name / "config.json").read_text())
         assert config["fingerprint"] == run.fingerprint and config["config"] == run.description["config"]
@@ -78,7 +76,7 @@ def test_bytes_depend_on_the_weights_only(whole_chain: Path, exported: Path, tmp
     first = (exported / "vqvae" / "model.safetensors").read_bytes()
     assert (tmp_path / "one" / "model.safetensors").read_bytes() == first
     assert (tmp_path / "raw" / "model.safetensors").read_bytes() != first
-    assert load_any(tmp_path / "raw").fingerprint != load_any(tmp_path / "one").fingerprint
+    assert load_model(tmp_path / "raw").fingerprint != load_model(tmp_path / "one").fingerprint
     assert sorted(path.name for path in (tmp_path / "one").iterdir()) == [
         *("README.md", "config.json", "model.safetensors")
     ]
@@ -86,7 +84,7 @@ def test_bytes_depend_on_the_weights_only(whole_chain: Path, exported: Path, tmp
 
 def test_an_earlier_checkpoint_is_exported_as_it_is(whole_chain: Path, tmp_path: Path) -> None:
     assert cli.main(["export", str(whole_chain / "train_vqvae"), str(tmp_path / "early"), "checkpoint=1280"]) == 0
-    assert load_any(tmp_path / "early").images_seen == 1280
+    assert load_model(tmp_path / "early").images_seen == 1280
 
 
 def test_the_card_says_what_the_runs_say(whole_chain: Path, exported: Path, tmp_path: Path) -> None:
@@ -192,17 +190,6 @@ def test_a_classifier_has_a_card_too(tmp_path: Path) -> None:
     assert "classifier, 8 px, learned from samples" in text and "caf\\udce9\nmore" in text
 
 
-@pytest.mark.parametrize("level", ["x/../../..", "/etc", "", "Top"])
-def test_the_name_of_a_level_is_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, level: str) -> None:
-    source = model("top").source
-    source.description["level"] = level
-    monkeypatch.setattr(export, "load_any", lambda *_, **__: source)
-    (tmp_path / "runs" / "train_prior_top" / "checkpoints").mkdir(parents=True)
-    with pytest.raises(ValueError, match="is none of top, middle, bottom"):
-        export.main(Request([tmp_path / "runs", tmp_path / "out" / "deep"], ExportConfig(), []))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["runs"]
-
-
 @pytest.mark.parametrize(
     ("drawn_from", "used", "printed"),
     [
@@ -229,7 +216,7 @@ def test_scores_of_earlier_samples_are_not_printed(
 def test_encode_and_decode_from_a_folder_and_from_a_run(whole_chain: Path, exported: Path) -> None:
     images = torch.stack([*_pixels(whole_chain / "pack" / "holdout", 4)])
     one, other = VQVAE.from_pretrained(exported / "vqvae"), VQVAE.from_pretrained(whole_chain)
-    assert one.fingerprint == other.fingerprint == load_vqvae(exported / "vqvae").fingerprint
+    assert one.fingerprint == other.fingerprint == load_model(exported / "vqvae", "vqvae").fingerprint
     assert (one.resolution, one.num_codes, one.grids) == (32, 32, [(4, 4), (8, 8)]) and len(one.classes) == 10
     codes = one.encode(images)
     assert [level.shape for level in codes] == [(4, 4, 4), (4, 8, 8)] and codes[0].dtype == torch.int64
@@ -237,7 +224,7 @@ def test_encode_and_decode_from_a_folder_and_from_a_run(whole_chain: Path, expor
         assert all(torch.equal(a, b) for a, b in zip(codes, same, strict=True))
     decoded = one.decode(codes)
     assert decoded.shape == (4, 3, 32, 32) and -1 <= decoded.min() < decoded.max() <= 1
-    plain = load_vqvae(exported / "vqvae").model(to_float(images)).reconstruction
+    plain = load_model(exported / "vqvae", "vqvae").model(to_float(images)).reconstruction
     torch.testing.assert_close(decoded, plain.clamp(-1, 1))
 
 

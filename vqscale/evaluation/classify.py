@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vqscale.data.images import to_float, to_uint8
 from vqscale.evaluation.features import Extractor, load_extractor
-from vqscale.sources import Source, load_classifier
+from vqscale.sources import Source, load_model
 from vqscale.topology import Topology
 
 CLASS_PROBABILITY = "class_probability"  # in a sample's json: of its class, by the rejection network
@@ -47,7 +47,7 @@ class ImageClassifier:
 
         Raises ValueError if the frozen network is not the one that the classifier was trained on.
         """
-        source = load_classifier(path, device=device)
+        source = load_model(path, "classifier", device=device)
         name, trained_on = source.description["features"], source.description["features_sha256"]
         if not name:
             return cls(source)

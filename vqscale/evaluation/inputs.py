@@ -26,7 +26,7 @@ from vqscale.evaluation.statistics import PublishedReference, read_published
 from vqscale.fields import Choice, NonNegativeInt, PathText, PositiveFraction, PositiveInt
 from vqscale.files import sha256_of
 from vqscale.runtime import log
-from vqscale.sources import Source, load_prior, load_vqvae
+from vqscale.sources import Source, load_model
 
 LEARNED_FROM = {"samples": "samples", "reconstructions": "reconstructions", "real": "images"}  # by classifier_<key>
 _MADE_OF = {"samples": ("data", "samples"), "reconstructions": ("vqvae", "vqvae")}  # its fact that is an input's
@@ -176,8 +176,7 @@ def find_inputs(config: EvaluateConfig, device: torch.device) -> Inputs:
     """
     absent: dict[str, str] = {}
     weights = {key: Path(getattr(config, key)) for key in ("weights", "vgg16_weights")}
-    vqvae = partial(load_vqvae, checkpoint=config.checkpoint, device=device, weights_kind=config.weights_kind)
-    prior = partial(load_prior, device=device, weights_kind=config.weights_kind)
+    model = partial(load_model, device=device, weights_kind=config.weights_kind)
     classifier = partial(ImageClassifier.load, device=device, weights={config.extractor: config.weights})
 
     def find(key: str, load: Callable[[str], T]) -> T | None:
@@ -212,8 +211,8 @@ def find_inputs(config: EvaluateConfig, device: torch.device) -> Inputs:
         training=data("training", "pack", "train", config.training_images),
         train_codes=(train_codes := codes("train", config.nll_train_images)),
         codes=codes("holdout", config.nll_images) if train_codes else None,
-        vqvae=find("vqvae", vqvae),
-        priors=_present({level: find(f"prior_{level}", partial(prior, level=level)) for level in level_names(3)}),
+        vqvae=find("vqvae", partial(model, name="vqvae", checkpoint=config.checkpoint)),
+        priors=_present({level: find(name := f"prior_{level}", partial(model, name=name)) for level in level_names(3)}),
         classifiers=_present({name: find(f"classifier_{name}", classifier) for name in LEARNED_FROM}),
         weights={key: f"sha256:{sha256_of(path)}" for key, path in weights.items() if path.is_file()},
         absent=absent,

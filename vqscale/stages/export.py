@@ -8,21 +8,20 @@ run belong to its export.  What the card says is read from the runs; facts that 
 taken from an evaluation of these very weights only.
 """
 
+import contextlib
 import datetime
 import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
 import jinja2
 from markupsafe import Markup
 
-from vqscale import config as configs
-from vqscale.config import Request, read_request
+from vqscale.config import Request, level_names, read_request
 from vqscale.data.shards import Manifest, resolve
 from vqscale.evaluation.figures import is_number, metrics_of_run
 from vqscale.evaluation.report import format_value, with_unit
@@ -31,13 +30,12 @@ from vqscale.fields import Choice, NonNegativeInt
 from vqscale.files import read_json, write_atomically
 from vqscale.models.pretrained import save_pretrained
 from vqscale.rundir import recorded_status
-from vqscale.sources import Source, load_any
+from vqscale.sources import Source, load_model
 from vqscale.text import markdown, printable, printable_lines, redact_url
 
 USAGE = "RUN_DIR OUT_DIR [key=value ...]"
 _OF_COMMAND = ("stage", "strategy", "world_size", "device", "precision", "git_commit", "versions")
 _OF_FOLDER = ("kind", "config", "fingerprint", "weights", "images_seen", "provenance")
-_LEVELS = configs.level_names(3)
 
 
 @dataclass(frozen=True)
@@ -69,16 +67,6 @@ class Exported:
     def parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.source.model.parameters())
 
-    @cached_property
-    def role(self) -> str:
-        """vqvae | prior_<level> | classifier. Raises ValueError for a level that no model has."""
-        description = self.source.description
-        if description["kind"] != "prior":
-            return description["kind"]
-        if description["level"] not in _LEVELS:
-            raise ValueError(f"{self.source.path}: level {description['level']!r} is none of {', '.join(_LEVELS)}")
-        return f"prior_{description['level']}"
-
     @property
     def summary(self) -> str:
         description = self.source.description
@@ -98,13 +86,13 @@ def main(request: Request[ExportConfig]) -> None:
     alone = runs == [run_dir]
     if config.checkpoint and not alone:
         raise ValueError(f"checkpoint={config.checkpoint} is of one run, but {run_dir} holds {len(runs)}")
-    sources = [load_any(run, weights_kind=config.weights_kind, checkpoint=config.checkpoint) for run in runs]
-    models = [Exported(source, "." if alone else Exported(source, "").role) for source in sources]
+    sources = [load_model(run, weights_kind=config.weights_kind, checkpoint=config.checkpoint) for run in runs]
+    models = [Exported(source, "." if alone else source.role) for source in sources]
     for folder in (out, *(out / one.folder for one in models)):  # all is checked before the first is written
         _check_folder(folder)
     for one in models:
         _write(one.source, out / one.folder)
-        print(f"{out / one.folder}: {one.role}, {one.source.fingerprint}")
+        print(f"{out / one.folder}: {one.source.role}, {one.source.fingerprint}")
     write_atomically(out / "README.md", card(models, runs[0].resolve().parent, config))
 
 
@@ -115,7 +103,7 @@ def trained_runs(path: Path) -> list[Path]:
     """
     if (path / "checkpoints").is_dir():
         return [path]
-    names = ["train_vqvae", *(f"train_prior_{level}" for level in _LEVELS)]
+    names = ["train_vqvae", *(f"train_prior_{level}" for level in level_names(3))]
     runs = [path / name for name in names if (path / name / "checkpoints").is_dir()]
     if not runs:
         raise FileNotFoundError(f"{path}: no run of train_vqvae or train_prior there, and no experiment with such runs")
@@ -205,10 +193,8 @@ def _data(source: Source, experiment: Path) -> dict[str, Manifest]:
     stage = "extract_codes" if source.description["kind"] == "prior" else "pack"
     manifests = {}
     for split in ("train", "holdout"):
-        try:
-            manifests[split] = Manifest.load(resolve(str(experiment / stage), split))
-        except (ValueError, OSError):
-            continue
+        with contextlib.suppress(ValueError, OSError):
+            manifests[split] = Manifest.load(resolve(experiment / stage, split))
     return manifests
 
 
@@ -220,12 +206,11 @@ _STAGES = (  # in the order in which they run
 
 def _commands(experiment: Path) -> list[tuple[Path, dict[str, Any]]]:
     """(file, content) of each run's command.json, in the order of the stages."""
-    paths = (
-        path
+    return [
+        (path, read_json(path))
         for pattern in _STAGES
         for path in sorted(experiment.glob(f"{pattern}/command.json"), reverse="prior" in pattern)
-    )
-    return [(path, read_json(path)) for path in paths]
+    ]
 
 
 def _line_of(path: Path, command: Mapping[str, Any]) -> str:
@@ -251,7 +236,7 @@ def _launches(commands: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def _scores(models: Sequence[Exported], evaluation: Path) -> dict[str, Score]:
     """The scores of an evaluation, if it was computed with exactly these models."""
     used = read_json(evaluation / "inputs.json")
-    if any(used.get(one.role) != one.source.fingerprint for one in models):
+    if any(used.get(one.source.role) != one.source.fingerprint for one in models):
         return {}
     of_these = _samples_are_of(models, str(used.get("samples")), evaluation.parent)
     scores = {}
@@ -271,7 +256,7 @@ def _samples_are_of(models: Sequence[Exported], samples: str, experiment: Path) 
         if about.get("fingerprint") == samples:
             facts = about["extra"]
             drawn_from = {"vqvae": facts["vqvae"]} | {f"prior_{level}": name for level, name in facts["priors"].items()}
-            return all(drawn_from.get(one.role) == one.source.fingerprint for one in models)
+            return all(drawn_from.get(one.source.role) == one.source.fingerprint for one in models)
     return False
 
 

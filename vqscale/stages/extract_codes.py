@@ -23,7 +23,7 @@ from vqscale.data.shards import MANIFEST, Manifest, ShardIndex, ShardInfo, Shard
 from vqscale.fields import Choice, Fraction, NonNegativeInt, PathText, PositiveInt
 from vqscale.files import read_json
 from vqscale.models.codebook import perplexity
-from vqscale.sources import Source, load_vqvae
+from vqscale.sources import Source, load_model
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,8 @@ def main(config: ExtractCodesConfig) -> None:
     not those of earlier code shards."""
     with runtime.run(config, "extract_codes") as run:
         try:
-            source = load_vqvae(
-                config.vqvae, device=run.topology.device, weights_kind=config.weights_kind, checkpoint=config.checkpoint
-            )
+            kind, device = config.weights_kind, run.topology.device
+            source = load_model(config.vqvae, "vqvae", device=device, weights_kind=kind, checkpoint=config.checkpoint)
             images = {split: Manifest.load(resolve(config.data, split)) for split in _splits(config.data)}
         except FileNotFoundError as error:
             if not run.was_done or any(_load_manifest(run.run_dir / split) is None for split in _splits(config.data)):

@@ -28,7 +28,7 @@ from vqscale.evaluation.features import NEED_A_PATH
 from vqscale.evaluation.figures import grid_png, label_of_class, upscale_for
 from vqscale.fields import Choice, NonNegativeFloat, NonNegativeInt, PathText, PositiveFraction, PositiveInt
 from vqscale.models.sampling import sample_codes
-from vqscale.sources import Source, build, load_prior, load_vqvae
+from vqscale.sources import Source, build, load_model
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class SampleConfig(StageConfig):
 Config = SampleConfig
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _GRID_PIXELS = 100_000_000  # of grid.png, at most
-_PER_LEVEL = ("temperature", "temperature_end", "top_k", "top_p", "guidance")
+PER_LEVEL = ("temperature", "temperature_end", "top_k", "top_p", "guidance")  # options of `sample_codes`
 
 
 @dataclass(frozen=True)
@@ -75,17 +75,17 @@ class Chain:
     """The models that turn a class into an image."""
 
     vqvae: Source
-    priors: list[Source]  # top first
+    priors: dict[str, Source]  # by level, top first
     judge: ImageClassifier | None = None
 
     @property
     def classes(self) -> list[str]:
-        return list(self.priors[0].description["classes"])
+        return list(self.priors["top"].description["classes"])
 
     @property
     def fingerprints(self) -> dict[str, str]:
         """Of each model, by its config key."""
-        priors = {f"prior_{prior.description['level']}": prior.fingerprint for prior in self.priors}
+        priors = {f"prior_{level}": prior.fingerprint for level, prior in self.priors.items()}
         judge = {"rejection": self.judge.source.fingerprint} if self.judge else {}
         return {"vqvae": self.vqvae.fingerprint, **priors, **judge}
 
@@ -133,11 +133,11 @@ def _draw_missing(config: SampleConfig, chain: Chain, run: runtime.Run) -> None:
 
 def load_chain(config: SampleConfig, device: torch.device) -> Chain:
     """The VQ-VAE and one prior per level, checked against each other and against the options."""
-    vqvae = load_vqvae(config.vqvae, device=device, weights_kind=config.weights_kind)
-    priors = []
+    vqvae = load_model(config.vqvae, "vqvae", device=device, weights_kind=config.weights_kind)
+    priors: dict[str, Source] = {}
     for name in vqvae.model.level_names:
         path = getattr(config, f"prior_{name}")
-        prior = load_prior(path, name, device=device, weights_kind=config.weights_kind)
+        prior = load_model(path, f"prior_{name}", device=device, weights_kind=config.weights_kind)
         if prior.description["level"] != name:
             raise ValueError(f"prior_{name}={path}: this is a prior of the {prior.description['level']} level")
         if prior.description["tokenizer"] != vqvae.fingerprint:
@@ -145,8 +145,8 @@ def load_chain(config: SampleConfig, device: torch.device) -> Chain:
                 f"prior_{name}={path}: trained on codes of {prior.description['tokenizer']}, "
                 f"but vqvae={config.vqvae} is {vqvae.fingerprint}"
             )
-        priors.append(prior)
-    chain = Chain(vqvae, priors, load_judge(config, priors[0].description["classes"], device))
+        priors[name] = prior
+    chain = Chain(vqvae, priors, load_judge(config, priors["top"].description["classes"], device))
     check_options(config, chain)
     return chain
 
@@ -166,15 +166,16 @@ def load_judge(config: SampleConfig, classes: list[str], device: torch.device) -
 
 def check_options(config: SampleConfig, chain: Chain) -> None:
     """Raises ValueError for an option of a level that the models do not have, or that its prior cannot follow."""
-    levels = {prior.description["level"]: prior for prior in chain.priors}
-    for option in _PER_LEVEL:
+    for option in PER_LEVEL:
         for level in getattr(config, option):
-            if level not in levels:
-                raise ValueError(f"{option}.{level}: the levels of vqvae={config.vqvae} are {', '.join(levels)}")
+            if level not in chain.priors:
+                levels = ", ".join(chain.priors)
+                raise ValueError(f"{option}.{level}: the levels of vqvae={config.vqvae} are {levels}")
     for level, weight in config.guidance.items():
-        if weight and not levels[level].model.config.class_dropout:
+        prior = chain.priors[level]
+        if weight and not prior.model.config.class_dropout:
             raise ValueError(
-                f"guidance.{level}={weight}: prior_{level}={levels[level].path} was trained with model.class_dropout=0 "
+                f"guidance.{level}={weight}: prior_{level}={prior.path} was trained with model.class_dropout=0 "
                 "and has never seen a sample without its class"
             )
 
@@ -216,8 +217,8 @@ def draw(
 ) -> Tensor:
     """Images uint8 [b, 3, R, R] of classes int64 [b]. `between` is called after each row of codes."""
     codes: list[Tensor] = []
-    for prior in chain.priors:
-        name = prior.description["level"]
+    for level, prior in chain.priors.items():
+        options = {option: getattr(config, option)[level] for option in PER_LEVEL if level in getattr(config, option)}
         codes.append(
             sample_codes(
                 prior.model,
@@ -225,13 +226,9 @@ def draw(
                 codes,
                 seed=config.seed,
                 sample_ids=sample_ids,
-                temperature=config.temperature.get(name, 1.0),
-                temperature_end=config.temperature_end.get(name),
-                top_k=config.top_k.get(name, 0),
-                top_p=config.top_p.get(name, 1.0),
-                guidance=config.guidance.get(name, 0.0),
                 dtype=_DTYPES[config.precision],
                 progress=lambda done, rows: between(),
+                **options,
             )
         )
     return to_uint8(chain.vqvae.model.decode(codes)).cpu()
@@ -240,11 +237,11 @@ def draw(
 def _write_manifest(config: SampleConfig, chain: Chain, paths: Sequence[Path]) -> None:
     provenance = {
         "vqvae": chain.vqvae.fingerprint,
-        "priors": {prior.description["level"]: prior.fingerprint for prior in chain.priors},
+        "priors": {level: prior.fingerprint for level, prior in chain.priors.items()},
         "tokenizer": chain.vqvae.fingerprint,
         "seed": config.seed,
         "samples_per_class": config.samples_per_class,
-        **{option: dict(getattr(config, option)) for option in _PER_LEVEL},
+        **{option: dict(getattr(config, option)) for option in PER_LEVEL},
         "precision": config.precision,
         "rejection": chain.judge.identity() if chain.judge else {},
     }
@@ -311,7 +308,7 @@ def plan(config: SampleConfig) -> str:
     chain = load_chain(config, torch.device("cpu"))
     classes = chosen_classes(config.classes, chain.classes)
     total = len(classes) * config.samples_per_class
-    caches = {prior.description["level"]: bytes_per_sample(prior, config) for prior in chain.priors}
+    caches = {level: bytes_per_sample(prior, config) for level, prior in chain.priors.items()}
     return (
         f"\nsamples: {total:,} of {len(classes)} classes, {', '.join(caches)}"
         f"\nmemory of a batch of {config.batch}, weights apart: "

@@ -22,7 +22,7 @@ from vqscale.evaluation.classify import accuracy, hits, network_input, reconstru
 from vqscale.evaluation.features import EXTRACTORS, WIDTHS, Extractor, load_extractor
 from vqscale.fields import Choice, NonNegativeInt, PathText, Range
 from vqscale.models.classifier import ClassifierConfig
-from vqscale.sources import Source, build, load_vqvae
+from vqscale.sources import Source, build, load_model
 from vqscale.training import dry_run_text, held_out_batches, inputs_may_be_away, train
 
 
@@ -51,7 +51,7 @@ def main(config: TrainClassifierConfig) -> None:
         device = run.topology.device
         folder = resolve(config.data, "train", made_by="pack or sample")
         extractor = _extractor(config, device)
-        vqvae = None if config.vqvae == "none" else load_vqvae(config.vqvae, device=device)
+        vqvae = None if config.vqvae == "none" else load_model(config.vqvae, "vqvae", device=device)
         description = model_description(config, Manifest.load(folder), extractor, vqvae)
         train(
             config,
@@ -153,7 +153,7 @@ class HeldOutAccuracy:
 def plan(config: TrainClassifierConfig) -> str:
     """Sizes and steps, for --dry-run."""
     manifest = Manifest.load(resolve(config.data, "train", made_by="pack or sample"))
-    vqvae = None if config.vqvae == "none" else load_vqvae(config.vqvae)
+    vqvae = None if config.vqvae == "none" else load_model(config.vqvae, "vqvae")
     description = model_description(config, manifest, _extractor(config, torch.device("cpu")), vqvae)
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in build(description).parameters())
