@@ -15,7 +15,7 @@ from vqscale.data.cache import Cache
 from vqscale.data.loader import Read, build_loader
 from vqscale.data.sequential import sequential_batches
 from vqscale.data.shards import Manifest
-from vqscale.engine.loop import Evaluator, FitConfig, StepFn, fit, resumes
+from vqscale.engine.loop import Evaluate, FitConfig, StepFn, fit, resumes
 from vqscale.engine.parallel import compile_units, make_engine
 from vqscale.models.init import initialise
 from vqscale.runtime import Run
@@ -48,7 +48,7 @@ def train(
     read: Read,
     description: dict[str, Any],
     step_fn: StepFn,
-    evaluator: Evaluator,
+    evaluate: Evaluate,
     prepare: Callable[[Any], None] | None = None,
     after_step: Callable[[Any, bool, float, int], Mapping[str, Tensor]] | None = None,
 ) -> None:
@@ -92,7 +92,7 @@ def train(
         run=run,
         description=description,
         after_step=partial(after_step, model) if after_step else None,
-        evaluators=[evaluator],
+        evaluate=evaluate,
     )
 
 

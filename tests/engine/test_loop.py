@@ -225,22 +225,17 @@ def test_the_weight_average_takes_in_every_applied_step(tmp_path: Path, nan_at: 
     torch.testing.assert_close(saved(tmp_path)["ema.head.bias"], average, rtol=0, atol=1e-6)
 
 
-class Evaluations:
-    """An evaluator that looks at which weights it was given."""
-
-    def __init__(self, every: int):
-        self.every = every
-
-    def run(self, model: torch.nn.Module, images_seen: int) -> Any:
-        assert not model.training and not torch.is_grad_enabled()
-        yield "held_out", float(model.head.weight.detach().abs().sum())
+def held_out(model: torch.nn.Module, images_seen: int) -> Any:
+    """An evaluation that looks at which weights it was given."""
+    assert not model.training and not torch.is_grad_enabled()
+    yield "held_out", float(model.head.weight.detach().abs().sum())
 
 
 def _train_and_evaluate(settings: TinyConfig, every: int) -> Any:
-    return train(settings, evaluators=[Evaluations(every)])
+    return train(replace(settings, evaluate_every=every), evaluate=held_out)
 
 
-def test_evaluators_run_at_their_cadence_on_the_averaged_weights(uninterrupted: Path, tmp_path: Path) -> None:
+def test_evaluations_run_at_their_cadence_on_the_averaged_weights(uninterrupted: Path, tmp_path: Path) -> None:
     run_ranks(_train_and_evaluate, 1, config(tmp_path), 48)
     figures = {line["images_seen"]: line["held_out"] for line in metrics(tmp_path) if "held_out" in line}
     assert sorted(figures) == [48, 96, 144, 160]
@@ -250,21 +245,23 @@ def test_evaluators_run_at_their_cadence_on_the_averaged_weights(uninterrupted: 
     assert_bit_identical(tensors, saved(uninterrupted))
 
 
-class Interrupted(Evaluations):
-    """An evaluator of three batches, asked to stop before the second one on one rank."""
+class Interrupted:
+    """An evaluation of three batches, asked to stop before the second one on one rank."""
 
-    def run(self, model: torch.nn.Module, images_seen: int) -> Any:
+    live: Any = None
+
+    def __call__(self, model: torch.nn.Module, images_seen: int) -> Any:
         for batch in range(3):
             if batch == 1 and self.live.topology.rank == self.live.topology.world_size - 1:
                 os.kill(os.getpid(), signal.SIGTERM)
             self.live.poll_together()
-        yield from super().run(model, images_seen)
+        yield from held_out(model, images_seen)
 
 
 def _train_and_stop_in_evaluation(settings: TinyConfig, every: int) -> str:
-    evaluator = Interrupted(every)
+    evaluate, settings = Interrupted(), replace(settings, evaluate_every=every)
     try:
-        train(settings, evaluators=[evaluator], on_step=lambda run, seen: setattr(evaluator, "live", run))
+        train(settings, evaluate=evaluate, on_step=lambda run, seen: setattr(evaluate, "live", run))
     except runtime.Stopped as stopped:
         return str(stopped)
     return ""

@@ -26,19 +26,15 @@ def saved(run_dir: Path) -> dict[str, torch.Tensor]:
     return latest.read("")
 
 
-class Forwards:
-    """An evaluator that computes with the weights it was given."""
-
-    every = 80
-
-    def run(self, model: torch.nn.Module, images_seen: int) -> Any:
-        x = torch.stack([sample(p, 1) for p in range(4)])
-        yield "held_out", float(model(x).square().sum())
-        yield "features", float(model.features(x).square().sum())  # type: ignore[operator]
+def forwards(model: torch.nn.Module, images_seen: int) -> Any:
+    """An evaluation that computes with the weights it was given."""
+    x = torch.stack([sample(p, 1) for p in range(4)])
+    yield "held_out", float(model(x).square().sum())
+    yield "features", float(model.features(x).square().sum())  # type: ignore[operator]
 
 
 def train_and_evaluate(settings: TinyConfig) -> Any:
-    return train(settings, evaluators=[Forwards()])
+    return train(replace(settings, evaluate_every=80), evaluate=forwards)
 
 
 @pytest.fixture(scope="module")

@@ -111,7 +111,7 @@ def train(
     nan_at: tuple[int, ...] = (),
     bad: tuple[int, ...] = (),
     on_step: Any = None,
-    evaluators: Any = (),
+    evaluate: Any = None,
 ) -> dict[str, Any]:
     """One run of a TinyModel; returns its last tensors (whole), positions seen by this rank, and what each step did.
 
@@ -159,7 +159,7 @@ def train(
             run=run,
             description={"width": WIDTH},
             after_step=after_step,
-            evaluators=evaluators,
+            evaluate=evaluate,
         )
         tensors = {name: whole(tensor) for name, tensor in engine.as_checkpoint_tensors({}).items()}
         return {

@@ -39,6 +39,7 @@ Tracker = Annotated[
 ]
 StepFn = Callable[[Any, Batch], tuple[Tensor, Mapping[str, Tensor]]]
 AfterStep = Callable[[bool, float, int], Mapping[str, Tensor]]  # (applied, learning rate, images seen) -> metrics
+Evaluate = Callable[[nn.Module, int], Iterable[tuple[str, float]]]  # (model, images seen) -> held-out figures by name
 
 
 @dataclass(frozen=True)
@@ -94,15 +95,6 @@ class Loader(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-class Evaluator(Protocol):
-    """Held-out figures at a cadence; `run` is called on all ranks, with the plain model in eval mode. When the run is
-    asked to stop it may raise stopping.Leave, on all ranks alike; it is called again when the run goes on."""
-
-    every: int
-
-    def run(self, model: nn.Module, images_seen: int) -> Iterable[tuple[str, float]]: ...
-
-
 def fit(
     engine: Engine,
     loader: Loader,
@@ -112,13 +104,16 @@ def fit(
     run: Run,
     description: Mapping[str, Any],
     after_step: AfterStep | None = None,
-    evaluators: Sequence[Evaluator] = (),
+    evaluate: Evaluate | None = None,
 ) -> None:
     """Train until `config.total_images`, from the newest checkpoint of `run.run_dir` if there is one.
 
     `step_fn(model, batch) -> (loss, metrics)`: means over the micro-batch, as tensors. `after_step(applied,
-    learning_rate, images_seen) -> metrics`: called on all ranks after every optimizer step. `description`: all that is
-    needed to build the model, as plain JSON; saved in every checkpoint, and a checkpoint of another model is refused.
+    learning_rate, images_seen) -> metrics`: called on all ranks after every optimizer step. `evaluate(model,
+    images_seen)`: called on all ranks, with the plain model in eval mode, each `evaluate_every` images and at the end.
+    When the run is asked to stop it may raise stopping.Leave, on all ranks alike; it is called again when the run goes
+    on. `description`: all that is needed to build the model, as plain JSON; saved in every checkpoint, and a checkpoint
+    of another model is refused.
     Raises stopping.Stopped after saving when the run was asked to stop; ValueError when a checkpoint does not fit or is
     gone, a tensor is not finite, or too many steps in a row had no finite gradient.
     """
@@ -157,8 +152,9 @@ def fit(
 
     def evaluated() -> bool:
         """Write the figures that are due now; False when the run was asked to stop meanwhile."""
-        due = [e for e in evaluators if e.every and (seen >= config.total_images or _due(e.every, seen, batch_size))]
-        figures = _evaluate(engine, run, config.precision, averages, due) if due else {}
+        every = config.evaluate_every
+        due = every and (seen >= config.total_images or _due(every, seen, batch_size))
+        figures = _evaluate(engine, run, config.precision, averages, evaluate) if due and evaluate else {}
         if figures:
             metrics.write(seen, figures)
         return figures is not None
@@ -198,7 +194,7 @@ def fit(
         bar.update(batch_size)
 
         saving = seen >= config.total_images or stop or (save_later and applied)  # else after the next applied step
-        evaluating = any(_due(e.every, seen, batch_size) for e in evaluators)
+        evaluating = _due(config.evaluate_every, seen, batch_size)
         if saving or evaluating or _due(config.log_every, seen, batch_size):
             line = metrics.flush(seen, clock.steps, {"learning_rate": learning_rate, **clock.take()})
             bar.set_postfix(loss=f"{line['loss']:.4f}")
@@ -318,12 +314,12 @@ def _due(every: int, seen: int, batch_size: int) -> bool:
 
 
 def _evaluate(
-    engine: Engine, run: Run, precision: str, averages: Tensors, evaluators: Sequence[Evaluator]
+    engine: Engine, run: Run, precision: str, averages: Tensors, evaluate: Evaluate
 ) -> dict[str, float] | None:
-    """Figures by name, or None when the evaluators were left."""
+    """Figures by name, or None when the evaluation was left."""
     engine.module.eval()
     with contextlib.suppress(Leave), _averaged(engine, averages), autocast(run.topology, precision), torch.no_grad():
-        return {name: value for e in evaluators for name, value in e.run(engine.module, run.images_seen)}
+        return dict(evaluate(engine.module, run.images_seen))
     return None
 
 

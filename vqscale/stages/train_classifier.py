@@ -6,6 +6,8 @@ Razavi et al. 2019, section 4.2.2); trained on real images it is what rejection 
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -53,6 +55,7 @@ def main(config: TrainClassifierConfig) -> None:
         extractor = _extractor(config, device)
         vqvae = None if config.vqvae == "none" else load_model(config.vqvae, "vqvae", device=device)
         description = model_description(config, Manifest.load(folder), extractor, vqvae)
+        test = _test_images(config, description["classes"])
         train(
             config,
             run,
@@ -60,7 +63,7 @@ def main(config: TrainClassifierConfig) -> None:
             read=ImageReader(description["resolution"], config.flip, config.crop, config.seed, config.max_pixels),
             description=description,
             step_fn=training_step(config, extractor, vqvae),
-            evaluator=HeldOutAccuracy(config, description, extractor, run),
+            evaluate=partial(held_out_accuracy, config, run, test, description["resolution"], extractor),
         )
 
 
@@ -112,42 +115,32 @@ def training_step(config: TrainClassifierConfig, extractor: Extractor | None, vq
     return step
 
 
-class HeldOutAccuracy:
-    """Top-1 and top-5 accuracy on real held-out images."""
-
-    def __init__(
-        self,
-        config: TrainClassifierConfig,
-        description: dict[str, Any],
-        extractor: Extractor | None,
-        run: runtime.Run,
-    ):
-        """Raises ValueError if the test images have other classes than the training images."""
-        self.every = config.evaluate_every
-        self._config, self._extractor, self._run = config, extractor, run
-        self._resolution = description["resolution"]
-        self._folder = resolve(config.test, "holdout")
-        classes = list(Manifest.load(self._folder).classes)
-        if classes != description["classes"]:
-            raise ValueError(
-                f"test={config.test}: its {len(classes)} classes are not the {len(description['classes'])} classes "
-                f"of data={config.data}"
-            )
-
-    def run(self, model: nn.Module, images_seen: int) -> Iterator[tuple[str, float]]:
-        """Yields held_out/accuracy_top1 and _top5."""
-        batches = held_out_batches(
-            self._config,
-            self._run,
-            self._folder,
-            ImageReader(self._resolution, max_pixels=self._config.max_pixels),
-            self._config.evaluate_images,
+def _test_images(config: TrainClassifierConfig, classes: list[str]) -> Path:
+    """Their data set. Raises ValueError if it has other classes than the training images."""
+    folder = resolve(config.test, "holdout")
+    theirs = list(Manifest.load(folder).classes)
+    if theirs != classes:
+        raise ValueError(
+            f"test={config.test}: its {len(theirs)} classes are not the {len(classes)} classes of data={config.data}"
         )
-        top_1, top_5, _ = accuracy(
-            lambda images: model(network_input(images, self._extractor)), batches, self._run.topology
-        )
-        yield "held_out/accuracy_top1", top_1
-        yield "held_out/accuracy_top5", top_5
+    return folder
+
+
+def held_out_accuracy(
+    config: TrainClassifierConfig,
+    run: runtime.Run,
+    test: Path,
+    resolution: int,
+    extractor: Extractor | None,
+    model: nn.Module,
+    images_seen: int,
+) -> Iterator[tuple[str, float]]:
+    """Yields held_out/accuracy_top1 and _top5, on the real images in the folder `test`."""
+    read = ImageReader(resolution, max_pixels=config.max_pixels)
+    batches = held_out_batches(config, run, test, read, config.evaluate_images)
+    top_1, top_5, _ = accuracy(lambda images: model(network_input(images, extractor)), batches, run.topology)
+    yield "held_out/accuracy_top1", top_1
+    yield "held_out/accuracy_top5", top_5
 
 
 def plan(config: TrainClassifierConfig) -> str:

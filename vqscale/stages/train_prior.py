@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -47,7 +48,7 @@ def main(config: TrainPriorConfig) -> None:
             read=reader(config, manifest, flip=config.flip),
             description=model_description(config, manifest),
             step_fn=training_step(config),
-            evaluator=HeldOutNLL(config, run),
+            evaluate=partial(held_out_nll, config, run),
         )
 
 
@@ -117,27 +118,22 @@ def training_step(config: TrainPriorConfig) -> StepFn:
     return step
 
 
-class HeldOutNLL:
-    """Nats per code on held-out codes."""
-
-    def __init__(self, config: TrainPriorConfig, run: runtime.Run):
-        self.every = config.evaluate_every
-        self._config, self._run = config, run
-
-    def run(self, model: nn.Module, images_seen: int) -> Iterator[tuple[str, float]]:
-        """Yields held_out/nll/<level>."""
-        topology, config = self._run.topology, self._config
-        folder = resolve(config.data, "holdout", made_by="extract_codes")
-        read = reader(config, Manifest.load(folder), flip=False)
-        sums = torch.zeros(2, dtype=torch.float64, device=topology.device)
-        for batch in held_out_batches(config, self._run, folder, read, config.evaluate_images):
-            moved = to_device(batch, topology.device)
-            codes, above = inputs(moved, config.level)
-            each = code_nll(model(codes, moved["label"], above), codes).flatten(1).mean(1).double()
-            weight = moved["weight"].double()
-            sums += torch.stack([(each * weight).sum(), weight.sum()])
-        topology.all_reduce_(sums)
-        yield f"held_out/nll/{config.level}", float(sums[0] / sums[1])
+def held_out_nll(
+    config: TrainPriorConfig, run: runtime.Run, model: nn.Module, images_seen: int
+) -> Iterator[tuple[str, float]]:
+    """Yields held_out/nll/<level>: nats per code on held-out codes."""
+    topology = run.topology
+    folder = resolve(config.data, "holdout", made_by="extract_codes")
+    read = reader(config, Manifest.load(folder), flip=False)
+    sums = torch.zeros(2, dtype=torch.float64, device=topology.device)
+    for batch in held_out_batches(config, run, folder, read, config.evaluate_images):
+        moved = to_device(batch, topology.device)
+        codes, above = inputs(moved, config.level)
+        each = code_nll(model(codes, moved["label"], above), codes).flatten(1).mean(1).double()
+        weight = moved["weight"].double()
+        sums += torch.stack([(each * weight).sum(), weight.sum()])
+    topology.all_reduce_(sums)
+    yield f"held_out/nll/{config.level}", float(sums[0] / sums[1])
 
 
 def plan(config: TrainPriorConfig) -> str:

@@ -14,10 +14,10 @@ from tqdm import tqdm
 
 from vqscale import runtime
 from vqscale.batch import Batch
-from vqscale.config import as_dict, level_names, run_of
+from vqscale.config import as_dict, run_of
 from vqscale.data.cache import Cache
 from vqscale.data.images import ImageReader, to_float
-from vqscale.data.loader import build_loader
+from vqscale.data.loader import TarDataset
 from vqscale.data.shards import Manifest, resolve
 from vqscale.engine.loop import FitConfig
 from vqscale.engine.parallel import assert_same_everywhere
@@ -61,7 +61,7 @@ def main(config: TrainVQVAEConfig) -> None:
             read=reader,
             description=description,
             step_fn=training_step,
-            evaluator=HeldOutReconstruction(config, description["resolution"], run),
+            evaluate=partial(held_out_reconstruction, config, run),
             prepare=lambda model: _init_codebooks(model, folder, reader, config, run),
             after_step=partial(_update_codebooks, config.seed, run.topology),
         )
@@ -131,81 +131,60 @@ def _init_codebooks(
 def _first_images(
     folder: Path, reader: ImageReader, config: TrainVQVAEConfig, device: torch.device, progress: Callable[[], None]
 ) -> Iterator[Tensor]:
+    dataset = TarDataset(folder, reader, seed=config.seed, window=config.shuffle_window, cache=Cache.of(config))
     batch = min(_INIT_BATCH, config.init_images)
-    loader = build_loader(
-        folder,
-        read=reader,
-        global_batch=batch,
-        micro_batch=0,
-        rank=0,
-        world_size=1,
-        seed=config.seed,
-        shuffle_window=config.shuffle_window,
-        workers=0,
-        cache=Cache.of(config),
-    )
-    batches = iter(loader)
-    for _ in range(-(-config.init_images // batch)):
+    for first in range(0, config.init_images, batch):
         progress()
-        yield to_float(next(batches)["image"].to(device))
+        yield to_float(dataset.__getitems__(range(first, first + batch))["image"].to(device))
 
 
-class HeldOutReconstruction:
-    """MSE and PSNR of held-out images, the codes they use, and a picture of some of them."""
+def held_out_reconstruction(
+    config: TrainVQVAEConfig, run: runtime.Run, model: nn.Module, images_seen: int
+) -> Iterator[tuple[str, float]]:
+    """Yields held_out/… figures, each over the whole held-out subset: MSE and PSNR of its images, the codes they use.
+    Draws a picture of some of them."""
+    assert isinstance(model, VQVAE)
+    topology = run.topology
+    assert_same_everywhere(dict(model.named_buffers()), topology)  # the codebooks, under any strategy
+    used = torch.zeros(len(model.grids), model.num_codes, dtype=torch.float64, device=topology.device)
+    sums = torch.zeros(3, dtype=torch.float64, device=topology.device)  # squared error, PSNR, images
+    read = ImageReader(model.resolution, max_pixels=config.max_pixels)
+    batches = held_out_batches(config, run, resolve(config.data, "holdout"), read, config.evaluate_images)
+    for number, batch in enumerate(batches):
+        image, weight = to_float(batch["image"].to(topology.device)), batch["weight"].to(topology.device).double()
+        output = model(image)
+        error = (output.reconstruction.float().clamp(-1, 1) - image).square().flatten(1).mean(1).double()
+        psnr = psnr_of(error, peak=2, floor=1e-12)  # the values lie in [-1, 1]
+        sums += torch.stack([(error * weight).sum(), (psnr * weight).sum(), weight.sum()])
+        for level, codes in enumerate(output.codes):
+            used[level] += torch.bincount(codes[weight > 0].flatten(), minlength=model.num_codes)
+        if number == 0:
+            _draw(run, model, image[: config.grid_images], output, images_seen)
+    topology.all_reduce_(sums)
+    topology.all_reduce_(used)
+    yield "held_out/reconstruction_mse", float(sums[0] / sums[2])
+    yield "held_out/psnr", float(sums[1] / sums[2])
+    for name, counts in zip(model.level_names, used, strict=True):
+        yield f"held_out/used_codes/{name}", float((counts > 0).sum())
+        yield f"held_out/perplexity/{name}", float(perplexity(counts))
 
-    def __init__(self, config: TrainVQVAEConfig, resolution: int, run: runtime.Run):
-        self.every = config.evaluate_every
-        self._config, self._resolution, self._run = config, resolution, run
 
-    def run(self, model: nn.Module, images_seen: int) -> Iterator[tuple[str, float]]:
-        """Yields held_out/… figures, each over the whole held-out subset."""
-        topology, vqvae = self._run.topology, model
-        assert isinstance(vqvae, VQVAE)
-        assert_same_everywhere(dict(vqvae.named_buffers()), topology)  # the codebooks, under any strategy
-        names = level_names(len(vqvae.grids))
-        used = torch.zeros(len(names), vqvae.num_codes, dtype=torch.float64, device=topology.device)
-        sums = torch.zeros(3, dtype=torch.float64, device=topology.device)  # squared error, PSNR, images
-        pictured = False
-        for batch in self._batches():
-            image, weight = to_float(batch["image"].to(topology.device)), batch["weight"].to(topology.device).double()
-            output = vqvae(image)
-            error = (output.reconstruction.float().clamp(-1, 1) - image).square().flatten(1).mean(1).double()
-            psnr = psnr_of(error, peak=2, floor=1e-12)  # the values lie in [-1, 1]
-            sums += torch.stack([(error * weight).sum(), (psnr * weight).sum(), weight.sum()])
-            for level, codes in enumerate(output.codes):
-                used[level] += torch.bincount(codes[weight > 0].flatten(), minlength=vqvae.num_codes)
-            if not pictured:
-                self._picture(vqvae, image, output, images_seen)
-                pictured = True
-        topology.all_reduce_(sums)
-        topology.all_reduce_(used)
-        yield "held_out/reconstruction_mse", float(sums[0] / sums[2])
-        yield "held_out/psnr", float(sums[1] / sums[2])
-        for level, name in enumerate(names):
-            yield f"held_out/used_codes/{name}", float((used[level] > 0).sum())
-            yield f"held_out/perplexity/{name}", float(perplexity(used[level]))
-
-    def _batches(self) -> Iterator[Batch]:
-        config = self._config
-        read = ImageReader(self._resolution, flip=False, crop="center", seed=config.seed, max_pixels=config.max_pixels)
-        return held_out_batches(config, self._run, resolve(config.data, "holdout"), read, config.evaluate_images)
-
-    def _picture(self, vqvae: VQVAE, image: Tensor, output: VQVAEOutput, images_seen: int) -> None:
-        """Three rows: originals, reconstructions, and what the top level alone decodes to. Called by all ranks."""
-        count = min(self._config.grid_images, len(image))
-        rows = [image[:count], output.reconstruction[:count].float()]
-        if len(output.codes) > 1:
-            rows.append(vqvae.decode_top([output.codes[0][:count]]).float())
-        if not self._run.topology.is_main:
-            return
-        grid = make_grid((torch.cat(rows).clamp(-1, 1) + 1) / 2, nrow=count)
-        path = self._run.run_dir / "samples" / f"{images_seen:012d}.png"
-        try:
-            path.parent.mkdir(exist_ok=True)
-            save_image(grid, path)
-        except OSError as error:  # a full disk does not stop the run for a picture
-            runtime.log.warning("%s: a picture is lost: %s", path, error.strerror)
-        self._run.log_image("reconstructions", grid, images_seen)
+def _draw(run: runtime.Run, vqvae: VQVAE, images: Tensor, output: VQVAEOutput, images_seen: int) -> None:
+    """Three rows: originals, reconstructions, and what the top level alone decodes to. Called by all ranks."""
+    count = len(images)
+    rows = [images, output.reconstruction[:count].float()]
+    if len(output.codes) > 1:
+        rows.append(vqvae.decode_top([output.codes[0][:count]]).float())
+    if not run.topology.is_main:
+        return
+    grid = make_grid((torch.cat(rows).clamp(-1, 1) + 1) / 2, nrow=count)
+    path = run.run_dir / "samples" / f"{images_seen:012d}.png"
+    try:
+        path.parent.mkdir(exist_ok=True)
+        save_image(grid, path)
+    except OSError as error:  # a full disk does not stop the run for a picture
+        runtime.log.warning("%s: a picture is lost: %s", path, error.strerror)
+    run.log_image("reconstructions", grid, images_seen)
 
 
 def plan(config: TrainVQVAEConfig) -> str:
