@@ -200,6 +200,9 @@ def find_inputs(config: EvaluateConfig, device: torch.device) -> Inputs:
 
         return find(key, load)
 
+    def prior(name: str) -> Source | None:
+        return find(name, partial(model, name=name))
+
     def codes(split: str, images: int) -> DataSet | None:
         return data("codes", "extract_codes", split, min(images or MOST_CODES, MOST_CODES))
 
@@ -212,7 +215,7 @@ def find_inputs(config: EvaluateConfig, device: torch.device) -> Inputs:
         train_codes=(train_codes := codes("train", config.nll_train_images)),
         codes=codes("holdout", config.nll_images) if train_codes else None,
         vqvae=find("vqvae", partial(model, name="vqvae", checkpoint=config.checkpoint)),
-        priors=_present({level: find(name := f"prior_{level}", partial(model, name=name)) for level in level_names(3)}),
+        priors=_present({level: prior(f"prior_{level}") for level in level_names(3)}),
         classifiers=_present({name: find(f"classifier_{name}", classifier) for name in LEARNED_FROM}),
         weights={key: f"sha256:{sha256_of(path)}" for key, path in weights.items() if path.is_file()},
         absent=absent,
