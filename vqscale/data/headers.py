@@ -65,7 +65,7 @@ def _png_header(data: bytes) -> Header:
 def _jpeg_header(data: bytes) -> Header:
     """Walk the markers (ITU T.81, annex B) to the first scan. As in libjpeg, a marker begins at the next 0xFF and what
     lies before it is skipped."""
-    frame, exif = b"", None
+    frame = exif = b""
     offset = 2
     while (offset := data.find(b"\xff", offset)) >= 0:
         while data[offset : offset + 1] == b"\xff":  # fill bytes
@@ -80,13 +80,13 @@ def _jpeg_header(data: bytes) -> Header:
         body = data[offset + 2 : end]
         if marker in _JPEG_FRAMES:
             frame = frame or body
-        elif marker == _JPEG_APP1 and body.startswith(_EXIF_MARK) and exif is None:
-            exif = body
+        elif marker == _JPEG_APP1 and body.startswith(_EXIF_MARK):
+            exif = exif or body
         offset = max(end, offset + 2)
     if len(frame) < 6:
         raise DecodeError("a JPEG without a frame header")
     depth, height, width, components = struct.unpack_from(">BHHB", frame)
-    orientation = exif_orientation(exif or b"")
+    orientation = exif_orientation(exif)
     plain = depth == 8 and components in (1, 3) and orientation == 1 and data[2:3] == b"\xff"
     return Header("jpg", width, height, orientation, plain)
 

@@ -58,7 +58,7 @@ def finished(job: ShardJob) -> ShardInfo | None:
     return info if is_whole else None
 
 
-def pack_shard(job: ShardJob) -> ShardInfo:
+def pack_shard(job: ShardJob) -> None:
     """Do the job. Images that do not decode are skipped and listed; other errors leave nothing behind."""
     bad: list[dict[str, str]] = []
     with ShardWriter(job.tar) as writer:
@@ -66,8 +66,6 @@ def pack_shard(job: ShardJob) -> ShardInfo:
             made_progress()
             writer.write(item.key, {job.encoding.format: data, "cls": str(item.label).encode()})
         write_bad(job.bad_path, bad)  # before the tar appears: a finished shard has its list
-    assert writer.info is not None
-    return writer.info
 
 
 def write_bad(path: Path, bad: Sequence[dict[str, str]]) -> None:
