@@ -21,6 +21,7 @@ from pathlib import Path
 from vqscale.config import ReadsShards
 from vqscale.data.remote import RemoteFile, check_url
 from vqscale.data.shards import HashedFile, Manifest
+from vqscale.files import open_own
 from vqscale.text import redact_url
 
 _CHUNK = 1 << 20
@@ -268,7 +269,8 @@ def _make_room(shard: RemoteTar, part: int, ahead: bool) -> None:
 
     A shard that is needed now is let in even over the limit: `Cache.check_size` made that the exception.
     """
-    with _one_at_a_time(shard.cache.shards):
+    with open(shard.cache.shards / "lock", "w", opener=open_own) as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         files = dict(_files(shard.cache.shards))
         files.pop(shard._part, None)
         room = shard.cache.limit - shard.size - sum(file.st_size for file in files.values())
@@ -290,13 +292,3 @@ def _files(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
         if _OURS.fullmatch(path.name):
             with contextlib.suppress(FileNotFoundError):  # a part may be removed, or become a copy, meanwhile
                 yield path, path.lstat()
-
-
-@contextlib.contextmanager
-def _one_at_a_time(folder: Path) -> Iterator[None]:
-    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

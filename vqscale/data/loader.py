@@ -188,12 +188,7 @@ class TarDataset(Dataset):
 
 def collate(samples: Sequence[Mapping[str, Tensor | int]]) -> dict[str, Tensor]:
     """Stack tensors; integers become an int64 tensor [b]."""
-    return {
-        name: torch.stack([sample[name] for sample in samples])  # type: ignore[misc]
-        if isinstance(value, Tensor)
-        else torch.tensor([sample[name] for sample in samples])
-        for name, value in samples[0].items()
-    }
+    return {name: torch.stack([torch.as_tensor(sample[name]) for sample in samples]) for name in samples[0]}
 
 
 @dataclass

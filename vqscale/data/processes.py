@@ -7,6 +7,7 @@ that started it, and ignores stop signals, which its parent handles.
 import contextlib
 import multiprocessing
 import os
+import re
 import sys
 import threading
 import time
@@ -25,19 +26,15 @@ BEAT_SECONDS = 0.2  # a job's progress is passed on at most this often
 
 
 _Beat = Callable[[], Any]
-_REMEDIES = {
+_REMEDIES = {  # by a pattern of the reason
     "AF_UNIX path too long": "TMPDIR is too long for a socket, set it to a shorter path",
-    "open files": "raise the limit of open files (ulimit -n)",
-    "ancdata": "raise the limit of open files (ulimit -n)",
-    "space left": "free or enlarge the shared memory in /dev/shm (docker run --shm-size)",
+    "open files|ancdata": "raise the limit of open files (ulimit -n)",
+    "space left|Bus error": "free or enlarge the shared memory in /dev/shm (docker run --shm-size)",
     "exited unexpectedly": "free memory or the shared memory in /dev/shm (docker run --shm-size)",
-    "Bus error": "free or enlarge the shared memory in /dev/shm (docker run --shm-size)",
-    "allocate memory": "free memory",
-    "MemoryError": "free memory",
+    "allocate memory|MemoryError": "free memory",
     "temporary directory": "set TMPDIR to a folder that can be written",
     "such file": "make /dev/shm and TMPDIR folders that can be written",
-    "denied": "make /dev/shm and TMPDIR writable",
-    "Read-only": "make /dev/shm and TMPDIR writable",
+    "denied|Read-only": "make /dev/shm and TMPDIR writable",
 }
 _beat: _Beat | None = None  # of this process
 _last_beat = 0.0
@@ -57,7 +54,7 @@ def worker_failure(what: str, error: BaseException, instead: str) -> OSError:
     """The error of a process that cannot be started, or cannot send: what, the reason, the remedy, and what to do
     `instead`."""
     reason = " ".join(str(error).split()) or type(error).__name__
-    remedies = [f"{remedy}, or " for sign, remedy in _REMEDIES.items() if sign in reason]
+    remedies = [f"{remedy}, or " for sign, remedy in _REMEDIES.items() if re.search(sign, reason)]
     return OSError(f"{what}: {reason}; {''.join(remedies[:1])}{instead}")
 
 
