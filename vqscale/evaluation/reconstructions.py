@@ -66,7 +66,7 @@ class ReconstructionResults:
 def leave_out_reconstructions(bench: Bench, inputs: Inputs) -> None:
     """Without a VQ-VAE or reference images."""
     if why := inputs.absent.get("vqvae") or inputs.why_no_images():
-        bench.scores.leave_out(bench.scores.pending(keys_of("reconstruction")), why)
+        bench.scores.leave_out(keys_of("reconstruction"), why)
 
 
 def score_reconstructions(bench: Bench, inputs: Inputs) -> ReconstructionResults:

@@ -69,7 +69,7 @@ def leave_out_samples(bench: Bench, inputs: Inputs) -> None:
     scores, config = bench.scores, bench.config
     for key in ("samples", "reference"):
         if getattr(inputs, key) is None:
-            scores.leave_out(scores.pending(keys_of("samples")), inputs.absent[key])
+            scores.leave_out(keys_of("samples"), inputs.absent[key])
     if not scores.pending(keys_of("samples")):
         return
     if config.neighbours and inputs.training is None:
@@ -80,7 +80,7 @@ def leave_out_samples(bench: Bench, inputs: Inputs) -> None:
                 f"reference={config.reference}: holds moments of Inception features; use extractor=inception"
             )
         if inputs.reference.spatial is None:
-            scores.leave_out(scores.pending(["sfid"]), "the reference has no moments of spatial features")
+            scores.leave_out(["sfid"], "the reference has no moments of spatial features")
 
 
 def score_samples(bench: Bench, inputs: Inputs) -> SampleResults:

@@ -123,8 +123,8 @@ class Scores:
             self.by_key[key] = score
 
     def leave_out(self, names: Iterable[str], reason: str) -> None:
-        """These can't be computed. Raises ValueError if one of them was asked for by name."""
-        for name in (name for name in names if name in self._chosen):
+        """These can't be computed; the first reason stays. Raises ValueError if one of them was asked for by name."""
+        for name in self.pending(names):
             if self._by_name:
                 raise ValueError(f"metrics={name} cannot be computed: {reason}")
             self.left_out[name] = reason
