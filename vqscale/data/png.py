@@ -135,12 +135,9 @@ class Png:
     def _palette_on_white(self) -> UInt8[np.ndarray, "256 3"]:
         if not self.palette:
             raise DecodeError("a PNG of indexed colours without a palette")
-        colours = np.zeros((256, 3), np.uint8)
-        alphas = np.full((256, 1), 255, np.uint8)
-        stored = np.frombuffer(self.palette[: len(self.palette) // 3 * 3][:768], np.uint8).reshape(-1, 3)
-        colours[: len(stored)] = stored
-        stored_alphas = np.frombuffer(self.transparency[:256], np.uint8)
-        alphas[: len(stored_alphas), 0] = stored_alphas
+        whole = self.palette[: len(self.palette) // 3 * 3][:768]
+        colours = np.frombuffer(whole.ljust(768, b"\0"), np.uint8).reshape(256, 3)
+        alphas = np.frombuffer(self.transparency[:256].ljust(256, b"\xff"), np.uint8).reshape(256, 1)
         return _on_white(colours, alphas, 255)
 
 
