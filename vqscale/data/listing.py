@@ -218,14 +218,14 @@ def _labels_from_folders(
 def list_arrays(folder: str, part: str, names: Sequence[str] = ()) -> Listing:
     """The pictures of IDX files or CIFAR's batches: `part` is train | test, `names` the classes in the order of their
     numbers. Raises ValueError for a label beyond the names."""
-    items, largest = [], 0
+    items = []
     if not (files := array_files(folder, part)):
         raise ValueError(f"source folder {folder} holds no {part} part of a known data set of arrays")
     for name in files:
         labels = read_pictures(Path(folder, name)).labels
         digits, stem = len(str(len(labels) - 1)), name.split(".")[0]
         items += [Item(f"{stem}/{n:0{digits}d}", int(label), name, n) for n, label in enumerate(labels)]
-        largest = max(largest, int(labels.max()))
+    largest = max((item.label for item in items), default=-1)
     classes = tuple(names) or class_names(folder, largest + 1)
     check_class_names(classes, folder)
     if largest >= len(classes):
