@@ -16,6 +16,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from support.distributed import run_ranks, started
+from tqdm import tqdm
 
 from vqscale import runtime
 from vqscale.config import StageConfig
@@ -360,3 +361,15 @@ def test_a_damaged_record_of_an_earlier_run_does_not_matter(tiny: TinyConfig, na
     with runtime.run(tiny, "tiny") as run:
         run.check_inputs({"data": "sha256:1"})
         assert runtime.read_status(run.run_dir)["images_seen"] == 0
+
+
+def test_a_warning_takes_a_line_of_its_own_beside_a_progress_bar(
+    tiny: TinyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", screen)
+    with runtime.run(tiny, "tiny"), tqdm(total=2, desc="bar"):
+        runtime.log.warning("of a disk")
+    before, _, after = screen.getvalue().partition("of a disk")
+    assert "bar:" in before and before.rpartition("\r")[2] == ""
+    assert after.startswith("\n") and "bar:" in after

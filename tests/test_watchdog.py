@@ -1,5 +1,6 @@
 """A run that stands still ends in time, with every rank's stacks in the log."""
 
+import itertools
 import os
 import signal
 import time
@@ -13,6 +14,8 @@ from support.training import TinyConfig, train
 
 from vqscale import runtime
 from vqscale.data.processes import made_progress
+from vqscale.topology import bring_up
+from vqscale.watchdog import Watchdog
 
 SECONDS = 5
 
@@ -60,6 +63,26 @@ def test_ranks_that_stand_still_write_their_stacks_and_end(tmp_path: Path, how: 
     results = run_ranks(train, world, replace(settings(tmp_path), watchdog_seconds=600))
     consumed = sorted(p for r in results for p in r["consumed"])
     assert consumed == list(range(consumed[0], 160)) and 8 <= consumed[0] <= 40
+
+
+def _stand_still_together(folder: Path) -> None:
+    """All ranks' reports return at the same moment, as when a step that all wait for never ends."""
+    topology = bring_up(settings(folder))
+
+    def meet(_reason: str) -> None:
+        (folder / f"{topology.rank}.here").touch()
+        while len(list(folder.glob("*.here"))) < topology.world_size:
+            time.sleep(0.001)
+
+    counts = itertools.chain([0], itertools.repeat(1))  # some progress, then none
+    Watchdog(0.4, folder / f"{topology.rank}.log", topology, counts.__next__, meet)
+    _fall_asleep_here(60)
+
+
+def test_of_ranks_that_end_at_the_same_moment_one_ends_by_itself(tmp_path: Path) -> None:
+    with started(_stand_still_together, 3, tmp_path) as ranks:
+        codes = ranks.wait(60)
+    assert sorted(codes) == [-signal.SIGKILL, -signal.SIGKILL, 1]
 
 
 def test_a_run_that_makes_progress_is_left_alone(tmp_path: Path) -> None:

@@ -7,13 +7,14 @@ import argparse
 import difflib
 import importlib
 import os
+import signal
 import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from vqscale import __version__, config, fields, runtime, streams
+from vqscale import __version__, config, fields, runtime, streams, topology
 from vqscale.text import one_line, redact_url
 
 # Each stage module holds `Config` and `main`; the words are its line in the help.
@@ -151,4 +152,6 @@ def _report(error: Exception, debug: bool) -> None:
 def entry() -> None:
     """The `vqscale` command."""
     streams.install()
+    if parent := os.environ.pop(config.PARENT, ""):
+        topology.die_with_parent(int(parent), signal.SIGTERM)  # saves, and leaves the folder to the next start
     runtime.leave(main(sys.argv[1:]))

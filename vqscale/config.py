@@ -39,6 +39,7 @@ from vqscale.fields import (
 )
 
 RUNS = Path("runs")
+PARENT = "VQSCALE_PARENT"  # environment variable: the pid of the program with which a stage stops
 STRATEGIES = ("single", "ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3")
 _COMMAND_LINE = "command line"
 _LEFT_TO_YOU = "???"

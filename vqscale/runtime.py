@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from vqscale import config as configs
 from vqscale import progress, streams
@@ -68,6 +69,22 @@ class _LogFile(logging.StreamHandler):
         with contextlib.suppress(OSError):
             self.stream.close()
         super().close()
+
+
+class _Screen(logging.StreamHandler):
+    """Lines above the progress bar, not in it."""
+
+    def __init__(self) -> None:
+        super().__init__(sys.stderr)
+        self.setLevel(logging.INFO)
+        self.setFormatter(_OneLine())
+        self._pid = os.getpid()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # A forked worker has no bar, and the bar's lock may have been held when it was forked.
+        bar_away = tqdm.external_write_mode(self.stream) if os.getpid() == self._pid else contextlib.nullcontext()
+        with bar_away:
+            super().emit(record)
 
 
 class _OneLine(logging.Formatter):
@@ -225,10 +242,7 @@ class Run(Stoppable):
         log.propagate = False
         self._handlers = [_LogFile(self.run_dir / "log" / f"{self.topology.rank}.log")]
         if self.topology.is_main:
-            screen = logging.StreamHandler(sys.stderr)
-            screen.setLevel(logging.INFO)
-            screen.setFormatter(_OneLine())
-            self._handlers.append(screen)
+            self._handlers.append(_Screen())
         for handler in self._handlers:
             log.addHandler(handler)
 

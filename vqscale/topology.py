@@ -314,12 +314,15 @@ def _store(run_dir: str) -> dist.Store:
     return dist.PrefixStore(f"{run_dir}-attempt-{attempt}", store)
 
 
-def die_with_parent(parent: int = 0) -> None:
+def die_with_parent(parent: int = 0, number: signal.Signals = signal.SIGKILL) -> None:
     """A rank ends with its launcher (torchrun gives ranks sessions of their own, so they would train on as orphans), a
-    loader's worker with its rank, whose pid it is given. Raises OSError if the parent has already ended."""
+    loader's worker with its rank, whose pid it is given. Raises OSError if the parent has already ended.
+
+    number: what this process gets when its parent ends.
+    """
     was = parent or os.getppid()
     with contextlib.suppress(AttributeError):  # Linux alone has it
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
     if os.getppid() != was or (not parent and was == 1 and not _is_python(1)):
         raise OSError("the process that started this one has ended")
 

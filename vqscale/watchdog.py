@@ -7,6 +7,7 @@ rank's stacks there too.
 
 import contextlib
 import faulthandler
+import fcntl
 import logging
 import os
 import signal
@@ -21,7 +22,8 @@ from vqscale.files import open_to_append
 from vqscale.topology import Topology
 
 log = logging.getLogger("vqscale")
-_GRACE = 1.0  # seconds for the other ranks to write their stacks
+_TICK = 1.0  # seconds between looks at the count
+_GRACE = 3 * _TICK  # for the other ranks to write their stacks, and to see for themselves that they stand still
 _AT_MOST = 8.0  # seconds that the end itself may take
 _START_UP = 600.0  # extra seconds before the first progress: large models are read, verified, compiled
 
@@ -42,7 +44,9 @@ class Watchdog:
         self._log_file, self._rank = log_file, topology.rank
         self._file = open_to_append(log_file)  # faulthandler writes to it until `close`
         faulthandler.register(signal.SIGQUIT, self._file)
-        self._others = [_handle(pid) for pid in _pids_here(topology) if pid != os.getpid()]
+        here = _ranks_here(topology)
+        self._others = [_handle(pid) for _, pid in here if pid != os.getpid()]
+        self._lock_file = log_file.parent / f"{min(here)[0]}.log"  # the same for all ranks here
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
@@ -59,7 +63,7 @@ class Watchdog:
         self._file.close()
 
     def _watch(self) -> None:
-        tick = min(1.0, self._seconds / 4)
+        tick = min(_TICK, self._seconds / 4)
         last, still = self._progress(), -_START_UP
         while not self._closed.wait(tick):  # counted, not timed: a suspended machine does not stand still
             if (now := self._progress()) != last:
@@ -82,8 +86,19 @@ class Watchdog:
             print(f"vqscale: error on rank {self._rank}: {reason}", file=sys.stderr, flush=True)
         self._report(reason)
         time.sleep(_GRACE)
-        self._tell_others(signal.SIGKILL)
+        if self._is_first():
+            self._tell_others(signal.SIGKILL)
         os._exit(1)
+
+    def _is_first(self) -> bool:
+        """Whether this rank kills the others: one does, else each could be killed before it ends with status 1."""
+        try:
+            # Kept open to the end, and opened only now: no loader worker has a copy that would outlive this rank.
+            self._lock = open_to_append(self._lock_file)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            return not isinstance(error, BlockingIOError)  # a file system may have no locks
+        return True
 
     def _tell_others(self, number: signal.Signals) -> None:
         for handle in self._others:
@@ -91,10 +106,10 @@ class Watchdog:
                 signal.pidfd_send_signal(handle, number)
 
 
-def _pids_here(topology: Topology) -> list[int]:
-    """The ranks that this rank's launcher started on this machine."""
-    ranks = topology.gather((socket.gethostname(), os.getppid(), os.getpid()))
-    return [pid for *where, pid in ranks if where == [socket.gethostname(), os.getppid()]]
+def _ranks_here(topology: Topology) -> list[tuple[int, int]]:
+    """(rank, pid) of those that this rank's launcher started on this machine."""
+    ranks = topology.gather((socket.gethostname(), os.getppid(), topology.rank, os.getpid()))
+    return [(rank, pid) for *where, rank, pid in ranks if where == [socket.gethostname(), os.getppid()]]
 
 
 def _handle(pid: int) -> int:

@@ -51,36 +51,39 @@ def command(folder: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def stopped_and_done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, int, str, str]]:
-    """(the folder of the runs, the exit code of a start that was stopped, what the next two starts said)."""
+def stopped_and_done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, list[int], str, str]]:
+    """(runs, exit codes of a start that was stopped and of one that was killed, output of the next two)."""
     root = tmp_path_factory.mktemp("mein ö")
     folder = make_folder(root)
     runs = root / "runs" / "mein Satz"
-    first = subprocess.Popen(command(folder), cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    while first.poll() is None and not (runs / "train_vqvae" / "metrics.jsonl").is_file():
-        time.sleep(0.1)
-    first.send_signal(signal.SIGTERM)
-    first.communicate()
-    state = json.loads((runs / "train_vqvae" / "status.json").read_text())["state"]
-    assert state == "stopped"
+    metrics, codes = runs / "train_vqvae" / "metrics.jsonl", []
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        lines = metrics.read_text() if metrics.is_file() else ""
+        started = subprocess.Popen(command(folder), cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        while started.poll() is None and (not metrics.is_file() or metrics.read_text() == lines):
+            time.sleep(0.1)
+        started.send_signal(number)
+        started.communicate()  # to the end of its stage too, which writes to the same pipes
+        codes.append(started.returncode)
+        assert json.loads((runs / "train_vqvae" / "status.json").read_text())["state"] == "stopped"
     said = []
     for _ in range(2):
         ended = subprocess.run(command(folder), cwd=root, capture_output=True, text=True)
         assert ended.returncode == 0, ended.stderr
         said.append(ended.stdout)
-    yield runs, first.returncode, said[0], said[1]
+    yield runs, codes, said[0], said[1]
 
 
-def test_a_stop_request_is_passed_on_and_the_same_command_goes_on(
-    stopped_and_done: tuple[Path, int, str, str],
+def test_its_stage_stops_with_it_and_the_same_command_goes_on(
+    stopped_and_done: tuple[Path, list[int], str, str],
 ) -> None:
-    runs, code, again, _ = stopped_and_done
-    assert code == cli.EXIT_UNFINISHED
+    runs, codes, again, _ = stopped_and_done
+    assert codes == [cli.EXIT_UNFINISHED, -signal.SIGKILL]
     assert "[1/7] pack: done" in again and "[2/7] train_vqvae: about" in again
     assert json.loads((runs / "train_vqvae" / "command.json").read_text())["resumed_from"] > 0
 
 
-def test_it_ends_with_scores_a_report_and_the_next_command(stopped_and_done: tuple[Path, int, str, str]) -> None:
+def test_it_ends_with_scores_a_report_and_the_next_command(stopped_and_done: tuple[Path, list[int], str, str]) -> None:
     runs, _, said, _ = stopped_and_done
     assert json.loads((runs / "evaluate" / "scores.json").read_text())["nll/top"]["value"] > 0
     assert (runs / "evaluate" / "report.html").is_file() and (runs / "evaluate" / "samples.png").is_file()
@@ -91,13 +94,13 @@ def test_it_ends_with_scores_a_report_and_the_next_command(stopped_and_done: tup
     ]
 
 
-def test_a_chain_that_is_done_starts_nothing(stopped_and_done: tuple[Path, int, str, str]) -> None:
+def test_a_chain_that_is_done_starts_nothing(stopped_and_done: tuple[Path, list[int], str, str]) -> None:
     _, _, _, third = stopped_and_done
     assert [line.rpartition(": ")[2] for line in third.splitlines() if line.startswith("[")] == ["done"] * 7
 
 
 def test_a_step_whose_input_is_newer_is_not_taken_for_done(
-    stopped_and_done: tuple[Path, int, str, str], monkeypatch: pytest.MonkeyPatch
+    stopped_and_done: tuple[Path, list[int], str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs, *_ = stopped_and_done
     monkeypatch.chdir(runs.parent.parent)
@@ -125,7 +128,7 @@ def test_a_step_whose_input_is_newer_is_not_taken_for_done(
     ],
 )
 def test_what_does_not_fit_the_runs_that_are_there(
-    stopped_and_done: tuple[Path, int, str, str],
+    stopped_and_done: tuple[Path, list[int], str, str],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     words: list[str],
@@ -170,6 +173,27 @@ def test_a_stage_that_fails_ends_the_chain_by_name(
     assert "run.yaml: was damaged" in capsys.readouterr().err
 
 
+def test_a_short_training_is_said_to_be_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = make_folder(tmp_path)
+    run_yaml = tmp_path / "runs" / folder.name / "run.yaml"
+    run_yaml.parent.mkdir(parents=True)
+    kept = "source: x\nminutes: 2\nsteps: {}\n"
+    run_yaml.write_text(kept + "minutes_in_full: {train_vqvae: 30.4, train_prior_top: 61.0}\n")
+    run._tell_results(run.Chain(folder, run.RunConfig()), [7.0])
+    said = capsys.readouterr().out
+    assert "hardly learned; minutes=7 would" in said
+    assert "a first look: as the configs are, without minutes=, training takes about 91 minutes" in said
+    run_yaml.write_text(kept)
+    run._tell_results(run.Chain(folder, run.RunConfig()), [2.1])
+    assert "note" not in capsys.readouterr().out
+    run_yaml.write_text(kept + "minutes_in_full: 3\n")
+    with pytest.raises(ValueError, match="was damaged"):
+        run.Chain(folder, run.RunConfig())
+
+
 def words_of(size: sizing.Size) -> dict[str, str]:
     return dict(word.split("=") for word in size.words)
 
@@ -194,6 +218,7 @@ def test_less_time_gives_a_narrower_model_and_less_training(
     assert int(words["model.hidden"]) == hidden and words["model.quantizer.num_codes"] == "128"
     assert size.seconds <= 200 and int(words["total_images"]) <= 96_000
     assert (size.share >= 1) == bool(share)
+    assert size.in_full == pytest.approx(96_000 * cost)
     assert load(sizing.TRAINERS["train_vqvae"].Config, path, size.words).model.hidden == hidden
 
 

@@ -4,6 +4,7 @@ In: an experiment's folder, a folder of pictures, minutes.  Out: `runs/<experime
 `run.yaml` there keeps what was chosen for the time there is. Run again, it goes on where it was.
 """
 
+import os
 import re
 import shlex
 import signal
@@ -18,7 +19,7 @@ from typing import Annotated, Any
 import yaml
 
 from vqscale import config as configs
-from vqscale.config import RUNS, Request, StageConfig, changes, read_request
+from vqscale.config import PARENT, RUNS, Request, StageConfig, changes, read_request
 from vqscale.fields import Choice, Name, NonNegativeFloat, PathText, read_text
 from vqscale.files import write_atomically
 from vqscale.rundir import damage_of, holds_outputs, read_status
@@ -131,22 +132,27 @@ class Chain:
 
 @dataclass
 class Choices:
-    """`run.yaml`: what was asked for, and the words that were chosen for each step."""
+    """`run.yaml`: what was asked for, and the words that were chosen for each step.
+
+    in_full: minutes that a step would take as its config is.
+    """
 
     path: Path
     source: str
     minutes: float
     words: dict[str, list[str]]
+    in_full: dict[str, float]
 
     @classmethod
     def load(cls, path: Path, config: RunConfig) -> "Choices":
         """Raises ValueError where the runs were begun with other pictures or for another time."""
         if not path.is_file():
-            return cls(path, config.source, config.minutes, {})
+            return cls(path, config.source, config.minutes, {}, {})
         try:
             kept: dict[str, Any] = read_text(path.read_text(encoding="utf-8"))
-            earlier = cls(path, str(kept["source"]), float(kept["minutes"]), dict(kept["steps"]))
-        except (ValueError, TypeError, KeyError) as error:
+            in_full = {name: float(minutes) for name, minutes in kept.get("minutes_in_full", {}).items()}
+            earlier = cls(path, str(kept["source"]), float(kept["minutes"]), dict(kept["steps"]), in_full)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path}: was damaged ({error}); remove it to choose anew") from None
         for key in ("source", "minutes"):
             was, now = getattr(earlier, key), getattr(config, key)
@@ -157,17 +163,19 @@ class Choices:
                 )
         return earlier
 
-    def add(self, name: str, words: list[str]) -> None:
-        self.words[name] = words
+    def add(self, name: str, size: sizing.Size) -> None:
+        self.words[name] = size.words
+        self.in_full[name] = round(size.in_full / 60, 1)
         self.save()
 
     def save(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = {"source": self.source, "minutes": self.minutes, "steps": self.words}
+        kept = {"source": self.source, "minutes": self.minutes, "steps": self.words, "minutes_in_full": self.in_full}
         header = "# What `vqscale run` chose; the same command goes on with it.\n"
         write_atomically(self.path, header + yaml.safe_dump(kept, sort_keys=False, allow_unicode=True))
 
 
+_ENOUGH = 1.2  # times the time there is: a training that needs no more than this has learned something
 _SIZED = (*sizing.TRAINERS, "sample", "evaluate")
 
 
@@ -236,7 +244,7 @@ def _expected(chain: Chain, step: Step, clock: Clock, needed: list[float]) -> st
         size = sizing.size_trainer(step.stage, path, words, seconds)
     if size.share < 1:
         needed.append(chain.choices.minutes / size.share)
-    chain.choices.add(step.name, size.words)
+    chain.choices.add(step.name, size)
     shown = " ".join(word for word in size.words if word.startswith(("model.", "total_", "global_", "samples_per")))
     return f"about {max(size.seconds or seconds, 60) / 60:.0f} min; {shown}".rstrip("; ")
 
@@ -276,7 +284,8 @@ class Programs:
         """Raises Stopped if the stage was stopped, ValueError if it failed."""
         if self._asked:
             raise Stopped(self._asked)
-        self._running = subprocess.Popen([sys.executable, "-m", "vqscale", step.stage, *words])
+        started_here = os.environ | {PARENT: str(os.getpid())}
+        self._running = subprocess.Popen([sys.executable, "-m", "vqscale", step.stage, *words], env=started_here)
         code = self._running.wait()
         self._running = None
         if code == EXIT_UNFINISHED or (code and self._asked):
@@ -293,6 +302,9 @@ def _tell_results(chain: Chain, needed: Sequence[float]) -> None:
             config: Any = chain.config_of(step)
             _say(f"picture: {config.picture or Path(config.run_dir) / 'samples.png'}")
             _say(f"report:  {Path(config.run_dir) / 'report.html'}")
-    if needed:
+    if max(needed, default=0.0) > _ENOUGH * chain.choices.minutes:
         _say(f"note:    these models have hardly learned; minutes={max(needed):.0f} would give them a short training")
+    in_full = sum(chain.choices.in_full.values())
+    if in_full > chain.choices.minutes:
+        _say(f"note:    a first look: as the configs are, without minutes=, training takes about {in_full:.0f} minutes")
     _say(f"next: vqscale export {shlex.quote(str(chain.root))} {shlex.quote(str(Path('out') / chain.name))}")

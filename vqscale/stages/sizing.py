@@ -41,11 +41,15 @@ _SAMPLES = 400  # enough to look at and for a first FID; evaluation takes as lon
 
 @dataclass(frozen=True)
 class Size:
-    """Words for the stage, the seconds that it will take, and the share of the least useful training that it is."""
+    """Words for the stage, the seconds that it will take, and the share of the least useful training that it is.
+
+    in_full: seconds that it would take as its config is.
+    """
 
     words: list[str]
     seconds: float
     share: float = 1.0
+    in_full: float = 0.0
 
 
 def size_trainer(stage: str, path: Path, words: Sequence[str], seconds: float) -> Size:
@@ -55,10 +59,10 @@ def size_trainer(stage: str, path: Path, words: Sequence[str], seconds: float) -
     """
     seconds = max(seconds - _START, 1.0)
     config = load(TRAINERS[stage].Config, path, words)
-    narrowed: list[str] = []
+    narrowed, costs = list[str](), list[float]()
     for divisor in _NARROWER:
         narrowed = _narrowed(stage, config.model, divisor)
-        cost = seconds_per_image(stage, path, [*words, "threads=0", *narrowed])
+        costs.append(cost := seconds_per_image(stage, path, [*words, "threads=0", *narrowed]))
         if seconds / cost >= STEPS[stage] * min(_BATCHES[-1], config.global_batch):
             break
     num_images = Manifest.load(resolve(config.data, "train")).num_samples
@@ -68,7 +72,8 @@ def size_trainer(stage: str, path: Path, words: Sequence[str], seconds: float) -
     total = max(1, int(images / batch)) * batch
     own = {"train_vqvae": _of_vqvae, "train_prior": _of_prior}.get(stage, lambda *_: [])(config, num_images)
     chosen = ["threads=0", *narrowed, *_schedule(total, batch, config), *own]
-    return Size(chosen, total * cost + _START, seconds / cost / (STEPS[stage] * smallest))
+    share = seconds / cost / (STEPS[stage] * smallest)
+    return Size(chosen, total * cost + _START, share, in_full=config.total_images * costs[0])
 
 
 def _narrowed(stage: str, model: Any, divisor: int) -> list[str]:
