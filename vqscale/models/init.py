@@ -5,8 +5,8 @@ In: a module whose tensors exist (memory of any content, as after `to_empty`, is
 Each tensor is drawn whole, in float32, on the CPU, from a generator of its own, then copied to where it lives; of a
 DTensor the rank keeps its part.  The rule is found per module, first match first:
 
-1. normalisation layers: weight 1, bias 0;
-2. any `bias`: 0;
+1. any `bias`: 0;
+2. normalisation layers: weight 1;
 3. `nn.Embedding`: normal with standard deviation `init_scale`;
 4. any other tensor of two or more dimensions: normal with standard deviation `init_scale` / sqrt(fan-in).
 
@@ -55,11 +55,10 @@ def initialise(model: nn.Module, seed: int) -> None:
 
 def _draw(module: nn.Module, path: str, shape: torch.Size, rng: torch.Generator) -> Tensor:
     """One whole float32 tensor on the CPU by the module's rule. Raises TypeError where there is none."""
-    name = path.rpartition(".")[2]
-    if isinstance(module, _NORMS):
-        return torch.zeros(shape) if name == "bias" else torch.ones(shape)
-    if "bias" in name:
+    if "bias" in path.rpartition(".")[2]:
         return torch.zeros(shape)
+    if isinstance(module, _NORMS):
+        return torch.ones(shape)
     scale = float(getattr(module, "init_scale", 1.0))
     if isinstance(module, nn.Embedding):
         return torch.randn(shape, generator=rng) * scale

@@ -213,7 +213,8 @@ class VectorQuantizer(nn.Module):
 
     def _average(self, counts: Tensor, sums: Tensor) -> None:
         """N <- gN + (1-g)n;  m <- gm + (1-g) sum z;  e = m / N;  g the decay (2017, appendix A.1, equations 6-8)."""
-        new = 1 - self._decay()
+        rising = self.updates / (self.config.decay_warmup - 1 + self.updates)  # updates counts this one already
+        new = 1 - rising.clamp_max(self.config.decay)
         self.cluster_size.lerp_(counts, new)
         if self.config.codebook == "gradient":  # the codes follow the gradient; the averages only measure their use
             self.cluster_size.clamp_min_(_TINY)
@@ -244,11 +245,6 @@ class VectorQuantizer(nn.Module):
             buffer[codes] = torch.where(restart[:, None], value, buffer[codes])
         self.cluster_size[codes] = torch.where(restart, size, self.cluster_size[codes])
         return restart.sum()
-
-    def _decay(self) -> Tensor:
-        """gamma of this update, a scalar on the device."""
-        rising = self.updates / (self.config.decay_warmup - 1 + self.updates)  # updates counts this one already
-        return rising.clamp_max(self.config.decay)
 
     def _gradient_step(self, counts: Tensor, sums: Tensor, vectors: int, learning_rate: float) -> None:
         """Adam on the codebook loss, the mean of (sg[z] - e)^2 over the N x D elements (2017, equation 3)."""
