@@ -104,25 +104,26 @@ def load(cls: type[C], path: str | Path, overrides: Sequence[str] = ()) -> C:
     written, given = _read_yaml(path), _read_words(cls, overrides)
     _check_keys(cls, written, str(path))
     texts = _resolved(as_dict(cls), {"experiment": _folder_name(path)} | _merged(written, given), str(path))
-    _check_complete(texts, path)
-    values = _typed(cls, texts, lambda key: _COMMAND_LINE if _is_given(key, overrides) else str(path))
-    config = _made(cls, {**values, "experiment": values["experiment"] or _folder_name(path)}, str(path))
-    inputs = [(key.name, key.run_of) for key in keys_of(cls) if key.run_of]
+    if missing := sorted(key for key, value in flatten(texts) if value == _LEFT_TO_YOU):
+        raise ValueError(f"{path}: {missing[0]} is left to you: add {missing[0]}=… to the command")
+    config = _made(cls, texts, lambda key: _COMMAND_LINE if _is_given(key, overrides) else str(path))
+    experiment = config.experiment or _folder_name(path)
+    stages = {"run_dir": path.stem} | {key.name: key.run_of for key in keys_of(cls) if key.run_of}
     runs: dict[str, Any] = {
-        key: str(_default_run(config.experiment, stage)) for key, stage in [("run_dir", path.stem), *inputs]
+        key: str(_default_run(experiment, stage)) for key, stage in stages.items() if not getattr(config, key)
     }
-    return dataclasses.replace(config, **{key: run for key, run in runs.items() if not getattr(config, key)})
+    return dataclasses.replace(config, experiment=experiment, **runs)
 
 
 def from_dict(cls: type[Any], values: Mapping[str, Any], where: str) -> Any:
     """A (nested) config dataclass back from `as_dict`; nothing in it is resolved. Raises ValueError as `load` does."""
     _check_keys(cls, values, where)
-    return _made(cls, _typed(cls, values, lambda _: where), where)
+    return _made(cls, values, lambda _: where)
 
 
 def from_words(cls: type[T], words: Sequence[str]) -> T:
     """A config dataclass from `key=value` words alone. Raises ValueError as `load` does."""
-    return _made(cls, _typed(cls, _read_words(cls, words), lambda _: _COMMAND_LINE), _COMMAND_LINE)
+    return _made(cls, _read_words(cls, words), lambda _: _COMMAND_LINE)
 
 
 class Peeked(NamedTuple):
@@ -241,34 +242,22 @@ def _as_text(value: Any) -> Any:
     return [_as_text(one) for one in value] if isinstance(value, list) else str(value)
 
 
-def _check_complete(texts: dict[str, Any], path: Path) -> None:
-    for key in sorted(key for key, value in flatten(texts) if value == _LEFT_TO_YOU):
-        raise ValueError(f"{path}: {key} is left to you: add {key}=… to the command")
-
-
-def _typed(cls: Any, tree: Mapping[str, Any], where: Callable[[str], str], prefix: str = "") -> dict[str, Any]:
+def _made(cls: Any, tree: Mapping[str, Any], where: Callable[[str], str], prefix: str = "") -> Any:
+    """The config of a tree of what was written; `where` says who wrote a key."""
     values: dict[str, Any] = {}
     for key, value in tree.items():
         hint, name = hints_of(cls)[key], f"{prefix}{key}"
+        if is_config(hint):
+            values[key] = _made(hint, value, where, f"{name}.")
+            continue
         try:
-            nested = is_config(hint)
-            values[key] = _typed(hint, value, where, f"{name}.") if nested else convert(hint, value)
+            values[key] = convert(hint, value)
         except ValueError as error:
-            raise error if nested else ValueError(f"{where(name)}: {name}={shown(value)}: {error}") from None
-    return values
-
-
-def _made(cls: type[T], values: Mapping[str, Any], where: str) -> T:
+            raise ValueError(f"{where(name)}: {name}={shown(value)}: {error}") from None
     try:
-        return _replaced(cls(), values)
+        return cls(**values)
     except ValueError as error:  # a dataclass's own __post_init__
-        raise ValueError(f"{where}: {error}") from None
-
-
-def _replaced(config: Any, values: Mapping[str, Any]) -> Any:
-    nested = {key for key in values if is_config(getattr(config, key))}
-    changed = {key: _replaced(getattr(config, key), value) if key in nested else value for key, value in values.items()}
-    return dataclasses.replace(config, **changed)
+        raise ValueError(f"{where('')}: {error}") from None
 
 
 def _folder_name(path: Path) -> str:

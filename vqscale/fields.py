@@ -17,7 +17,7 @@ import re
 import reprlib
 import types
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from functools import cache
@@ -51,14 +51,11 @@ class Range:
         return " and ".join(f"{word} {limit:g}" for word, limit in words.items() if limit is not None) or "finite"
 
 
-@dataclass(frozen=True, init=False)
 class Choice:
     """The words that a key takes; `""` stands for the default that the comment beside the field names."""
 
-    words: tuple[str, ...]
-
     def __init__(self, *words: str):
-        object.__setattr__(self, "words", words)
+        self.words = words
 
     def check(self, value: str) -> None:
         if value not in self.words:
@@ -135,8 +132,8 @@ def convert(hint: Any, value: Any) -> Any:
             converted = os.path.expanduser(converted)
         else:
             mark.check(converted)
-    if not marks:
-        _check_finite(converted)
+    if not marks and isinstance(converted, float) and not math.isfinite(converted):
+        raise ValueError("takes a finite number")
     return converted
 
 
@@ -174,20 +171,12 @@ def to_int(value: Any) -> int:
 
 def to_float(value: Any) -> float:
     text = re.sub(r"^([+-]?)\.(?=nan|inf)", r"\1", str(value).lower())  # YAML writes .nan and .inf
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-        if text not in ("nan", "+nan", "-nan"):
-            raise ValueError("takes a number") from None
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise ValueError("takes a number")
-    return number
-
-
-def _check_finite(value: Any) -> None:
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError("takes a finite number")
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError("takes a number") from None
 
 
 def _to_text(value: Any) -> str:
@@ -260,12 +249,9 @@ def keys_of(cls: Any, prefix: str = "") -> Iterator[Key]:
 
 
 def _own_fields_first(cls: Any) -> list[Any]:
-    by_class = {name: depth for depth, base in reversed([*enumerate(cls.__mro__)]) for name in _declared(base)}
+    bases = reversed([*enumerate(cls.__mro__)])
+    by_class = {name: depth for depth, base in bases for name in inspect.get_annotations(base)}
     return sorted(dataclasses.fields(cls), key=lambda f: by_class[f.name])
-
-
-def _declared(cls: Any) -> Iterable[str]:
-    return cls.__dict__.get("__annotations__", ())
 
 
 def is_config(value: Any) -> bool:
