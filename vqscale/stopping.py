@@ -31,6 +31,17 @@ class Leave(Exception):
     """Work is left early because the run was asked to stop."""
 
 
+@contextlib.contextmanager
+def handling(numbers: Iterable[signal.Signals], handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Inside, these signals call `handler`."""
+    previous = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, earlier in previous.items():
+            signal.signal(number, earlier)
+
+
 class Stoppable:
     """What asks a run to stop, and the ways in which its work can notice.
 
@@ -44,15 +55,9 @@ class Stoppable:
         self._stop_file_checked = 0.0
         self._on_progress = on_progress
 
-    @contextlib.contextmanager
-    def signals_caught(self) -> Iterator[None]:
+    def signals_caught(self) -> contextlib.AbstractContextManager[None]:
         """Inside, the signals of `SIGNALS` are stop requests, save those that the program was started to ignore."""
-        previous = {number: signal.signal(number, self._on_signal) for number in SIGNALS if not _is_ignored(number)}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+        return handling([number for number in SIGNALS if not _is_ignored(number)], self._on_signal)
 
     def _on_signal(self, number: int, _frame: Any) -> None:
         if number == signal.SIGINT and self._stop_reason:

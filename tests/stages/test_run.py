@@ -224,7 +224,7 @@ def test_less_time_gives_a_narrower_model_and_less_training(
 
 @pytest.mark.parametrize("name", ["train_vqvae", "train_prior_top", "train_prior_bottom", "train_classifier_real"])
 def test_every_trainer_can_be_measured_and_takes_the_words(chain: Path, name: str) -> None:
-    stage = run.Step(name, (), 1).stage
+    (stage,) = [step.stage for step in run._CHAIN if step.name == name]
     size = sizing.size_trainer(stage, CONFIGS / f"{name}.yaml", ["device=cpu"], 30)
     assert 0 < size.seconds <= 31 and size.share > 0
     assert load(sizing.TRAINERS[stage].Config, CONFIGS / f"{name}.yaml", size.words).total_images > 0

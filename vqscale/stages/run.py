@@ -5,7 +5,6 @@ In: an experiment's folder, a folder of pictures, minutes.  Out: `runs/<experime
 """
 
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -25,6 +24,7 @@ from vqscale.files import write_atomically
 from vqscale.rundir import damage_of, holds_outputs, read_status
 from vqscale.runtime import Stopped
 from vqscale.stages import evaluate, extract_codes, pack, sample, sizing
+from vqscale.stopping import handling
 
 USAGE = "CONFIG_FOLDER [source=DIR] [experiment=NAME] [minutes=N] [device=cpu]"
 EXIT_UNFINISHED = 75
@@ -37,34 +37,28 @@ _MODULES: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Step:
-    """A config of the chain: those that it reads from, and its share of the time."""
+    """A config of the chain: its stage, the configs that it reads from, and its share of the time."""
 
     name: str
+    stage: str
     reads: tuple[str, ...]
     weight: float
 
-    @property
-    def stage(self) -> str:
-        return re.sub("_(top|middle|bottom|real|reconstructions|samples)$", "", self.name)
-
 
 _PRIORS = ("train_prior_top", "train_prior_middle", "train_prior_bottom")
+_CLASSIFIERS = ("train_classifier_real", "train_classifier_reconstructions", "train_classifier_samples")
 _CHAIN = (
-    Step("pack", (), 2),
-    Step("train_vqvae", ("pack",), 25),
-    Step("extract_codes", ("train_vqvae",), 3),
-    Step("train_prior_top", ("extract_codes",), 20),
-    Step("train_prior_middle", ("extract_codes",), 22),
-    Step("train_prior_bottom", ("extract_codes",), 29),
-    Step("train_classifier_real", ("pack",), 2),
-    Step("train_classifier_reconstructions", ("train_vqvae",), 2),
-    Step("sample", (*_PRIORS, "train_classifier_real"), 7),
-    Step("train_classifier_samples", ("sample",), 2),
-    Step(
-        "evaluate",
-        ("sample", *(f"train_classifier_{of}" for of in ("real", "reconstructions", "samples"))),
-        9,
-    ),
+    Step("pack", "pack", (), 2),
+    Step("train_vqvae", "train_vqvae", ("pack",), 25),
+    Step("extract_codes", "extract_codes", ("train_vqvae",), 3),
+    Step("train_prior_top", "train_prior", ("extract_codes",), 20),
+    Step("train_prior_middle", "train_prior", ("extract_codes",), 22),
+    Step("train_prior_bottom", "train_prior", ("extract_codes",), 29),
+    Step("train_classifier_real", "train_classifier", ("pack",), 2),
+    Step("train_classifier_reconstructions", "train_classifier", ("train_vqvae",), 2),
+    Step("sample", "sample", (*_PRIORS, "train_classifier_real"), 7),
+    Step("train_classifier_samples", "train_classifier", ("sample",), 2),
+    Step("evaluate", "evaluate", ("sample", *_CLASSIFIERS), 9),
 )
 
 
@@ -114,19 +108,22 @@ class Chain:
     def config_of(self, step: Step) -> StageConfig:
         return configs.load(_MODULES[step.stage].Config, self.path(step), self.words(step))
 
+    def status_of(self, step: Step) -> dict[str, Any]:
+        return read_status(Path(self.config_of(step).run_dir))
+
+    def awaits_size(self, step: Step) -> bool:
+        """Whether its size is still to be chosen for the time there is."""
+        return bool(self.choices.minutes) and step.stage in _SIZED and step.name not in self.choices.words
+
     def is_current(self, step: Step) -> bool:
         """Whether the step is done, with this config, after everything that it reads from."""
-        if self.choices.minutes and step.name not in self.choices.words and step.stage in _SIZED:
-            return False
-        config = self.config_of(step)
+        config, status = self.config_of(step), self.status_of(step)
         run_dir = Path(config.run_dir)
-        status = read_status(run_dir)
-        if status.get("state") != "done" or damage_of(run_dir) or not holds_outputs(run_dir):
+        if self.awaits_size(step) or status.get("state") != "done":
             return False
-        if any(changes(config, run_dir / "config.yaml").values()):
+        if damage_of(run_dir) or not holds_outputs(run_dir) or any(changes(config, run_dir / "config.yaml").values()):
             return False
-        earlier = [other for other in self.steps if other.name in step.reads]
-        ended = [read_status(Path(self.config_of(other).run_dir)).get("time", 0.0) for other in earlier]
+        ended = [self.status_of(other).get("time", 0.0) for other in self.steps if other.name in step.reads]
         return not self.started & {*step.reads} and all(end <= status.get("time", 0.0) for end in ended)
 
 
@@ -190,8 +187,9 @@ def main(request: Request[RunConfig]) -> None:
     _say(f"{chain.folder} -> {chain.root}: {len(chain.steps)} stages{limit}")
     if others := sorted({path.name for path in chain.folder.glob("*.yaml")} - {f"{step.name}.yaml" for step in _CHAIN}):
         _say(f"not part of the chain: {', '.join(others)}")
-    clock, needed = Clock(chain, begun), list[float]()
-    with Programs() as programs:
+    clock, needed, programs = Clock(chain, begun), list[float](), Programs()
+    heard = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores HUP
+    with handling(heard, programs.on_signal):
         for number, step in enumerate(chain.steps, 1):
             head = f"[{number}/{len(chain.steps)}] {step.name}"
             if chain.is_current(step):
@@ -213,8 +211,7 @@ class Clock:
 
     def __init__(self, chain: Chain, begun: float):
         self._chain, self._begun = chain, begun
-        run_dirs = {step.name: Path(chain.config_of(step).run_dir) for step in chain.steps}
-        self.done = {name for name, run_dir in run_dirs.items() if read_status(run_dir).get("state") == "done"}
+        self.done = {step.name for step in chain.steps if chain.status_of(step).get("state") == "done"}
         self._before = self._weight(self.done) / self._weight({step.name for step in chain.steps})
 
     def _weight(self, names: set[str]) -> float:
@@ -230,12 +227,9 @@ class Clock:
 
 def _expected(chain: Chain, step: Step, clock: Clock, needed: list[float]) -> str:
     """How long the step will take, in words; with a time limit, its size is chosen first."""
-    if step.stage not in _SIZED:
-        return "begins"
-    words, path = chain.words(step), chain.path(step)
-    if not chain.choices.minutes or step.name in chain.choices.words:
-        return _estimate(step, path, words)
-    seconds = clock.seconds(step)
+    if not chain.awaits_size(step):
+        return _estimate(chain, step)
+    words, path, seconds = chain.words(step), chain.path(step), clock.seconds(step)
     if step.stage == "sample":
         size = sizing.size_samples(path, words, seconds)
     elif step.stage == "evaluate":
@@ -249,33 +243,24 @@ def _expected(chain: Chain, step: Step, clock: Clock, needed: list[float]) -> st
     return f"about {max(size.seconds or seconds, 60) / 60:.0f} min; {shown}".rstrip("; ")
 
 
-def _estimate(step: Step, path: Path, words: Sequence[str]) -> str:
+def _estimate(chain: Chain, step: Step) -> str:
     if step.stage not in sizing.TRAINERS:
         return "begins"
-    config: Any = configs.load(_MODULES[step.stage].Config, path, words)
-    seen = int(read_status(Path(config.run_dir)).get("images_seen", 0))
-    seconds = (config.total_images - seen) * sizing.seconds_per_image(step.stage, path, words)
+    config: Any = chain.config_of(step)
+    left = config.total_images - int(chain.status_of(step).get("images_seen", 0))
+    seconds = left * sizing.seconds_per_image(step.stage, chain.path(step), chain.words(step))
     return f"about {max(seconds, 60) / 60:.0f} min"
 
 
 class Programs:
-    """Runs stages as programs of their own and, inside `with`, passes stop requests on to them."""
+    """Runs stages as programs of their own, and passes stop requests on to them."""
 
     def __init__(self) -> None:
         self._asked = ""
         self._running: subprocess.Popen[bytes] | None = None
-        self._previous: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> "Programs":
-        heard = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores HUP
-        self._previous = {number: signal.signal(number, self._on_signal) for number in heard}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _on_signal(self, number: int, _frame: Any) -> None:
+    def on_signal(self, number: int, _frame: Any) -> None:
+        """Ask the stage that runs to stop."""
         self._asked = signal.Signals(number).name
         if self._running is not None:
             self._running.send_signal(signal.SIGTERM)

@@ -3,7 +3,6 @@
 In: a stage's config, seconds.  Out: `key=value` words for it, from a few steps of the real model on this machine.
 """
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from vqscale.data.shards import Manifest, resolve
 from vqscale.models.init import initialise
 from vqscale.sources import build
 from vqscale.stages import evaluate, plan, sample, train_classifier, train_prior, train_vqvae
+from vqscale.topology import cores
 
 TRAINERS: dict[str, Any] = {
     "train_vqvae": train_vqvae,
@@ -31,6 +31,11 @@ STEPS = {
 }  # fewer steps teach it hardly anything
 _BATCHES = (64, 32, 16)
 _NARROWER = (1, 2, 4)  # what the widths are divided by
+_LEAST_WIDTHS = {
+    "train_vqvae": {"hidden": 32, "residual_hidden": 16},
+    "train_prior": {"hidden": 32, "residual": 32},
+    "train_classifier": {"hidden": 16},
+}
 _EPOCHS = {"train_vqvae": 1_000, "train_prior": 200, "train_classifier": 100}  # more would only repeat a small data set
 _OVERHEAD = (
     1.35  # of a training step over its forward and backward pass: data, codebooks, EMA, evaluations, checkpoints
@@ -77,13 +82,7 @@ def size_trainer(stage: str, path: Path, words: Sequence[str], seconds: float) -
 
 
 def _narrowed(stage: str, model: Any, divisor: int) -> list[str]:
-    if stage == "train_vqvae":
-        widths = {"hidden": 32, "residual_hidden": 16}
-    elif stage == "train_prior":
-        widths = {"hidden": 32, "residual": 32}
-    else:
-        widths = {"hidden": 16}
-    heads = model.heads if stage == "train_prior" else 1
+    heads, widths = getattr(model, "heads", 1), _LEAST_WIDTHS[stage]
     return [f"model.{key}={_narrow(getattr(model, key), divisor, least, heads)}" for key, least in widths.items()]
 
 
@@ -125,13 +124,15 @@ def _of_prior(config: Any, _num_images: int) -> list[str]:
 def seconds_per_image(stage: str, path: Path, words: Sequence[str]) -> float:
     """Of training, measured on this machine with the model of this config; the data set must be there."""
     config: Any = load(TRAINERS[stage].Config, path, words)
-    torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(config.threads or cores())
     batch = min(32, config.global_batch)
-    model: Any = build(_description(stage, config, path))
+    request = plan.Request(plan.PlanConfig(), stage, config, path)
+    description = _description(request)
+    model: Any = build(description)
     initialise(model, config.seed)
     model.train().to(_device(config.device))
     optimizer = torch.optim.AdamW(model.parameters())
-    step = _step(stage, config, model, batch, path)
+    step = _step(request, description, model, batch)
 
     def train_once() -> None:
         step().backward()
@@ -157,30 +158,27 @@ def _device(asked: str) -> torch.device:
     return torch.device("cuda" if asked == "cuda" or (asked == "auto" and torch.cuda.is_available()) else "cpu")
 
 
-def _request(stage: str, config: Any, path: Path) -> plan.Request:
-    return plan.Request(plan.PlanConfig(), stage, config, path)
+def _description(request: plan.Request) -> dict[str, Any]:
+    if request.stage == "train_classifier":
+        manifest = Manifest.load(resolve(request.trainer.data, "train"))
+        return train_classifier.model_description(request.trainer, manifest, None, None)
+    return plan.describe(request)[0]
 
 
-def _description(stage: str, config: Any, path: Path) -> dict[str, Any]:
-    if stage == "train_classifier":
-        manifest = Manifest.load(resolve(config.data, "train"))
-        return train_classifier.model_description(config, manifest, None, None)
-    return plan.describe(_request(stage, config, path))[0]
-
-
-def _step(stage: str, config: Any, model: Any, batch: int, path: Path) -> Callable[[], Tensor]:
-    if stage != "train_classifier":
-        return plan.training_loss(_request(stage, config, path), model, batch)
-    side = Manifest.load(resolve(config.data, "train")).transform["resolution"]
-    images: Any = {"image": torch.zeros(batch, 3, side, side, dtype=torch.uint8)}
-    images |= {"label": torch.zeros(batch, dtype=torch.int64)}
-    return lambda: train_classifier.training_step(config, None, None)(model, images)[0]
+def _step(request: plan.Request, description: dict[str, Any], model: Any, batch: int) -> Callable[[], Tensor]:
+    if request.stage != "train_classifier":
+        return plan.training_loss(request, model, batch)
+    side = description["resolution"]
+    with next(model.parameters()).device:
+        images: Any = {"image": torch.zeros(batch, 3, side, side, dtype=torch.uint8)}
+        images |= {"label": torch.zeros(batch, dtype=torch.int64)}
+    return lambda: train_classifier.training_step(request.trainer, None, None)(model, images)[0]
 
 
 def size_samples(path: Path, words: Sequence[str], seconds: float) -> Size:
     """As many samples of each class as there is time for."""
     config = load(sample.SampleConfig, path, words)
-    torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(config.threads or cores())
     device = _device(config.device)
     chain = sample.load_chain(config, device)
     few = 8
