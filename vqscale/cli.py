@@ -103,8 +103,7 @@ def main(argv: Sequence[str]) -> int:
             raise ValueError(f"{arguments.stage} needs a config file: vqscale {arguments.stage} CONFIG [key=value ...]")
         stage_config = _load(arguments.stage, words[0], words[1:])
         if arguments.dry_run:
-            plan = getattr(stage, "plan", None)
-            print(redact_url(config.to_yaml(stage_config) + (plan(stage_config) if plan else "")))
+            print(redact_url(config.to_yaml(stage_config) + stage.plan(stage_config)))
         else:
             stage.main(stage_config)
     except runtime.Stopped as stopped:

@@ -17,7 +17,6 @@ from vqscale import config as configs
 from vqscale.config import local_batching
 from vqscale.data.shards import Manifest, resolve
 from vqscale.engine.footprint import bytes_per_rank, gathered_bytes, profile_step, sent_per_step
-from vqscale.engine.loop import FitConfig
 from vqscale.fields import Choice, NonNegativeInt, PositiveFloat, PositiveInt
 from vqscale.sources import build
 from vqscale.stages import pack, train_prior, train_vqvae
@@ -45,11 +44,11 @@ Config = PlanConfig
 
 @dataclass(frozen=True)
 class Request:
-    """A plan's own config, the stage it is for, and that stage's config."""
+    """A plan's own config, the trainer it is for, and that trainer's config."""
 
     plan: PlanConfig
     stage: str
-    trainer: FitConfig
+    trainer: Any  # a FitConfig
     path: Path
 
 
@@ -60,8 +59,7 @@ def load(words: Sequence[str]) -> Request:
     """
     asked = configs.read_request(PlanConfig, words, f"plan {USAGE}", paths=1, takes_others=True)
     (path,) = asked.paths
-    for module in (train_vqvae, train_prior):
-        stage = module.__name__.rpartition(".")[2]
+    for stage, module in {"train_vqvae": train_vqvae, "train_prior": train_prior}.items():
         if path.stem.startswith(stage):
             return Request(asked.config, stage, configs.load(module.Config, path, asked.others), path)
     raise ValueError(f"{path}: plan takes a trainer's config, train_vqvae*.yaml or train_prior*.yaml")
@@ -90,7 +88,7 @@ def lines(request: Request) -> list[str]:
     steps = -(-trainer.total_images // trainer.global_batch)
     head = [
         f"{request.path}: {request.stage} under {plan.strategy}",
-        *([f"assumed, for want of a data set at {_data(trainer)}: {assumed}"] if assumed else []),
+        *([f"assumed, for want of a data set at {trainer.data}: {assumed}"] if assumed else []),
         f"{numel:,} parameters; {flops:,.3g} TFLOP per image, forward and backward; {trainer.precision}",
         f"{steps:,} steps of {trainer.global_batch:,} images; {plan.tflops:g} TFLOP/s, {plan.gb_per_s:g} GB/s a rank",
         "",
@@ -133,11 +131,10 @@ def column(request: Request, description: dict[str, Any], model: Any, world: int
     compute = flops / micro * local / (plan.tflops * 1e12)
     send = sent / (plan.gb_per_s * 1e9)
     steps = -(-trainer.total_images // trainer.global_batch)
-    gib = {f"{what}, GiB": size / _GIB for what, size in held.items()}
     return {
         "ranks": world,
         "micro-batch x accumulation": f"{micro} x {accumulation}",
-        **gib,
+        **{f"{what}, GiB": size / _GIB for what, size in held.items()},
         "activations, GiB": kept / _GIB,
         "the same, checkpointed": recomputed / _GIB,
         "total, GiB": (sum(held.values()) + kept) / _GIB,
@@ -182,7 +179,8 @@ def _profile(request: Request, description: dict[str, Any], micro: int, *, check
 
 def training_loss(request: Request, model: Any, micro: int) -> Callable[[], Tensor]:
     """The loss of a micro-batch of zeros, on the model's device."""
-    return _vqvae_step(model, micro) if request.stage == "train_vqvae" else _prior_step(request, model, micro)
+    with next(model.parameters()).device:
+        return _vqvae_step(model, micro) if request.stage == "train_vqvae" else _prior_step(request, model, micro)
 
 
 def _vqvae_step(model: Any, micro: int) -> Callable[[], Tensor]:
@@ -190,36 +188,25 @@ def _vqvae_step(model: Any, micro: int) -> Callable[[], Tensor]:
         quantizer.eval()  # the codebooks' statistics look at values, and are small
     side = model.resolution
     batch: Any = {"image": torch.zeros(micro, 3, side, side, dtype=torch.uint8), "position": torch.arange(micro)}
-    batch = _on_device_of(model, batch)
     return lambda: train_vqvae.training_step(model, batch)[0]
 
 
 def _prior_step(request: Request, model: Any, micro: int) -> Callable[[], Tensor]:
     trainer = request.trainer
-    assert isinstance(trainer, train_prior.TrainPriorConfig)
     grids = [*model.upper_grids, model.grid]
     names = {1: ["top"], 2: ["top", trainer.level], 3: configs.level_names(3)}[len(grids)]
     batch: Any = {name: torch.zeros(micro, *grid, dtype=torch.int16) for name, grid in zip(names, grids, strict=True)}
     batch |= {"label": torch.zeros(micro, dtype=torch.int64), "position": torch.arange(micro)}
-    step, moved = train_prior.training_step(trainer), _on_device_of(model, batch)
-    return lambda: step(model, moved)[0]
-
-
-def _on_device_of(model: Any, batch: dict[str, Tensor]) -> Any:
-    device = next(model.parameters()).device
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+    step = train_prior.training_step(trainer)
+    return lambda: step(model, batch)[0]
 
 
 # --- what the model is built from -------------------------------------------------------------------------------------
 
 
-def _data(trainer: Any) -> str:
-    return str(trainer.data)
-
-
 def describe(request: Request) -> tuple[dict[str, Any], str]:
     """(a description of the model, what had to be assumed)."""
-    trainer: Any = request.trainer
+    trainer = request.trainer
     try:
         if request.stage == "train_vqvae":
             return train_vqvae.model_description(trainer, Manifest.load(resolve(trainer.data, "train"))), ""
@@ -230,18 +217,12 @@ def describe(request: Request) -> tuple[dict[str, Any], str]:
 
 
 def _assume(request: Request) -> tuple[dict[str, Any], str]:
-    trainer: Any = request.trainer
-    folder, plan = request.path.parent, request.plan
+    trainer, plan, folder = request.trainer, request.plan, request.path.parent
     side = plan.resolution or _packed_resolution(folder)
     classes = [str(number) for number in range(plan.classes)]
     if request.stage == "train_vqvae":
-        description = {
-            "kind": "vqvae",
-            "config": configs.as_dict(trainer.model),
-            "resolution": side,
-            "classes": classes,
-        }
-        return description, f"{side} px"
+        images = Manifest.of("images", [], classes, {"resolution": side})
+        return train_vqvae.model_description(trainer, images), f"{side} px"
     vqvae_path = folder / "train_vqvae.yaml"
     tokenizer = configs.load(train_vqvae.Config, vqvae_path)
     with torch.device("meta"):

@@ -152,10 +152,6 @@ class State:
     def _written(self) -> dict[str, Any]:
         return read_status(self.run_dir)
 
-    @property
-    def restarts(self) -> str:
-        return str(read_json(self.run_dir / "command.json").get("restarts", ""))
-
     @cached_property
     def total(self) -> int:
         saved = self.run_dir / "config.yaml"
@@ -241,12 +237,12 @@ class State:
     @cached_property
     def last(self) -> dict[str, Any]:
         """The newest loss and images_per_second of metrics.jsonl."""
-        found: dict[str, Any] = {}
-        for line in read_jsonl(self.run_dir / "metrics.jsonl", _TAIL):
-            found |= {
-                key: line[key] for key in ("loss", "images_per_second") if isinstance(line.get(key), (int, float))
-            }
-        return found
+        return {
+            key: line[key]
+            for line in read_jsonl(self.run_dir / "metrics.jsonl", _TAIL)
+            for key in ("loss", "images_per_second")
+            if isinstance(line.get(key), (int, float))
+        }
 
     @property
     def eta(self) -> float | None:
@@ -267,7 +263,7 @@ COLUMNS: dict[str, Callable[[State], str]] = {
     "total_images": lambda run: str(run.total or ""),
     "images_per_second": lambda run: _number(run.last.get("images_per_second"), ".1f"),
     "eta": lambda run: "" if run.eta is None else format_duration(run.eta),
-    "restarts": lambda run: run.restarts,
+    "restarts": lambda run: str(read_json(run.run_dir / "command.json").get("restarts", "")),
     "loss": lambda run: _number(run.last.get("loss"), ".4f"),
     "job": lambda run: run.job,
     "reason": lambda run: run.reason,

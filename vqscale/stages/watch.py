@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vqscale.config import Request, peek, read_request
-from vqscale.evaluation.figures import Chart, charts_png, metrics_of_run, series_of
+from vqscale.evaluation.figures import Chart, charts_png, is_number, metrics_of_run, series_of
 from vqscale.fields import PathText, PositiveFloat
 from vqscale.files import read_json
 from vqscale.rundir import damage_of, read_status
@@ -89,11 +89,8 @@ def _write_png(run_dir: Path, path: Path) -> None:
 
 def curves(lines: Iterable[Mapping[str, Any]]) -> Curves:
     """By metric, in the order in which to show them: what is trained, then what is held out, then how it runs."""
-    return dict(sorted(series_of(lines, _is_number).items(), key=lambda item: _order(item[0])))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and abs(value) < 1e300 or value != value  # NaN is worth showing
+    series = series_of(lines, lambda value: is_number(value) or value != value)  # NaN is worth showing
+    return dict(sorted(series.items(), key=lambda item: _order(item[0])))
 
 
 def _family(name: str) -> str:
@@ -156,7 +153,7 @@ def _facts(run_dir: Path, lines: Sequence[Mapping[str, Any]]) -> tuple[str, list
     total = _total_images(run_dir)
     parts = [f"{seen:,} of {total:,} images ({seen / total:.0%})" if total else f"{seen:,} images"]
     speeds = (line.get("images_per_second") for line in reversed(lines))
-    speed = next((speed for speed in speeds if _is_number(speed) and speed > 0), 0.0)
+    speed = next((speed for speed in speeds if is_number(speed) and speed > 0), 0.0)
     if speed:
         parts.append(f"{speed:,.4g} images/s")
     if speed and state == "running" and total > seen:
