@@ -38,7 +38,7 @@ MAY_IMPORT |= {
     "streams": set(),
     "progress": set(),
     "stopping": {"topology"},
-    "fields": set(),
+    "fields": {"text"},
     "config": {"fields", "text"},
     "seeding": set(),
     "topology": {"config", "text"},

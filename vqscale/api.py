@@ -17,6 +17,7 @@ from vqscale.config import from_dict, level_names
 from vqscale.data.images import decode_image, read_image_file, resize_center_crop, to_float
 from vqscale.sources import load_model
 from vqscale.stages.sample import SampleConfig, check_options, chosen_classes, draw, load_chain
+from vqscale.text import error_prefix
 
 PerLevel = float | Mapping[str, float]  # one number for all levels, or one by level name
 
@@ -95,10 +96,8 @@ class VQVAE:
 
 
 def _picture(path: str | Path) -> Tensor:
-    try:
+    with error_prefix(path):
         return decode_image(read_image_file(path))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
 
 
 def sample(

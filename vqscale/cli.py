@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vqscale import __version__, config, fields, runtime, streams, topology
+from vqscale.stopping import EXIT_UNFINISHED
 from vqscale.text import one_line, redact_url
 
 # Each stage module holds `Config` and `main`; the words are its line in the help.
@@ -38,7 +39,6 @@ TOOLS = {
     "watch": "a run -> its curves in the terminal, or as a PNG",
 }
 _ALIASES = {"world": "plan", "strategy": "plan", "png": "watch"}  # --world N for world=N
-EXIT_UNFINISHED = 75
 EXIT_INTERRUPTED = 130  # by Ctrl-C before there was anything to save
 HEAD_START = 3.0  # seconds that the first rank has to report an error before the others do
 

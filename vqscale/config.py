@@ -37,6 +37,7 @@ from vqscale.fields import (
     takes_yaml,
     to_int,
 )
+from vqscale.text import error_prefix
 
 RUNS = Path("runs")
 PARENT = "VQSCALE_PARENT"  # environment variable: the pid of the program with which a stage stops
@@ -139,22 +140,19 @@ def peek(path: str | Path, overrides: Sequence[str] = ()) -> Peeked:
     given = {"experiment": _folder_name(path), **_read_yaml(path), **dict(map(_split_word, overrides))}
     given = _resolved({}, given, str(path))
     run_dir = os.path.expanduser(str(given.get("run_dir") or _default_run(given["experiment"], path.stem)))
-    try:
-        return Peeked(run_dir, to_int(given.get("total_images", 0)))
-    except ValueError as error:
-        raise ValueError(f"{path}: total_images={shown(given['total_images'])}: {error}") from None
+    total_images = given.get("total_images", 0)
+    with error_prefix(f"{path}: total_images={shown(total_images)}"):
+        return Peeked(run_dir, to_int(total_images))
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"config file {path} does not exist")
-    try:
-        written = read_text(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    if not isinstance(written or {}, dict):
-        raise ValueError(f"{path}: expected keys and values, not {type(written).__name__}")
-    return written or {}
+    with error_prefix(path):
+        written = read_text(path.read_text(encoding="utf-8-sig")) or {}
+        if not isinstance(written, dict):
+            raise ValueError(f"expected keys and values, not {type(written).__name__}")
+    return written
 
 
 def _split_word(word: str) -> tuple[str, str]:
@@ -173,10 +171,8 @@ def _read_words(cls: Any, words: Sequence[str]) -> dict[str, Any]:
     """`model.hidden=64` as {"model": {"hidden": "64"}}; only lists and mappings are read as YAML."""
     given: dict[str, Any] = {}
     for key, text in map(_split_word, words):
-        try:
+        with error_prefix(f"{_COMMAND_LINE}: {key}={shown(text)}"):
             value = read_text(text) if takes_yaml(_hint_of(cls, key), text) else text
-        except ValueError as error:
-            raise ValueError(f"{_COMMAND_LINE}: {key}={shown(text)}: {error}") from None
         tree = _nested(key.split("."), value)
         _check_keys(cls, tree, _COMMAND_LINE)
         given = _merged(given, tree)
@@ -249,15 +245,11 @@ def _made(cls: Any, tree: Mapping[str, Any], where: Callable[[str], str], prefix
         hint, name = hints_of(cls)[key], f"{prefix}{key}"
         if is_config(hint):
             values[key] = _made(hint, value, where, f"{name}.")
-            continue
-        try:
-            values[key] = convert(hint, value)
-        except ValueError as error:
-            raise ValueError(f"{where(name)}: {name}={shown(value)}: {error}") from None
-    try:
+        else:
+            with error_prefix(f"{where(name)}: {name}={shown(value)}"):
+                values[key] = convert(hint, value)
+    with error_prefix(where("")):  # of the dataclass's own __post_init__
         return cls(**values)
-    except ValueError as error:  # a dataclass's own __post_init__
-        raise ValueError(f"{where('')}: {error}") from None
 
 
 def _folder_name(path: Path) -> str:

@@ -25,6 +25,8 @@ from typing import Annotated, Any, NamedTuple
 
 import yaml
 
+from vqscale.text import error_prefix
+
 _LARGEST_INT = 2**63 - 1
 _YES, _NO = ("true", "yes", "on", "y", "1"), ("false", "no", "off", "n", "0")
 
@@ -141,11 +143,10 @@ def check_values(config: Any) -> None:
     """Raises ValueError for a field outside its range: what `convert` finds out, for a config made in Python."""
     cls: Any = type(config)
     for name, hint in hints_of(cls).items():
+        value = getattr(config, name)
         if not is_config(hint):
-            try:
-                convert(hint, getattr(config, name))
-            except ValueError as error:
-                raise ValueError(f"{name}={shown(getattr(config, name))}: {error}") from None
+            with error_prefix(f"{name}={shown(value)}"):
+                convert(hint, value)
 
 
 def to_bool(value: Any) -> bool:

@@ -20,6 +20,7 @@ from vqscale.topology import Topology
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP, signal.SIGXCPU)
 _MAY_BE_IGNORED = (signal.SIGHUP, signal.SIGINT)  # by `nohup`, and in a script's background
+EXIT_UNFINISHED = 75  # of a program that was stopped: saved, and has more to do
 STOP_FILE_SECONDS = 1.0  # a run looks for its STOP file at most this often
 
 

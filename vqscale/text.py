@@ -1,11 +1,13 @@
 """Text that others wrote, made safe for where it is shown.
 
 In: names, paths, URLs and commands.  Out: the same without secrets, or escaped for a terminal, a log or Markdown.
-(jinja2 escapes HTML.)
+(jinja2 escapes HTML.) Also errors that say where they come from.
 """
 
+import contextlib
 import re
 import unicodedata
+from collections.abc import Iterator
 
 HIDDEN = "***"
 # A password may hold what it must not: then the part after `user:` is no port, and all up to the next @ is hidden.
@@ -49,6 +51,15 @@ def printable_lines(text: str) -> str:
 def one_line(message: object) -> str:
     """A message, an error's for instance, as one printable line without secrets."""
     return printable(redact_url(" ".join(str(message).split())))
+
+
+@contextlib.contextmanager
+def error_prefix(where: object) -> Iterator[None]:
+    """Inside, the message of a ValueError gets `where` and a colon before it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def _escaped(character: str) -> str:

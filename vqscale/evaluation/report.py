@@ -5,7 +5,7 @@ In: `Report`.  Out: HTML text. The layout is in report.html, the style in report
 
 import base64
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,16 @@ class Report:
 
 def render(report: Report) -> str:
     """The page. Sections without content say so instead of vanishing."""
-    page = _environment().get_template("report.html")
+    filters = {
+        "data_uri": data_uri,
+        "label": label_of,
+        "png": lambda image: data_uri(png_bytes(image), "image/png"),
+        "rate_label": _rate_label,
+        "value": lambda value, key: format_value(key, value),
+        "with_unit": with_unit,
+    }
+    path = Path(__file__).with_name("report.html")
+    page = template(path, lambda text: printable_lines(redact_url(text)), filters, autoescape=True)
     return page.render(
         report=report,
         tiles=_tiles(report.scores),
@@ -90,24 +99,20 @@ def render(report: Report) -> str:
     )
 
 
-def _environment() -> jinja2.Environment:
+def template(
+    path: Path, harmless: Callable[[str], str], filters: Mapping[str, Callable[..., Any]], **options: Any
+) -> jinja2.Template:
+    """The jinja2 template in a file: what it prints goes through `harmless`, unless it is markup already."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        finalize=lambda value: value if isinstance(value, Markup) else printable_lines(redact_url(str(value))),
+        loader=jinja2.FileSystemLoader(path.parent),
+        finalize=lambda value: value if isinstance(value, Markup) else harmless(str(value)),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        **options,
     )
-    environment.filters |= {
-        "data_uri": data_uri,
-        "label": label_of,
-        "png": lambda image: data_uri(png_bytes(image), "image/png"),
-        "rate_label": _rate_label,
-        "value": lambda value, key: format_value(key, value),
-        "with_unit": with_unit,
-    }
-    return environment
+    environment.filters |= filters
+    return environment.get_template(path.name)
 
 
 def data_uri(data: bytes, mime: str) -> Markup:

@@ -18,13 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import jinja2
 from markupsafe import Markup
 
 from vqscale.config import Request, level_names, read_request
 from vqscale.data.shards import Manifest, resolve
 from vqscale.evaluation.figures import is_number, metrics_of_run
-from vqscale.evaluation.report import format_value, with_unit
+from vqscale.evaluation.report import format_value, template, with_unit
 from vqscale.evaluation.scores import METRICS, Score, is_of_curve, metric_of
 from vqscale.fields import Choice, NonNegativeInt
 from vqscale.files import read_json, write_atomically
@@ -150,42 +149,26 @@ def card(models: Sequence[Exported], experiment: Path, config: ExportConfig) -> 
     """Markdown, with the front matter that model hubs read. All that is not ours in it is escaped."""
     commands = _commands(experiment)
     scores = next(filter(None, (_scores(models, path) for path in sorted(experiment.glob("evaluate*")))), {})
-    return (
-        _environment()
-        .get_template("card.md")
-        .render(
-            title=experiment.name,
-            about=printable_lines(config.about) or "A model trained with vqscale.",
-            licence=config.licence,
-            models=models,
-            kinds={one.source.description["kind"] for one in models},
-            description=models[0].source.description,
-            data=_data(models[0].source, experiment),
-            commands=[_line_of(path, command) for path, command in commands],
-            launches=_launches([command for _, command in commands]),
-            scores=scores,
-            held_out={} if scores else _last_held_out(models),
-        )
-    )
-
-
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        finalize=lambda value: value if isinstance(value, Markup) else markdown(str(value)),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        autoescape=False,
-    )
-    environment.filters |= {
+    filters = {
         "code": lambda text: Markup(f"`{printable(text).replace('`', chr(39))}`"),
         "value": lambda value, key: Markup(format_value(key, value)),
         "with_unit": with_unit,
         "yaml": lambda text: Markup(text if re.fullmatch(r"[\w.+-]+", text) else json.dumps(text)),
     }
-    return environment
+    page = template(Path(__file__).with_name("card.md"), markdown, filters, keep_trailing_newline=True)
+    return page.render(
+        title=experiment.name,
+        about=printable_lines(config.about) or "A model trained with vqscale.",
+        licence=config.licence,
+        models=models,
+        kinds={one.source.description["kind"] for one in models},
+        description=models[0].source.description,
+        data=_data(models[0].source, experiment),
+        commands=[_line_of(path, command) for path, command in commands],
+        launches=_launches([command for _, command in commands]),
+        scores=scores,
+        held_out={} if scores else _last_held_out(models),
+    )
 
 
 def _data(source: Source, experiment: Path) -> dict[str, Manifest]:

@@ -20,6 +20,7 @@ from vqscale.engine.footprint import bytes_per_rank, gathered_bytes, profile_ste
 from vqscale.fields import Choice, NonNegativeInt, PositiveFloat, PositiveInt
 from vqscale.sources import build
 from vqscale.stages import pack, train_prior, train_vqvae
+from vqscale.text import error_prefix
 from vqscale.topology import STRATEGIES
 
 USAGE = "CONFIG [--world N,N…] [--strategy NAME] [key=value ...]"
@@ -118,10 +119,8 @@ def column(request: Request, description: dict[str, Any], model: Any, world: int
     nodes = -(-world // plan.ranks_per_node)
     if plan.strategy == "hsdp" and nodes > 1 and world % nodes:
         raise ValueError(f"{world} ranks: hsdp needs nodes that are full, of {plan.ranks_per_node} ranks each")
-    try:
+    with error_prefix(f"{world} ranks"):
         local, micro, accumulation = local_batching(trainer.global_batch, world, trainer.micro_batch)
-    except ValueError as error:
-        raise ValueError(f"{world} ranks: {error}") from None
     how: dict[str, Any] = {"precision": trainer.precision, "accumulation": accumulation}
     held = bytes_per_rank(model, plan.strategy, world, nodes, average=bool(trainer.ema_halflife), **how)
     flops, kept = _profile(request, description, micro, checkpointing=False)

@@ -22,12 +22,10 @@ from vqscale.config import PARENT, RUNS, Request, StageConfig, changes, read_req
 from vqscale.fields import Choice, Name, NonNegativeFloat, PathText, read_text
 from vqscale.files import write_atomically
 from vqscale.rundir import damage_of, holds_outputs, read_status
-from vqscale.runtime import Stopped
 from vqscale.stages import evaluate, extract_codes, pack, sample, sizing
-from vqscale.stopping import handling
+from vqscale.stopping import EXIT_UNFINISHED, Stopped, handling
 
 USAGE = "CONFIG_FOLDER [source=DIR] [experiment=NAME] [minutes=N] [device=cpu]"
-EXIT_UNFINISHED = 75
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _MODULES: dict[str, Any] = {
     **{"pack": pack, "extract_codes": extract_codes, "sample": sample, "evaluate": evaluate},

@@ -52,40 +52,41 @@ def main(config: TrainPriorConfig) -> None:
         )
 
 
-def levels_of(config: TrainPriorConfig, manifest: Manifest) -> tuple[list[str], list[list[int]]]:
-    """Names and grids of this level and all above it, top first. Raises ValueError for a level the codes lack."""
+def levels_of(config: TrainPriorConfig, manifest: Manifest) -> dict[str, list[int]]:
+    """The grids of this level and all above it by name, top first. Raises ValueError for a level the codes lack."""
     if manifest.kind != "codes":
         raise ValueError(f"data={config.data}: code shards are needed, this is a data set of {manifest.kind}")
     levels = manifest.extra["levels"]
     if config.level not in levels:
         raise ValueError(f"level={config.level}: the codes at {config.data} have {', '.join(levels)}")
     names = list(levels)[: list(levels).index(config.level) + 1]
-    return names, [list(levels[name]) for name in names]
+    return {name: list(levels[name]) for name in names}
 
 
 def model_description(config: TrainPriorConfig, manifest: Manifest) -> dict[str, Any]:
     """All that is needed to build this prior again. Raises ValueError for collapsed codes, or usage counts that do not
     match num_codes."""
-    names, grids = levels_of(config, manifest)
-    for name in names:
-        if (counted := len(manifest.extra["usage"][name])) != manifest.extra["num_codes"]:
+    grids, num_codes = levels_of(config, manifest), manifest.extra["num_codes"]
+    for name in grids:
+        if (counted := len(manifest.extra["usage"][name])) != num_codes:
             raise ValueError(
-                f"data={config.data}: num_codes is {manifest.extra['num_codes']}, but {counted} different {name} codes "
-                "were counted: these are the codes of another tokenizer"
+                f"data={config.data}: num_codes is {num_codes}, but {counted} different {name} codes were counted: "
+                "these are the codes of another tokenizer"
             )
         perplexity = manifest.extra["perplexity"][name]
         if perplexity < 2 and not config.allow_collapsed_codes:
             raise ValueError(
-                f"data={config.data}: the {name} codes have collapsed (perplexity {perplexity:.2f} of "
-                f"{manifest.extra['num_codes']}): a prior would learn nothing; allow_collapsed_codes=true trains it"
+                f"data={config.data}: the {name} codes have collapsed (perplexity {perplexity:.2f} of {num_codes}): "
+                "a prior would learn nothing; allow_collapsed_codes=true trains it"
             )
+    *upper, grid = grids.values()
     return {
         "kind": "prior",
         "config": as_dict(config.model),
         "level": config.level,
-        "num_codes": manifest.extra["num_codes"],
-        "grid": grids[-1],
-        "upper_grids": grids[:-1],
+        "num_codes": num_codes,
+        "grid": grid,
+        "upper_grids": upper,
         "classes": list(manifest.classes),
         "tokenizer": manifest.extra["tokenizer"],
         "data": manifest.fingerprint,
@@ -94,9 +95,7 @@ def model_description(config: TrainPriorConfig, manifest: Manifest) -> dict[str,
 
 def reader(config: TrainPriorConfig, manifest: Manifest, *, flip: bool) -> CodeReader:
     """Reads this level's codes and those of all levels above."""
-    names, grids = levels_of(config, manifest)
-    levels = {name: (grid[0], grid[1]) for name, grid in zip(names, grids, strict=True)}
-    views, num_codes = manifest.extra["views"], manifest.extra["num_codes"]
+    levels, views, num_codes = levels_of(config, manifest), manifest.extra["views"], manifest.extra["num_codes"]
     return CodeReader(levels, views=views, flip=flip, seed=config.seed, num_codes=num_codes)
 
 
