@@ -102,11 +102,8 @@ def load(cls: type[C], path: str | Path, overrides: Sequence[str] = ()) -> C:
     malformed override, and FileNotFoundError for a missing file.
     """
     path = Path(path)
-    written, given = _read_yaml(path), _read_words(cls, overrides)
-    _check_keys(cls, written, str(path))
-    texts = _resolved(as_dict(cls), {"experiment": _folder_name(path)} | _merged(written, given), str(path))
-    if missing := sorted(key for key, value in flatten(texts) if value == _LEFT_TO_YOU):
-        raise ValueError(f"{path}: {missing[0]} is left to you: add {missing[0]}=… to the command")
+    written = _merged(_read_yaml(path), _read_words(cls, overrides))
+    texts = _resolved(as_dict(cls), {"experiment": _folder_name(path)} | written, str(path))
     config = _made(cls, texts, lambda key: _COMMAND_LINE if _is_given(key, overrides) else str(path))
     experiment = config.experiment or _folder_name(path)
     stages = {"run_dir": path.stem} | {key.name: key.run_of for key in keys_of(cls) if key.run_of}
@@ -118,7 +115,6 @@ def load(cls: type[C], path: str | Path, overrides: Sequence[str] = ()) -> C:
 
 def from_dict(cls: type[Any], values: Mapping[str, Any], where: str) -> Any:
     """A (nested) config dataclass back from `as_dict`; nothing in it is resolved. Raises ValueError as `load` does."""
-    _check_keys(cls, values, where)
     return _made(cls, values, lambda _: where)
 
 
@@ -173,9 +169,7 @@ def _read_words(cls: Any, words: Sequence[str]) -> dict[str, Any]:
     for key, text in map(_split_word, words):
         with error_prefix(f"{_COMMAND_LINE}: {key}={shown(text)}"):
             value = read_text(text) if takes_yaml(_hint_of(cls, key), text) else text
-        tree = _nested(key.split("."), value)
-        _check_keys(cls, tree, _COMMAND_LINE)
-        given = _merged(given, tree)
+        given = _merged(given, _nested(key.split("."), value))
     return given
 
 
@@ -199,19 +193,6 @@ def _merged(base: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = _merged(merged[key], value) if both else value
     return merged
-
-
-def _check_keys(cls: Any, tree: Mapping[str, Any], where: str, prefix: str = "") -> None:
-    known = hints_of(cls)
-    names = [f.name for f in dataclasses.fields(cls)]
-    for key, value in tree.items():
-        if key not in names:
-            near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.0)[0]
-            raise ValueError(f"{where}: unknown key {prefix}{shown(key)}; did you mean {prefix}{near}?")
-        if is_config(known[key]):
-            if not isinstance(value, dict):
-                raise ValueError(f"{where}: {prefix}{key} holds keys of its own, not {shown(value)}")
-            _check_keys(known[key], value, where, f"{prefix}{key}.")
 
 
 def _resolved(defaults: dict[str, Any], texts: dict[str, Any], where: str) -> dict[str, Any]:
@@ -240,10 +221,19 @@ def _as_text(value: Any) -> Any:
 
 def _made(cls: Any, tree: Mapping[str, Any], where: Callable[[str], str], prefix: str = "") -> Any:
     """The config of a tree of what was written; `where` says who wrote a key."""
-    values: dict[str, Any] = {}
+    names, values = field_names(cls), dict[str, Any]()
+    for key in tree:
+        if key not in names:
+            near = difflib.get_close_matches(key, names, n=1, cutoff=0.0)[0]
+            source = where(f"{prefix}{key}")
+            raise ValueError(f"{source}: unknown key {prefix}{shown(key)}; did you mean {prefix}{near}?")
     for key, value in tree.items():
         hint, name = hints_of(cls)[key], f"{prefix}{key}"
+        if str(value) == _LEFT_TO_YOU:
+            raise ValueError(f"{where(name)}: {name} is left to you: add {name}=… to the command")
         if is_config(hint):
+            if not isinstance(value, dict):
+                raise ValueError(f"{where(name)}: {name} holds keys of its own, not {shown(value)}")
             values[key] = _made(hint, value, where, f"{name}.")
         else:
             with error_prefix(f"{where(name)}: {name}={shown(value)}"):

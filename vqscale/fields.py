@@ -274,8 +274,8 @@ def _comments(cls: type[Any]) -> dict[str, str]:
     return found
 
 
-def field_names(cls: Any) -> set[str]:
-    return {f.name for f in dataclasses.fields(cls)}
+def field_names(cls: Any) -> list[str]:
+    return [f.name for f in dataclasses.fields(cls)]
 
 
 def help_lines(cls: Any) -> list[str]:

@@ -196,5 +196,4 @@ def size_evaluation(path: Path, words: Sequence[str]) -> Size:
     """Bounds on what is read for the figures."""
     config = load(evaluate.Config, path, words)
     limits = {"reference_images": 1_000, "nll_images": 512}
-    chosen = {key: min(getattr(config, key) or limit, limit) for key, limit in limits.items()}
-    return Size([f"{key}={value}" for key, value in chosen.items()], 0.0)
+    return Size([f"{key}={min(getattr(config, key) or limit, limit)}" for key, limit in limits.items()], 0.0)
