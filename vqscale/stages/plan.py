@@ -100,8 +100,8 @@ def lines(request: Request) -> list[str]:
 def _worlds(asked: str | list[str]) -> list[int]:
     """Raises ValueError for what is no number of ranks."""
     try:
-        worlds = [int(part) for part in (asked if isinstance(asked, list) else str(asked).split(","))]
-    except (TypeError, ValueError):
+        worlds = [int(part) for part in (asked if isinstance(asked, list) else asked.split(","))]
+    except ValueError:
         raise ValueError(f"world={asked}: a number of ranks, or several: world=8,64,512") from None
     if min(worlds) < 1:
         raise ValueError(f"world={asked}: at least 1")

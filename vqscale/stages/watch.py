@@ -4,6 +4,7 @@ Reads status.json, command.json, config.yaml and metrics.jsonl, so that it works
 on a finished run as well, and never touches the run.
 """
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -66,13 +67,10 @@ def main(
     if config.once:
         console.print(view(run_dir))
         return
-    try:
-        with Live(view(run_dir), console=console, auto_refresh=False) as live:
-            while read_status(run_dir).get("state") not in ("done", "failed"):
-                sleep(config.seconds)
-                live.update(view(run_dir), refresh=True)
-    except KeyboardInterrupt:
-        pass
+    with contextlib.suppress(KeyboardInterrupt), Live(view(run_dir), console=console, auto_refresh=False) as live:
+        while read_status(run_dir).get("state") not in ("done", "failed"):
+            sleep(config.seconds)
+            live.update(view(run_dir), refresh=True)
 
 
 def _write_png(run_dir: Path, path: Path) -> None:
