@@ -73,7 +73,7 @@ class Report:
 
 def render(report: Report) -> str:
     """The page. Sections without content say so instead of vanishing."""
-    filters = {
+    filters: dict[str, Any] = {
         "data_uri": data_uri,
         "label": label_of,
         "png": lambda image: data_uri(png_bytes(image), "image/png"),
@@ -99,9 +99,7 @@ def render(report: Report) -> str:
     )
 
 
-def template(
-    path: Path, harmless: Callable[[str], str], filters: Mapping[str, Callable[..., Any]], **options: Any
-) -> jinja2.Template:
+def template(path: Path, harmless: Callable[[str], str], filters: Mapping[str, Any], **options: Any) -> jinja2.Template:
     """The jinja2 template in a file: what it prints goes through `harmless`, unless it is markup already."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(path.parent),

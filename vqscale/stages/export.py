@@ -149,7 +149,7 @@ def card(models: Sequence[Exported], experiment: Path, config: ExportConfig) -> 
     """Markdown, with the front matter that model hubs read. All that is not ours in it is escaped."""
     commands = _commands(experiment)
     scores = next(filter(None, (_scores(models, path) for path in sorted(experiment.glob("evaluate*")))), {})
-    filters = {
+    filters: dict[str, Any] = {
         "code": lambda text: Markup(f"`{printable(text).replace('`', chr(39))}`"),
         "value": lambda value, key: Markup(format_value(key, value)),
         "with_unit": with_unit,
