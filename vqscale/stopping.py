@@ -33,7 +33,7 @@ class Leave(Exception):
 
 
 @contextlib.contextmanager
-def handling(numbers: Iterable[signal.Signals], handler: Callable[[int, Any], None]) -> Iterator[None]:
+def handling(numbers: Sequence[signal.Signals], handler: Callable[[int, Any], None]) -> Iterator[None]:
     """Inside, these signals call `handler`."""
     previous = {number: signal.signal(number, handler) for number in numbers}
     try:
