@@ -168,7 +168,7 @@ def read_a_status(folder: Path) -> Any:
 def make_statistics(folder: Path) -> Path:
     """Cached statistics of features."""
     path = statistics_path(folder, FACTS)
-    save_statistics(path, FeatureSet(8, None, None, torch.arange(24.0).reshape(8, 3), torch.ones(8, 2)), FACTS)
+    save_statistics(path, FeatureSet(8, {}, torch.arange(24.0).reshape(8, 3), torch.ones(8, 2)), FACTS)
     return path
 
 

@@ -12,7 +12,7 @@ from vqscale.evaluation.statistics import FeatureSet, moments_of
 
 def features(n: int = 60) -> FeatureSet:
     x = torch.randn(n, 8, generator=torch.Generator().manual_seed(0))
-    return FeatureSet(n, moments_of(x), None, x, x)
+    return FeatureSet(n, {"pooled": moments_of(x)}, x, x)
 
 
 def images() -> Tensor:
@@ -27,7 +27,7 @@ def test_sound_machinery_passes_and_says_what_was_checked(quick: Extractor) -> N
 
 def test_few_images_and_copies_are_no_failure() -> None:
     assert len(check_metrics(features(5))) == 1
-    same = FeatureSet(40, None, None, torch.ones(40, 8), torch.ones(40, 8))
+    same = FeatureSet(40, {}, torch.ones(40, 8), torch.ones(40, 8))
     assert check_metrics(same) == ["Precision and recall of the reference against itself are 1."]
 
 

@@ -101,10 +101,10 @@ def test_metrics_equal_calculate_metrics(weights: Path, topology: Topology, draw
     assert metrics.inception_score(ours.logits) == pytest.approx(theirs["inception_score_mean"], rel=1e-6)
     assert metrics.precision_recall(ours.features, reference.features) == (theirs["precision"], theirs["recall"])
     library = fid_features_to_statistics(ours.features)
-    assert ours.gaussian is not None and ours.spatial is not None
-    torch.testing.assert_close(ours.gaussian.mean, torch.from_numpy(library["mu"]).double(), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(ours.gaussian.covariance, torch.from_numpy(library["sigma"]), rtol=1e-5, atol=1e-8)
-    assert ours.spatial.mean.shape == (7 * 17 * 17,)
+    pooled, spatial = ours.gaussians["pooled"], ours.gaussians["spatial"]
+    torch.testing.assert_close(pooled.mean, torch.from_numpy(library["mu"]).double(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(pooled.covariance, torch.from_numpy(library["sigma"]), rtol=1e-5, atol=1e-8)
+    assert spatial.mean.shape == (7 * 17 * 17,)
 
 
 @pytest.mark.slow

@@ -46,13 +46,13 @@ def everything(root: str, folder: str, block: int) -> dict[str, Any]:
     topology = bring_up(StageConfig(device="cpu", threads=1))
     try:
         found = reconstructed(Path(root), Path(folder), topology, block, extractor=projection())
-        assert found.features is not None and found.features.gaussian is not None
+        assert found.features is not None
         held_out = Path(root) / "codes" / "holdout"
         codes = read_codes(DataSet("codes", held_out, Manifest.load(held_out)))
         prior = load_model(Path(root) / "prior_bottom", "prior").model
         other = moments_of(found.features.features + 1)
         return {
-            "numbers": [found.mse, found.psnr, found.ssim, frechet_distance(found.features.gaussian, other)],
+            "numbers": [found.mse, found.psnr, found.ssim, frechet_distance(found.features.gaussians["pooled"], other)],
             "nll": likelihood(prior, codes, "bottom", topology, batch=block).per_code(),
             "usage": {name: counts.tolist() for name, counts in found.usage.items()},
             "features": found.features.features.numpy(),

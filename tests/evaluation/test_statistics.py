@@ -29,22 +29,22 @@ FACTS = {"weights": "ab", "preprocessing": "p", "data": "sha256:1", "n": 30, "sp
 
 def feature_set() -> FeatureSet:
     x = torch.randn(30, 6, generator=torch.Generator().manual_seed(0))
-    return FeatureSet(30, moments_of(x), moments_of(x[:, :3]), x, x[:, :4])
+    return FeatureSet(30, {"pooled": moments_of(x), "spatial": moments_of(x[:, :3])}, x, x[:, :4])
 
 
 def test_round_trip_is_exact(tmp_path: Path) -> None:
     found, path = feature_set(), tmp_path / "cache" / "s.safetensors"
     save_statistics(path, found, FACTS)
     back = load_statistics(path, FACTS)
-    assert back.n == 30 and back.gaussian is not None and back.spatial is not None
-    assert torch.equal(back.gaussian.covariance, found.gaussian.covariance)  # type: ignore[union-attr]
-    assert torch.equal(back.spatial.mean, found.spatial.mean)  # type: ignore[union-attr]
+    assert back.n == 30 and back.gaussians.keys() == {"pooled", "spatial"}
+    assert torch.equal(back.gaussians["pooled"].covariance, found.gaussians["pooled"].covariance)
+    assert torch.equal(back.gaussians["spatial"].mean, found.gaussians["spatial"].mean)
     assert torch.equal(back.features, found.features) and torch.equal(back.logits, found.logits)
 
 
 def test_a_set_without_moments_has_none_after_the_round_trip(tmp_path: Path) -> None:
-    save_statistics(tmp_path / "s", FeatureSet(1, None, None, torch.ones(1, 2), torch.ones(1, 2)), FACTS)
-    assert load_statistics(tmp_path / "s", FACTS).gaussian is None
+    save_statistics(tmp_path / "s", FeatureSet(1, {}, torch.ones(1, 2), torch.ones(1, 2)), FACTS)
+    assert load_statistics(tmp_path / "s", FACTS).gaussians == {}
 
 
 @pytest.mark.parametrize("name, value", [("data", "sha256:2"), ("weights", "cd"), ("n", 31), ("split", "train")])
@@ -94,8 +94,9 @@ def test_adms_file_is_read(tmp_path: Path) -> None:
     images[0, 0, 0] = [1, 2, 3]
     np.savez(tmp_path / "r.npz", mu=mu, sigma=sigma, mu_s=mu[:2], sigma_s=sigma[:2, :2], arr_0=images)
     found = read_published(tmp_path / "r.npz")
-    assert found.gaussian.mean.tolist() == [0, 1, 2, 3] and found.gaussian.covariance.dtype == torch.float64
-    assert found.spatial is not None and found.images is not None
+    pooled = found.gaussians["pooled"]
+    assert pooled.mean.tolist() == [0, 1, 2, 3] and pooled.covariance.dtype == torch.float64
+    assert "spatial" in found.gaussians and found.images is not None
     assert found.images.shape == (3, 3, 8, 8) and found.images[0, :, 0, 0].tolist() == [1, 2, 3]
     np.savez(tmp_path / "m.npz", mu=mu, sigma=sigma)
     assert read_published(tmp_path / "m.npz").images is None

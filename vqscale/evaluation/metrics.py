@@ -33,7 +33,7 @@ def _need(metric: str, needed: int, **sizes: int) -> None:
 
 def frechet(generated: FeatureSet, real: FeatureSet, layer: str = "pooled") -> float:
     """Fréchet distance between the pooled or the spatial features. Raises TooFew where a set has no covariance."""
-    a, b = ((one.spatial if layer == "spatial" else one.gaussian) for one in (generated, real))
+    a, b = generated.gaussians.get(layer), real.gaussians.get(layer)
     if a is None or b is None:
         raise TooFew(f"a covariance needs at least 2 images, there are {generated.n} and {real.n}")
     return frechet_distance(a, b)

@@ -244,7 +244,7 @@ class Collector:
         position, *columns = (torch.cat(column) for column in zip(*self._rows, strict=True))
         features, logits = (gather_rows(rows, position, self._kept, self._topology) for rows in columns)
         gaussians = {name: moments.gaussian() for name, moments in self._moments.items() if n > 1}
-        return FeatureSet(n, gaussians.get("pooled"), gaussians.get("spatial"), features, logits)
+        return FeatureSet(n, gaussians, features, logits)
 
 
 def gather_rows(

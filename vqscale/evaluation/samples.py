@@ -79,7 +79,7 @@ def leave_out_samples(bench: Bench, inputs: Inputs) -> None:
             raise ValueError(
                 f"reference={config.reference}: holds moments of Inception features; use extractor=inception"
             )
-        if inputs.reference.spatial is None:
+        if "spatial" not in inputs.reference.gaussians:
             scores.leave_out(["sfid"], "the reference has no moments of spatial features")
 
 
@@ -111,10 +111,10 @@ def _features_of_reference(bench: Bench, inputs: Inputs) -> FeatureSet:
     if isinstance(reference, DataSet):
         return features_of(bench, reference, inputs.resolution_of(reference))
     if reference.images is None:
-        nothing = torch.zeros(0, len(reference.gaussian.mean))
-        return FeatureSet(0, reference.gaussian, reference.spatial, nothing, nothing)
+        nothing = torch.zeros(0, len(reference.gaussians["pooled"].mean))
+        return FeatureSet(0, reference.gaussians, nothing, nothing)
     own = collect_images(reference.images, bench.extractor, bench.topology, bench.config.batch)
-    return FeatureSet(own.n, reference.gaussian, reference.spatial, own.features, own.logits)
+    return FeatureSet(own.n, reference.gaussians, own.features, own.logits)
 
 
 # --- scores -----------------------------------------------------------------------------------------------------------
@@ -191,8 +191,8 @@ def check_metrics(real: FeatureSet) -> list[str]:
     Raises CheckFailed where a metric does not give the answer that is known beforehand.
     """
     lines = []
-    if real.gaussian is not None:
-        distance, spread = frechet_distance(real.gaussian, real.gaussian), float(real.gaussian.covariance.trace())
+    if (pooled := real.gaussians.get("pooled")) is not None:
+        distance, spread = frechet_distance(pooled, pooled), float(pooled.covariance.trace())
         _require(distance <= 1e-6 * spread, f"the reference is at distance {distance:.3g} from itself")
         lines.append(f"The reference is at distance {distance:.2g} from itself (its variance is {spread:.3g}).")
     features = real.features[:_MOST_COMPARED]

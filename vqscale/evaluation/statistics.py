@@ -106,20 +106,20 @@ def _factor(covariance: Float[Tensor, "f f"]) -> Float[Tensor, "f r"]:
 class FeatureSet:
     """What the metrics need to know of n images.
 
-    gaussian, spatial: None below 2 images or where there are no such features. features, logits: of the first m <= n
-    images in stored order, on the CPU.
+    gaussians: of the `pooled` features and, where there are such, the `spatial` ones; none below 2 images. features,
+    logits: of the first m <= n images in stored order, on the CPU.
     """
 
     n: int
-    gaussian: Gaussian | None
-    spatial: Gaussian | None
+    gaussians: dict[str, Gaussian]
     features: Float32[Tensor, "m f"]
     logits: Float32[Tensor, "m c"]
 
     def subset(self, rows: Int[Tensor, " k"]) -> "FeatureSet":
         """These rows alone, without spatial features."""
         features = self.features[rows]
-        return FeatureSet(len(rows), moments_of(features) if len(rows) > 1 else None, None, features, self.logits[rows])
+        gaussians = {"pooled": moments_of(features)} if len(rows) > 1 else {}
+        return FeatureSet(len(rows), gaussians, features, self.logits[rows])
 
 
 # --- on disk ---------------------------------------------------------------------------------------------------------
@@ -173,9 +173,8 @@ def _checksum(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> str:
 def save_statistics(path: Path, statistics: FeatureSet, facts: Mapping[str, Any]) -> None:
     """Write atomically."""
     tensors = {"features": statistics.features, "logits": statistics.logits}
-    for name, gaussian in (("pooled", statistics.gaussian), ("spatial", statistics.spatial)):
-        if gaussian is not None:
-            tensors |= {f"{name}.mean": gaussian.mean, f"{name}.covariance": gaussian.covariance}
+    for name, gaussian in statistics.gaussians.items():
+        tensors |= {f"{name}.mean": gaussian.mean, f"{name}.covariance": gaussian.covariance}
     write_tensors(path, tensors, key=key_of_facts(facts), n=statistics.n, facts=dict(facts))
 
 
@@ -186,14 +185,9 @@ def load_statistics(path: Path, facts: Mapping[str, Any]) -> FeatureSet:
         have = about["facts"]
         name = next((name for name in facts if have.get(name) != facts[name]), "key")
         raise ValueError(f"{path}: statistics of other images: {name} is {have.get(name)}, expected {facts.get(name)}")
-    n = int(about["n"])
-
-    def gaussian(name: str) -> Gaussian | None:
-        if f"{name}.mean" not in tensors:
-            return None
-        return Gaussian(n, tensors[f"{name}.mean"], tensors[f"{name}.covariance"])
-
-    return FeatureSet(n, gaussian("pooled"), gaussian("spatial"), tensors["features"], tensors["logits"])
+    n, names = int(about["n"]), [name.removesuffix(".mean") for name in tensors if name.endswith(".mean")]
+    gaussians = {name: Gaussian(n, tensors[f"{name}.mean"], tensors[f"{name}.covariance"]) for name in names}
+    return FeatureSet(n, gaussians, tensors["features"], tensors["logits"])
 
 
 _ARRAYS = ("mu", "sigma", "mu_s", "sigma_s", "arr_0")
@@ -208,8 +202,7 @@ class PublishedReference:
     is_published: ClassVar[bool] = True
     name: str
     fingerprint: str
-    gaussian: Gaussian
-    spatial: Gaussian | None
+    gaussians: dict[str, Gaussian]  # pooled and, where the file has them, spatial
     images: UInt8[Tensor, "m 3 h w"] | None
 
     def describe(self) -> str:
@@ -235,9 +228,10 @@ def read_published(path: str | Path) -> PublishedReference:
         raise ValueError(f"{where}: not an .npz of plain arrays ({error})") from None
     if "mu" not in arrays or "sigma" not in arrays:
         raise ValueError(f"{where}: has no mu and sigma, only {', '.join(arrays) or 'unknown arrays'}")
-    spatial = _gaussian(arrays, "mu_s", "sigma_s", where) if {"mu_s", "sigma_s"} <= arrays.keys() else None
-    gaussian, images = _gaussian(arrays, "mu", "sigma", where), _images(arrays, where)
-    return PublishedReference(str(path), f"sha256:{sha256_of(Path(path))}", gaussian, spatial, images)
+    gaussians = {"pooled": _gaussian(arrays, "mu", "sigma", where)}
+    if {"mu_s", "sigma_s"} <= arrays.keys():
+        gaussians["spatial"] = _gaussian(arrays, "mu_s", "sigma_s", where)
+    return PublishedReference(str(path), f"sha256:{sha256_of(Path(path))}", gaussians, _images(arrays, where))
 
 
 def _check_sizes(archive: zipfile.ZipFile) -> None:
