@@ -18,7 +18,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from support.distributed import run_ranks, started
 from tqdm import tqdm
 
-from vqscale import runtime
+from vqscale import rundir, runtime
 from vqscale.config import StageConfig
 from vqscale.files import read_json, write_json
 
@@ -201,7 +201,7 @@ def _run_and_wait(run_dir: str) -> None:
 def wait_for_status(run_dir: str, state: str) -> dict[str, Any]:
     until = time.monotonic() + 60
     while time.monotonic() < until:
-        status = runtime.read_status(Path(run_dir))
+        status = rundir.read_status(Path(run_dir))
         if status.get("state") == state:
             return status
         time.sleep(0.02)
@@ -222,16 +222,16 @@ def test_a_killed_run_reads_as_stopped_and_its_lock_is_taken_over(tiny: TinyConf
         ranks.signal(signal.SIGKILL)
         assert ranks.wait() == [-signal.SIGKILL]
     assert read(tiny, "status.json")["state"] == "running"
-    assert runtime.read_status(Path(tiny.run_dir))["state"] == "stopped"
+    assert rundir.read_status(Path(tiny.run_dir))["state"] == "stopped"
     with runtime.run(tiny, "tiny") as run:
         assert run.resumed
 
 
 def test_a_status_of_another_host_is_taken_at_its_word(tmp_path: Path) -> None:
     write_json(tmp_path / "status.json", {"state": "running", "host": "elsewhere", "pid": 2**22 + 1})
-    assert runtime.read_status(tmp_path)["state"] == "running"
+    assert rundir.read_status(tmp_path)["state"] == "running"
     (tmp_path / "status.json").write_text("{")
-    assert runtime.read_status(tmp_path) == {}
+    assert rundir.read_status(tmp_path) == {}
 
 
 def test_a_mistake_before_anything_was_made_can_be_corrected_in_the_same_folder(tiny: TinyConfig) -> None:
@@ -360,7 +360,7 @@ def test_a_damaged_record_of_an_earlier_run_does_not_matter(tiny: TinyConfig, na
     (Path(tiny.run_dir) / name).write_bytes(text.encode("latin-1"))
     with runtime.run(tiny, "tiny") as run:
         run.check_inputs({"data": "sha256:1"})
-        assert runtime.read_status(run.run_dir)["images_seen"] == 0
+        assert rundir.read_status(run.run_dir)["images_seen"] == 0
 
 
 def test_a_warning_takes_a_line_of_its_own_beside_a_progress_bar(

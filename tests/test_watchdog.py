@@ -12,7 +12,7 @@ import pytest
 from support.distributed import run_ranks, started
 from support.training import TinyConfig, train
 
-from vqscale import runtime
+from vqscale import rundir, runtime
 from vqscale.data.processes import made_progress
 from vqscale.topology import bring_up
 from vqscale.watchdog import Watchdog
@@ -58,7 +58,7 @@ def test_ranks_that_stand_still_write_their_stacks_and_end(tmp_path: Path, how: 
     assert all("most recent call first" in text for text in logs)
     assert "_fall_asleep_here" in logs[-1] or how == "stopped"
     assert "in on_step" in logs[-1]
-    status = runtime.read_status(tmp_path)
+    status = rundir.read_status(tmp_path)
     assert status["state"] == "failed" and status["reason"].startswith(f"no progress for {SECONDS} s")
     results = run_ranks(train, world, replace(settings(tmp_path), watchdog_seconds=600))
     consumed = sorted(p for r in results for p in r["consumed"])

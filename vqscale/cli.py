@@ -107,9 +107,9 @@ def main(argv: Sequence[str]) -> int:
         else:
             stage.main(stage_config)
     except runtime.Stopped as stopped:
-        if runtime.is_first_rank():
+        if topology.is_first_rank():
             print(f"vqscale: stopped: {one_line(stopped)}; run the same command again to go on", file=sys.stderr)
-        return 0 if runtime.under_launcher() else EXIT_UNFINISHED
+        return 0 if topology.under_launcher() else EXIT_UNFINISHED
     except KeyboardInterrupt:
         print("vqscale: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -140,7 +140,7 @@ def _report(error: Exception, debug: bool) -> None:
     if debug:
         traceback.print_exc()
     where = ""
-    if not runtime.is_first_rank():
+    if not topology.is_first_rank():
         where = f" on rank {os.environ['RANK']}"
         time.sleep(HEAD_START)  # an error of all ranks is told once: the launcher ends this one meanwhile
     kind = "" if expected else f"{type(error).__name__}: "

@@ -13,6 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,36 +21,15 @@ import torch
 from tqdm import tqdm
 
 from vqscale import config as configs
-from vqscale import progress, streams
+from vqscale import progress, rundir, streams
 from vqscale.config import StageConfig
 from vqscale.files import open_to_append, read_json, sealed, write_json
 from vqscale.lock import FolderLock
-from vqscale.rundir import (
-    INPUTS,
-    holds_outputs,
-    read_status,
-    recorded_status,
-    refuse_strange_entries,
-    remove_outputs,
-    stale_inputs,
-)
-from vqscale.stopping import Leave, Stoppable, Stopped
+from vqscale.stopping import Stoppable, Stopped
 from vqscale.text import one_line, printable, redact_url
-from vqscale.topology import Topology, bring_up, env_int, is_first_rank, take_down, under_launcher
+from vqscale.topology import Topology, bring_up, env_int, take_down
 from vqscale.versions import git_commit, versions
 from vqscale.watchdog import Watchdog
-
-__all__ = [
-    "Leave",
-    "Run",
-    "Stopped",
-    "Topology",
-    "is_first_rank",
-    "leave",
-    "read_status",
-    "run",
-    "under_launcher",
-]
 
 log = logging.getLogger("vqscale")
 STATUS_SECONDS = 5.0  # status.json of a run that makes progress is at most this old
@@ -105,8 +85,8 @@ class _OneLine(logging.Formatter):
 class Run(Stoppable):
     """A stage's run directory, and what this process does for it.
 
-    `was_done`: an earlier run of the same config finished here. `resumed`: there was an earlier run; `previous_status`
-    is the status.json that it left, {} without one.
+    `previous_status`: the status.json that an earlier run of the same config left here, with `images_seen`; {} where
+    this run starts from nothing.
     """
 
     def __init__(self, config: StageConfig, stage: str, topology: Topology):
@@ -114,17 +94,25 @@ class Run(Stoppable):
         self.config = config
         self.stage = stage
         self.images_seen = 0
-        self._lock: FolderLock | None = None
+        self._lock = FolderLock(self.run_dir / ".lock")
         self._watchdog: Watchdog | None = None
-        self._changes: list[tuple[str, str]] = []  # (warned | allowed, what), since the last start
+        self._changes: list[tuple[int, str]] = []  # (level of the log, what), since the last start
         self._facts: dict[str, Any] = {}
-        self.was_done = False
-        self.resumed = False
         self.previous_status: dict[str, Any] = {}
         self.trackers: list[Any] = []
         self.at_exit = contextlib.ExitStack()  # what must still be done, however the run ends, in the process group
         self._handlers: list[logging.Handler] = []
         self._status_due = 0.0
+
+    @property
+    def was_done(self) -> bool:
+        """Whether an earlier run finished."""
+        return self.previous_status.get("state") == "done"
+
+    @property
+    def resumed(self) -> bool:
+        """Whether there was an earlier run."""
+        return bool(self.previous_status)
 
     def _progressed(self) -> None:
         progress.advance()
@@ -136,37 +124,24 @@ class Run(Stoppable):
     def _open(self) -> None:
         """Take the folder: lock it, refuse another config's run, write config.yaml and command.json."""
         streams.lose_rather_than_wait()
-        self._on_main(self._take_folder)
+        self.previous_status = self.topology.on_main(self._take_folder)
         self._start_log()
-        for kind, change in self._changes:
-            level = logging.WARNING if kind == "warned" else logging.INFO
+        for level, change in self._changes:
             log.log(level, "the config has changed since the last start: %s", change)
         progress.share()
         if seconds := self.config.watchdog_seconds:
             log_file = self.run_dir / "log" / f"{self.topology.rank}.log"
-            self._watchdog = Watchdog(seconds, log_file, self.topology, progress.total, self._report_standstill)
+            report = partial(self._write_status, "failed")  # rank 0, which writes it else, may be the one that hangs
+            self._watchdog = Watchdog(seconds, log_file, self.topology, progress.total, report)
         self.record_facts()
         self.write_status("running")
 
-    def _on_main(self, action: Callable[[], None]) -> None:
-        """Let rank 0 act on the folder, and all ranks know what it found. Raises its error, as a ValueError, on all."""
-        failure = ""
-        if self.topology.is_main:
-            try:
-                action()
-            except (ValueError, OSError) as error:
-                failure = str(error)
-        found = (failure, self.was_done, self.resumed, self.previous_status)
-        failure, self.was_done, self.resumed, self.previous_status = self.topology.gather(found)[0]
-        if failure:
-            raise ValueError(failure)
-
-    def _take_folder(self) -> None:
+    def _take_folder(self) -> dict[str, Any]:
+        """Returns `previous_status`."""
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
-            refuse_strange_entries(self.run_dir, self.config.outputs)
+            rundir.refuse_strange_entries(self.run_dir, self.config.outputs)
             (self.run_dir / "log").mkdir(exist_ok=True)
-            self._lock = FolderLock(self.run_dir / ".lock")
             self._lock.take()
         except OSError as error:
             raise ValueError(f"run directory {self.run_dir} cannot be written: {error.strerror}") from None
@@ -179,30 +154,29 @@ class Run(Stoppable):
                 f"{saved}: this run was started with another config ({'; '.join(changes['refused'])}); "
                 "use those values again, or another run_dir, or fresh=true, which removes this stage's outputs"
             )
+        previous: dict[str, Any] = {}
         if saved.is_file():
-            self._changes = [(kind, change) for kind in ("warned", "allowed") for change in changes[kind]]
-            self.resumed = True
-            self.previous_status = {"images_seen": 0, **recorded_status(self.run_dir)}
-            if not isinstance(self.previous_status["images_seen"], int):  # a damaged file
-                self.previous_status = {"images_seen": 0}
-            self.was_done = self.previous_status.get("state") == "done"
+            self._changes = [(logging.WARNING, change) for change in changes["warned"]]
+            self._changes += [(logging.INFO, change) for change in changes["allowed"]]
+            previous = {"images_seen": 0, **rundir.recorded_status(self.run_dir)}
+            if not isinstance(previous["images_seen"], int):  # a damaged file
+                previous = {"images_seen": 0}
         configs.save(self.config, saved)
+        return previous
 
     def _goes_on(self, refused: list[str]) -> bool:
         """Whether a run that was itself begun with `fresh` is to be resumed: it was interrupted, or is restarted by
         Slurm or torchrun, and not started anew by its user."""
         restarted = any(env_int(name, 0) for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
-        interrupted = read_status(self.run_dir).get("state") == "stopped"
-        return (
-            bool(read_json(self.run_dir / "command.json").get("fresh")) and not refused and (interrupted or restarted)
-        )
+        interrupted = rundir.read_status(self.run_dir).get("state") == "stopped"
+        was_fresh = bool(read_json(self.run_dir / "command.json").get("fresh"))
+        return was_fresh and not refused and (interrupted or restarted)
 
     def _remove_outputs(self) -> None:
         try:
-            remove_outputs(self.run_dir, self.stage, self.config.outputs)
+            rundir.remove_outputs(self.run_dir, self.stage, self.config.outputs)
         except OSError as error:
             raise ValueError(f"fresh=true: {error.filename} cannot be removed: {error.strerror}") from None
-        self.was_done, self.resumed, self.previous_status = False, False, {}
 
     def check_inputs(self, inputs: Mapping[str, str]) -> None:
         """Hold this run to the inputs of its first start, which are recorded in inputs.json. Collective.
@@ -211,15 +185,17 @@ class Run(Stoppable):
         stage's outputs are removed instead, and the run starts over: `was_done` and `resumed` are False afterwards.
         """
         was_resumed = self.resumed
-        self._on_main(lambda: self._check_inputs(dict(inputs)))
+        self.previous_status = self.topology.on_main(lambda: self._check_inputs(dict(inputs)))
         if was_resumed and not self.resumed:
             self.images_seen = 0
             self._facts.pop("restarts", None)
             self.record_facts()
             self.write_status("running")
 
-    def _check_inputs(self, inputs: dict[str, str]) -> None:
-        stale = stale_inputs(self.run_dir, inputs) if self.resumed and holds_outputs(self.run_dir) else []
+    def _check_inputs(self, inputs: dict[str, str]) -> dict[str, Any]:
+        """Returns `previous_status`."""
+        has_outputs = self.resumed and rundir.holds_outputs(self.run_dir)
+        stale = rundir.stale_inputs(self.run_dir, inputs) if has_outputs else []
         if stale and not self.config.fresh:
             raise ValueError(
                 f"{self.run_dir}: made of other inputs: {'; '.join(stale)}; "
@@ -229,12 +205,13 @@ class Run(Stoppable):
             log.warning("inputs have changed, starting over: %s", "; ".join(stale))
             self._remove_outputs()
             configs.save(self.config, self.run_dir / "config.yaml")
-        if read_json(self.run_dir / INPUTS) != inputs:
-            write_json(self.run_dir / INPUTS, inputs)
+        if read_json(self.run_dir / rundir.INPUTS) != inputs:
+            write_json(self.run_dir / rundir.INPUTS, inputs)
+        return {} if stale else self.previous_status
 
     def _give_back(self) -> None:
         """After an error before anything was made: a corrected config may use the folder."""
-        if self.topology.is_main and not self.resumed and not holds_outputs(self.run_dir):
+        if self.topology.is_main and not self.resumed and not rundir.holds_outputs(self.run_dir):
             (self.run_dir / "config.yaml").unlink(missing_ok=True)
 
     def _start_log(self) -> None:
@@ -257,8 +234,7 @@ class Run(Stoppable):
         for handler in self._handlers:
             log.removeHandler(handler)
             handler.close()
-        if self._lock is not None:
-            self._lock.release()
+        self._lock.release()
 
     def record_facts(self, **facts: Any) -> None:
         """Add facts about what really runs to command.json; called by all ranks."""
@@ -269,24 +245,20 @@ class Run(Stoppable):
         if "restarts" not in self._facts:
             earlier = read_json(path).get("restarts", -1)
             self._facts["restarts"] = earlier + 1 if isinstance(earlier, int) else 0
-        topology = self.topology
-        write_json(
-            path,
-            {
-                "argv": [redact_url(word) for word in sys.argv],
-                "stage": self.stage,
-                "fresh": self.config.fresh,
-                "strategy": topology.strategy,
-                "engine": topology.engine,
-                "world_size": topology.world_size,
-                "nodes": topology.nodes,
-                "device": str(topology.device),
-                "threads": torch.get_num_threads(),
-                "git_commit": git_commit(),
-                "versions": versions(),
-                **self._facts,
-            },
-        )
+        always = {
+            "argv": [redact_url(word) for word in sys.argv],
+            "stage": self.stage,
+            "fresh": self.config.fresh,
+            "strategy": self.topology.strategy,
+            "engine": self.topology.engine,
+            "world_size": self.topology.world_size,
+            "nodes": self.topology.nodes,
+            "device": str(self.topology.device),
+            "threads": torch.get_num_threads(),
+            "git_commit": git_commit(),
+            "versions": versions(),
+        }
+        write_json(path, always | self._facts)
 
     def write_status(self, state: str, reason: str = "") -> None:
         """Atomically, by rank 0 alone: running | stopped | done | failed."""
@@ -311,36 +283,29 @@ class Run(Stoppable):
 
     def _write_failure(self, error: BaseException) -> None:
         """A finished run that is started again and cannot begin stays `done`, say where its data are away."""
-        asked_for_more = self.config.recomputes or any(
-            change.startswith("total_images:") for _, change in self._changes
-        )
-        if self.was_done and self.images_seen in (0, self.previous_status.get("images_seen")) and not asked_for_more:
-            self.images_seen = self.previous_status.get("images_seen", 0)
+        larger_total = any(change.startswith("total_images:") for _, change in self._changes)
+        asked_for_more = self.config.recomputes or larger_total
+        if self.was_done and self.images_seen in (0, self.previous_status["images_seen"]) and not asked_for_more:
+            self.images_seen = self.previous_status["images_seen"]
             self.write_status("done", self.previous_status.get("reason", ""))
         else:
             self.write_status("failed", f"{type(error).__name__}: {error}")
-
-    def _report_standstill(self, reason: str) -> None:
-        """Called by the rank that notices first; rank 0 may be the one that hangs."""
-        self._write_status("failed", reason)
 
     # --- trackers ---------------------------------------------------------------------------------------------------
 
     def start_trackers(self, names: list[str], resumed_at: int) -> Callable[[dict[str, float], int], None]:
         """accelerate's trackers by name; returns log(values, images_seen). A tracker that fails is dropped, with a
         warning, and never stops the run."""
-        trackers = _open_trackers(names, self.config, resumed_at, self.topology) if names else []
+        self.trackers = _open_trackers(names, self.config, resumed_at, self.topology) if names else []
+        return self._track
 
-        def log_values(values: dict[str, float], images_seen: int) -> None:
-            for tracker in list(trackers):
-                try:
-                    tracker.log(values, step=images_seen)
-                except Exception as error:
-                    trackers.remove(tracker)
-                    log.warning("tracker %s failed and is left out from here on: %s", tracker.name, error)
-
-        self.trackers = trackers
-        return log_values
+    def _track(self, values: dict[str, float], images_seen: int) -> None:
+        for tracker in list(self.trackers):
+            try:
+                tracker.log(values, step=images_seen)
+            except Exception as error:
+                self.trackers.remove(tracker)
+                log.warning("tracker %s failed and is left out from here on: %s", tracker.name, error)
 
     def log_image(self, name: str, image: torch.Tensor, images_seen: int) -> None:
         """A picture, float [3, h, w] in [0, 1], to the trackers that take pictures."""
@@ -353,11 +318,9 @@ class Run(Stoppable):
 def _open_trackers(names: list[str], config: StageConfig, resumed_at: int, topology: Topology) -> list[Any]:
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-    for name in names:
-        if name not in LOGGER_TYPE_TO_CLASS:
-            raise ValueError(
-                f"trackers: there is no tracker {name!r}; accelerate knows {', '.join(LOGGER_TYPE_TO_CLASS)}"
-            )
+    if unknown := [name for name in names if name not in LOGGER_TYPE_TO_CLASS]:
+        known = ", ".join(LOGGER_TYPE_TO_CLASS)
+        raise ValueError(f"trackers: there is no tracker {unknown[0]!r}; accelerate knows {known}")
     _adopt_process_group(topology)
     run_dir = Path(config.run_dir)
     project = config.experiment or run_dir.absolute().parent.name

@@ -25,7 +25,7 @@ from vqscale.models.pretrained import WEIGHTS, check_fits, fingerprint, load_int
 from vqscale.models.prior import LevelPrior, PriorConfig
 from vqscale.models.transformer import Transformer
 from vqscale.models.vqvae import VQVAE, VQVAEConfig
-from vqscale.runtime import read_status
+from vqscale.rundir import read_status
 from vqscale.text import printable
 
 PRIORS: dict[str, type[LevelPrior]] = {prior.kind: prior for prior in (PixelCNN, Transformer)}

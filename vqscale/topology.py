@@ -10,22 +10,21 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from vqscale.config import STRATEGIES, StageConfig
 
+T = TypeVar("T")
 GROUP_TIMEOUT = datetime.timedelta(minutes=30)
 SLOW_SECONDS = 20.0  # after which a rank says that it waits for the others
 _PR_SET_PDEATHSIG = 1
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
-
-
 _START_WITH = "start with torchrun or accelerate launch, which set them all"
 # Settings of `accelerate launch` that change what is computed: variable, values that change nothing, what to use here.
 _LAUNCHER_SETTINGS = {
@@ -55,10 +54,6 @@ def env_int(name: str, default: int) -> int:
     return int(value)
 
 
-def world_size() -> int:
-    return env_int("WORLD_SIZE", 1)
-
-
 def is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
@@ -68,12 +63,15 @@ def under_launcher() -> bool:
     return not {"TORCHELASTIC_RUN_ID", "RANK", "ACCELERATE_MIXED_PRECISION"}.isdisjoint(os.environ)
 
 
-def check_ranks() -> None:
-    """Raises ValueError for half an environment: ranks that would wait for others that were never started."""
-    world, rank = world_size(), env_int("RANK", 0)
-    local_world, local_rank = env_int("LOCAL_WORLD_SIZE", world), env_int("LOCAL_RANK", 0)
+def launched_ranks() -> tuple[int, int, int, int]:
+    """(rank, world size, local rank, local world size) that the launcher set.
+
+    Raises ValueError for half an environment: ranks that would wait for others that were never started.
+    """
+    rank, world = env_int("RANK", 0), env_int("WORLD_SIZE", 1)
+    local_rank, local_world = env_int("LOCAL_RANK", 0), env_int("LOCAL_WORLD_SIZE", world)
     if world == 1 and "RANK" not in os.environ:
-        return
+        return rank, world, local_rank, local_world
     given = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
     if missing := [name for name, value in given.items() if not value]:
         there = ", ".join(f"{name}={value}" for name, value in given.items() if value)
@@ -84,6 +82,7 @@ def check_ranks() -> None:
     ):
         if not 0 <= value < count:
             raise ValueError(f"{name}={value} does not lie in 0 … {count - 1} ({of}={count}): {_START_WITH}")
+    return rank, world, local_rank, local_world
 
 
 def check_launcher(config: StageConfig, environment: Mapping[str, str]) -> None:
@@ -137,10 +136,9 @@ def resolve_strategy(asked: str, environment: Mapping[str, str]) -> str:
         raise ValueError(f"the launcher asks for {strategy}; the strategies are {', '.join(STRATEGIES)}")
     # ZeRO runs on one process too, but only where that was said: a launcher may have failed to bring the others.
     one_will_do = strategy == "single" or (strategy.startswith("zero") and bool(asked))
-    if (world == 1 and not one_will_do) or (world > 1 and strategy == "single"):
+    least = 4 if strategy == "hsdp" else 2
+    if (world < least and not one_will_do) or (world > 1 and strategy == "single"):
         raise ValueError(f"strategy={strategy} on {world} process{'es' * (world > 1)}: {_needs(strategy)}")
-    if strategy == "hsdp" and world < 4:
-        raise ValueError(f"strategy=hsdp on {world} processes: {_needs(strategy)}")
     return strategy
 
 
@@ -194,6 +192,23 @@ class Topology:
         dist.all_gather_object(values, value, group=self.control)
         return values
 
+    def on_main(self, action: Callable[[], T]) -> T:
+        """What `action` gives on rank 0, which alone calls it, on every rank; small and picklable. Collective.
+
+        Its ValueError or OSError is raised on every rank, as a ValueError.
+        """
+        result: Any = None
+        failure = ""
+        if self.is_main:
+            try:
+                result = action()
+            except (ValueError, OSError) as error:
+                failure = str(error)
+        result, failure = self.gather((result, failure))[0]
+        if failure:
+            raise ValueError(failure)
+        return result
+
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier(group=self.control)
@@ -204,13 +219,12 @@ def bring_up(config: StageConfig) -> Topology:
 
     Raises ValueError for a strategy that cannot run here, a missing GPU, or a Slurm job of which only a part is seen.
     """
-    check_ranks()
+    rank, world, local_rank, local_world = launched_ranks()
     strategy = resolve_strategy(config.strategy, os.environ)
     check_launcher(config, os.environ)
-    world, rank = world_size(), env_int("RANK", 0)
-    local_world = env_int("LOCAL_WORLD_SIZE", world)
     nodes = env_int("GROUP_WORLD_SIZE", -(-world // local_world))
-    _assert_slurm_agrees(world)
+    if world < (asked := env_int("SLURM_JOB_NUM_NODES", 1)):
+        raise ValueError(f"the Slurm job has {asked} nodes, but this program sees {world} process: start it with srun")
     device = _device(config.device)
     if device.type == "cpu" and getattr(config, "precision", "") == "tf32":
         raise ValueError("precision=tf32 needs a GPU; on a CPU choose fp32 or bf16")
@@ -219,19 +233,19 @@ def bring_up(config: StageConfig) -> Topology:
         keep_freed_memory()
     if under_launcher():
         die_with_parent()
+    on_gpu = device.type == "cuda"
     with _said_if_slow(world, rank):
-        _init_group(world, rank, device, config.run_dir)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+            timeout=GROUP_TIMEOUT,
+            store=_store(config.run_dir),
+            rank=rank,
+            world_size=world,
+            device_id=device if on_gpu else None,
+        )
     # Two groups, because collectives of one group must be issued in the same order everywhere.
     control = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
-    topology = Topology(rank, world, env_int("LOCAL_RANK", 0), local_world, nodes, strategy, device, control)
-    assert dist.get_world_size() == world and dist.get_rank() == rank
-    return topology
-
-
-def _assert_slurm_agrees(world: int) -> None:
-    asked = env_int("SLURM_JOB_NUM_NODES", 1)
-    if world < asked:
-        raise ValueError(f"the Slurm job has {asked} nodes, but this program sees {world} process: start it with srun")
+    return Topology(rank, world, local_rank, local_world, nodes, strategy, device, control)
 
 
 def _threads_of_user() -> int:
@@ -270,15 +284,6 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, -1)
-
-
-def _init_group(world: int, rank: int, device: torch.device, run_dir: str) -> None:
-    on_gpu = device.type == "cuda"
-    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-    common: dict[str, Any] = {"backend": backend, "timeout": GROUP_TIMEOUT}
-    if on_gpu:
-        common["device_id"] = device
-    dist.init_process_group(**common, store=_store(run_dir), rank=rank, world_size=world)
 
 
 @contextlib.contextmanager

@@ -37,7 +37,7 @@ from vqscale.engine.checkpoint import Checkpoint, Checkpointer, CheckpointState,
 from vqscale.evaluation.statistics import FeatureSet, load_statistics, save_statistics, statistics_path  # noqa: E402
 from vqscale.files import sealed, write_json  # noqa: E402
 from vqscale.models.pretrained import fingerprint, read_folder, write_folder  # noqa: E402
-from vqscale.runtime import read_status  # noqa: E402
+from vqscale.rundir import read_status  # noqa: E402
 from vqscale.topology import bring_up, take_down  # noqa: E402
 
 SAMPLES = 12

@@ -16,7 +16,7 @@ from support import faults
 from support.distributed import run_ranks, started
 from support.training import TinyConfig, assert_bit_identical, config, losses, saved, train, whole
 
-from vqscale import runtime
+from vqscale import rundir, runtime
 from vqscale.engine import checkpoint as checkpoints
 from vqscale.engine.checkpoint import Checkpoint, Checkpointer, CheckpointState, find_latest, verify
 from vqscale.engine.parallel import make_engine
@@ -242,7 +242,7 @@ def _train_on_a_full_log_disk(settings: TinyConfig) -> None:
 
 def test_logs_and_trackers_that_fail_change_nothing(uninterrupted: Path, tmp_path: Path) -> None:
     run_ranks(_train_on_a_full_log_disk, 1, replace(config(tmp_path), trackers=["tensorboard"]))
-    assert runtime.read_status(tmp_path)["state"] == "done"
+    assert rundir.read_status(tmp_path)["state"] == "done"
     assert_bit_identical(saved(tmp_path), saved(uninterrupted))
 
 

@@ -12,7 +12,7 @@ import torch
 from support.distributed import Ranks, run_ranks, started
 from support.training import TinyConfig, TinyModel, assert_bit_identical, config, losses, metrics, saved, train
 
-from vqscale import runtime
+from vqscale import rundir, runtime
 from vqscale.engine.checkpoint import find_latest
 from vqscale.files import read_json
 
@@ -26,7 +26,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_leaves_what_it_promises(uninterrupted: Path) -> None:
-    status = runtime.read_status(uninterrupted)
+    status = rundir.read_status(uninterrupted)
     assert (status["state"], status["images_seen"]) == ("done", 160)
     lines = metrics(uninterrupted)
     assert [line["images_seen"] for line in lines] == list(range(8, 168, 8))
@@ -143,7 +143,7 @@ def test_asked_to_stop_it_saves_and_goes_on_later(uninterrupted: Path, tmp_path:
     settings = config(tmp_path, save_every=0)
     told = run_ranks(_signal_myself, world, settings, world - 1, 40, name)
     assert told[0].startswith("asked to") and len(set(told)) == 1
-    status = runtime.read_status(tmp_path)
+    status = rundir.read_status(tmp_path)
     assert status["state"] == "stopped"
     assert 40 <= status["images_seen"] <= 48
     latest = find_latest(tmp_path / "checkpoints")
@@ -200,7 +200,7 @@ def test_many_such_steps_in_a_row_end_the_run(tmp_path: Path) -> None:
     results = run_ranks(_train_with_nan, 2, settings, (40, 55, 56))
     told = "3 steps in a row had no finite gradient, the last at 64 images; log/<rank>.log names their samples"
     assert results == [told] * 2
-    assert runtime.read_status(tmp_path)["state"] == "failed"
+    assert rundir.read_status(tmp_path)["state"] == "failed"
     latest = find_latest(tmp_path / "checkpoints")
     assert latest is not None and latest.images_seen <= 48
 
@@ -274,7 +274,7 @@ def test_a_stop_in_an_evaluation_is_honoured_there_and_the_figures_come_later(
     told = run_ranks(_train_and_stop_in_evaluation, world, config(tmp_path), every)
     assert len(set(told)) == 1 and f"at {every} of 160" in told[0]
     assert not any("held_out" in line for line in metrics(tmp_path))
-    assert runtime.read_status(tmp_path)["state"] == "stopped"
+    assert rundir.read_status(tmp_path)["state"] == "stopped"
     for _ in range(2):  # the second start finds a finished run
         run_ranks(_train_and_evaluate, world, config(tmp_path), every)
         seen = [line["images_seen"] for line in metrics(tmp_path) if "held_out" in line]
@@ -314,7 +314,7 @@ def test_an_error_right_after_a_save_does_not_lose_it(tmp_path: Path, world: int
     assert run_ranks(_train_and_fail, world, config(tmp_path)) == ["the disk is gone"] * world
     latest = find_latest(tmp_path / "checkpoints")
     assert latest is not None and latest.images_seen == 16
-    assert runtime.read_status(tmp_path)["state"] == "failed"
+    assert rundir.read_status(tmp_path)["state"] == "failed"
 
 
 def _generator_states(settings: TinyConfig) -> bool:

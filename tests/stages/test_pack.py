@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vqscale import runtime, stopping
+from vqscale import rundir, runtime, stopping
 from vqscale.config import load
 from vqscale.data import processes
 from vqscale.data.images import decode_image
@@ -286,7 +286,7 @@ def test_outputs_that_are_gone_are_packed_again(
         source.rename(tmp_path / "away")
         with pytest.raises(ValueError, match="is gone, or not whole; without source=.* it cannot be packed again"):
             pack.main(config(tmp_path, source, holdout="every:10"))
-        assert runtime.read_status(tmp_path / "run")["state"] == "done"
+        assert rundir.read_status(tmp_path / "run")["state"] == "done"
 
 
 def test_fresh_packs_a_changed_source(tmp_path: Path, source: Path) -> None:

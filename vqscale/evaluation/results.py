@@ -24,7 +24,7 @@ from vqscale.evaluation.reconstructions import Examples, ReconstructionResults
 from vqscale.evaluation.samples import SampleResults
 from vqscale.evaluation.scores import Scores, is_of_curve
 from vqscale.files import read_json, write_atomically, write_json
-from vqscale.runtime import read_status
+from vqscale.rundir import read_status
 from vqscale.text import printable, redact_url
 
 

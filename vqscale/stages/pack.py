@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar
 import numpy as np
 from tqdm import tqdm
 
-from vqscale import runtime
+from vqscale import rundir, runtime
 from vqscale.config import StageConfig
 from vqscale.data.arrays import array_files
 from vqscale.data.drawn import CLASSES
@@ -62,7 +62,7 @@ Config = PackConfig
 def main(config: PackConfig) -> None:
     """Pack. Raises ValueError or FileNotFoundError for a wrong source or config before anything is written."""
     _check(config)
-    is_done = not config.fresh and runtime.read_status(Path(config.run_dir)).get("state") == "done"
+    is_done = not config.fresh and rundir.read_status(Path(config.run_dir)).get("state") == "done"
     if is_done and config.source != "drawn" and not os.path.isdir(config.source):  # removed since
         _check_outputs(config)
         with runtime.run(config, stage="pack") as run:

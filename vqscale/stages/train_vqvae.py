@@ -26,6 +26,7 @@ from vqscale.fields import Choice, PathText, PositiveInt
 from vqscale.models.codebook import perplexity
 from vqscale.models.vqvae import VQVAE, VQVAEConfig, VQVAEOutput
 from vqscale.sources import build
+from vqscale.stopping import Leave
 from vqscale.topology import Topology
 from vqscale.training import dry_run_text, held_out_batches, inputs_may_be_away, train
 
@@ -119,7 +120,7 @@ def _init_codebooks(
             images = _first_images(folder, reader, config, topology.device, progress)
             try:
                 model.init_codebooks(images, seed=config.seed, between=progress)
-            except runtime.Leave:
+            except Leave:
                 stopped = True
     if topology.gather(stopped)[0]:
         run.stop("asked to, before the first step")
