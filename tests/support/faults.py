@@ -63,7 +63,7 @@ def _count_saves() -> Callable[[], int]:
     """How many saves this process has begun; a save begins when the one before it is committed."""
     real, count = checkpoints.Checkpointer._prepare, 0
 
-    def counted(self: checkpoints.Checkpointer, *arguments: Any) -> tuple[bool, str]:
+    def counted(self: checkpoints.Checkpointer, *arguments: Any) -> bool:
         nonlocal count
         count += 1
         return real(self, *arguments)

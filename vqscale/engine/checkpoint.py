@@ -82,11 +82,10 @@ class Checkpointer:
     def __init__(self, folder: Path, topology: Topology, *, keep: int):
         self.folder = folder
         self._topology = topology
-        self._keep = max(1, keep)
+        self._keep = keep
         # The save's collectives run beside training's: they need a group of their own.
         self._group = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
-        self._written: Any = None
-        self._committed: concurrent.futures.Future[None] | None = None
+        self._in_flight: list[concurrent.futures.Future[Any]] = []  # of one save: written, and on rank 0 committed
         self._trial_over, self._discarded = threading.Event(), False
         self._committer = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="commit")
         if topology.is_main:
@@ -100,30 +99,35 @@ class Checkpointer:
         self.wait()
         final = self.folder / f"{state.images_seen:012d}"
         temporary = self.folder / f"{_TEMPORARY}{final.name}"
-        exists, failure = self._topology.gather(self._prepare(temporary, final, total_bytes(tensors.values())))[0]
-        if failure:
-            raise OSError(f"a checkpoint could not be written to {self.folder}: {failure}")
-        if exists:
+        if self._prepare(temporary, final, total_bytes(tensors.values())):
             return
         self._trial_over.clear()
         writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
-        self._written = dcp.async_save(tensors, storage_writer=writer, process_group=self._group)  # type: ignore[arg-type]
+        written: Any = dcp.async_save(tensors, storage_writer=writer, process_group=self._group)  # type: ignore[arg-type]
+        self._in_flight = [written]
         if self._topology.is_main:
             text = json.dumps(state.to_json(tensors), indent=1) + "\n"  # now: training changes what `state` refers to
-            self._committed = self._committer.submit(self._commit, self._written, temporary, final, text)
+            self._in_flight.append(self._committer.submit(self._commit, written, temporary, final, text))
 
-    def _prepare(self, temporary: Path, final: Path, needed: int) -> tuple[bool, str]:
-        """(whether this checkpoint exists, why it cannot be written), decided by rank 0."""
-        if not self._topology.is_main or final.exists():
-            return final.exists(), ""
-        try:
+    def _prepare(self, temporary: Path, final: Path, needed: int) -> bool:
+        """Whether this checkpoint exists already; else there is an empty temporary folder for it afterwards.
+
+        Raises OSError on all ranks; called by all.
+        """
+
+        def make_folder() -> bool:
+            if final.exists():
+                return True
             shutil.rmtree(temporary, ignore_errors=True)
             if (free := shutil.disk_usage(self.folder).free) < needed:
-                return False, f"it needs {needed:,} bytes, {free:,} are free; earlier checkpoints are untouched"
+                raise OSError(f"it needs {needed:,} bytes, {free:,} are free; earlier checkpoints are untouched")
             temporary.mkdir()
-        except OSError as error:
-            return False, str(error)
-        return False, ""
+            return False
+
+        try:
+            return self._topology.on_main(make_folder)
+        except ValueError as error:
+            raise OSError(f"a checkpoint could not be written to {self.folder}: {error}") from None
 
     def _commit(self, written: Any, temporary: Path, final: Path, state: str) -> None:
         written.result()
@@ -157,43 +161,26 @@ class Checkpointer:
         """Until the save in flight is committed. Raises OSError on all ranks if it failed on any; called by all."""
         self.confirm()
         failure = ""
-        if self._written is not None:
-            try:
-                self._written.result()
-                if self._committed is not None:
-                    self._committed.result()
-            except BaseException as error:  # DCP's CheckpointException derives from BaseException
-                failure = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
-                if isinstance(error, KeyboardInterrupt):
-                    raise
-        if self._topology.gather(self._written is not None)[0]:
-            failures = [text for text in self._topology.gather(failure) if text]
-            if failures:
-                raise OSError(f"a checkpoint could not be written to {self.folder}: {failures[0]}")
-        self._written = self._committed = None
+        try:
+            for future in self._in_flight:
+                future.result()
+        except (Exception, CheckpointException) as error:  # the latter is a BaseException
+            failure = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+        if failures := [text for text in self._topology.gather(failure) if text]:
+            raise OSError(f"a checkpoint could not be written to {self.folder}: {failures[0]}")
+        self._in_flight = []
 
     def settle(self) -> None:
         """For a run that ends by an error: wait for the save in flight, without talking to other ranks."""
         self.confirm()
-        in_flight = [future for future in (self._written, self._committed) if future is not None]
-        concurrent.futures.wait(in_flight, timeout=_SETTLE_SECONDS)
+        concurrent.futures.wait(self._in_flight, timeout=_SETTLE_SECONDS)
 
     def latest(self) -> "Checkpoint | None":
         """The newest checkpoint that verifies, the same on all ranks; damaged ones are set aside and named.
 
         Raises ValueError when there are checkpoints and none of them verifies.
         """
-        path, failure = "", ""
-        if self._topology.is_main:
-            try:
-                checkpoint = find_latest(self.folder)
-                path = str(checkpoint.folder) if checkpoint else ""
-            except (ValueError, OSError) as error:
-                failure = str(error)
-        path, failure = self._topology.gather((path, failure))[0]
-        if failure:
-            raise ValueError(failure)
-        return Checkpoint(Path(path)) if path else None
+        return self._topology.on_main(lambda: find_latest(self.folder))
 
 
 class Checkpoint:
@@ -246,13 +233,12 @@ class Checkpoint:
             raise ValueError(f"{self.folder} cannot be read: {' '.join(cause.split())}") from None
 
     def _check(self, tensors: Tensors) -> None:
-        saved = self._saved
-        for name in sorted(saved.keys() ^ tensors.keys()):
-            holder = "the checkpoint" if name in saved else "this run"
+        for name in sorted(self._saved.keys() ^ tensors.keys()):
+            holder = "the checkpoint" if name in self._saved else "this run"
             raise ValueError(f"{self.folder}: only {holder} has the tensor {name}: it is of another model or config")
         for name, tensor in tensors.items():
-            if saved[name] != (ours := _dtype_and_shape(tensor)):
-                raise ValueError(f"{self.folder}: {name} is {saved[name]} in the checkpoint and {ours} in this run")
+            if (saved := self._saved[name]) != (ours := _dtype_and_shape(tensor)):
+                raise ValueError(f"{self.folder}: {name} is {saved} in the checkpoint and {ours} in this run")
 
 
 def _dtype_and_shape(tensor: Tensor) -> list[Any]:

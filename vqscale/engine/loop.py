@@ -6,6 +6,7 @@ bit for bit when the same command runs again.  The clock is images seen.
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -125,26 +126,25 @@ def fit(
         averages = ema.averages
     checkpoints = Checkpointer(run.run_dir / "checkpoints", topology, keep=config.keep_checkpoints)
     run.at_exit.callback(checkpoints.settle)
-    seen, owed, skipped = 0, False, SkippedSteps(config.max_skipped_steps, loader.sample_at, topology)
-    if latest := checkpoints.latest():
-        state = latest.state
+    latest = checkpoints.latest()
+    state = latest.state if latest else CheckpointState(images_seen=0, data={})
+    seen, owed = state.images_seen, state.evaluation_owed and not run.was_done
+    skipped = SkippedSteps(config.max_skipped_steps, loader.sample_at, topology, state.skipped_steps, seen)
+    if latest:
         _refuse_other_model(latest, description)
         engine.from_checkpoint_tensors(lambda tensors: _load(latest, tensors, topology), averages)
         engine.optimizer_steps = state.optimizer_steps
         loader.load_state_dict(dict(state.data))
-        seen = state.images_seen
-        skipped.resume(state.skipped_steps, seen)
-        owed = state.evaluation_owed and not run.was_done
         verb = "resuming at" if seen < config.total_images else "nothing left to do: already trained on"
         log.info("%s %s of %s images", verb, f"{seen:,}", f"{config.total_images:,}")
-    _warn_of_schedule(config, seen, latest.state.total_images if latest else 0)
+    _warn_of_schedule(config, seen, state.total_images)
     run.images_seen = resumed_from = seen
     run.record_facts(resumed_from=seen, precision=config.precision, bytes_per_rank=_bytes_per_rank(engine, run))
     if topology.is_main:
         drop_lines_beyond(run.run_dir / "metrics.jsonl", seen)
     metrics = MetricLog(run.run_dir / "metrics.jsonl", topology, run.start_trackers(config.trackers, seen))
     agreement, clock, stop, save_later = Agreement(topology, [*loader.bad_kinds, _SAVE]), _Clock(), False, False
-    save_timer = _Timer(60 * config.save_minutes)
+    save_seconds, saved_at = 60 * config.save_minutes or math.inf, time.monotonic()
     batches = _on_device(iter(loader) if seen < config.total_images else iter(()), topology.device)
     run.at_exit.callback(batches.close)
     bar = tqdm(total=config.total_images, initial=seen, unit="img", disable=not topology.is_main, desc=run.stage)
@@ -185,7 +185,7 @@ def fit(
         if applied and ema:
             ema.update(seen, batch_size)
         loader.advance()
-        counts[-1] = topology.is_main and save_timer.rings()
+        counts[-1] = topology.is_main and time.monotonic() - saved_at >= save_seconds
         stop, counted = agreement.exchange(bool(run.stop_requested()), counts)
         save_later |= counted.pop(_SAVE, 0) > 0 or _due(config.save_every, seen, batch_size)
         stop = stop and applied  # a skipped step may follow from weights that should not be saved: a few more will tell
@@ -199,12 +199,14 @@ def fit(
             line = metrics.flush(seen, clock.steps, {"learning_rate": learning_rate, **clock.take()})
             bar.set_postfix(loss=f"{line['loss']:.4f}")
             run.write_status("running")
-        if saving or evaluating or skipped.in_a_row == 1:
-            tensors = engine.as_checkpoint_tensors(averages)
-        with _discarding(checkpoints):
+        try:
             if saving or evaluating or skipped.in_a_row == 1:
+                tensors = engine.as_checkpoint_tensors(averages)
                 skipped.refuse_not_finite(tensors, seen)
             skipped.check(seen)
+        except ValueError:  # the save in flight is of weights that nothing goes on from
+            checkpoints.discard()
+            raise
         owed = not evaluated()
         stop = stop or owed
         if saving or owed:
@@ -225,7 +227,7 @@ def fit(
                 total_images=config.total_images,
             )
             checkpoints.save(tensors, state)
-            save_timer.restart()
+            saved_at = time.monotonic()
     bar.close()
     checkpoints.wait()
     if seen < config.total_images or owed:
@@ -237,34 +239,24 @@ def resumes(run: Run) -> bool:
 
     Raises ValueError, on all ranks, where they are gone: the run would start again from zero.
     """
-    found, failure = False, ""
-    if run.topology.is_main:
-        folder, seen = run.run_dir / "checkpoints", _images_seen_before(run)
-        found = has_checkpoint(folder)
-        # The folder is made before the first step; a run that was killed before its first save leaves it empty.
-        if seen and not found and (not folder.is_dir() or run.previous_status.get("state") in ("done", "stopped")):
-            failure = (
-                f"{folder}: the checkpoints of this run are gone, which has seen {seen:,} images; not starting again "
-                "from zero: bring them back, or say fresh=true, or choose another run_dir"
-            )
-            with contextlib.suppress(OSError):
-                folder.rmdir()  # empty: so it is refused the next time too
-        elif seen and not found:
-            log.warning("starting from zero: the %s images seen before were never saved", f"{seen:,}")
-    found, failure = run.topology.gather((found, failure))[0]
-    if failure:
-        raise ValueError(failure)
-    return found
+    return run.topology.on_main(lambda: _saved_before(run))
 
 
-@contextlib.contextmanager
-def _discarding(checkpoints: Checkpointer) -> Iterator[None]:
-    """Around checks: where one fails, the save in flight is of weights that nothing goes on from."""
-    try:
-        yield
-    except ValueError:
-        checkpoints.discard()
-        raise
+def _saved_before(run: Run) -> bool:
+    folder, seen = run.run_dir / "checkpoints", _images_seen_before(run)
+    if has_checkpoint(folder):
+        return True
+    # The folder is made before the first step; a run that was killed before its first save leaves it empty.
+    if seen and (not folder.is_dir() or run.previous_status.get("state") in ("done", "stopped")):
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # empty: so it is refused the next time too
+        raise ValueError(
+            f"{folder}: the checkpoints of this run are gone, which has seen {seen:,} images; not starting again "
+            "from zero: bring them back, or say fresh=true, or choose another run_dir"
+        )
+    if seen:
+        log.warning("starting from zero: the %s images seen before were never saved", f"{seen:,}")
+    return False
 
 
 def _images_seen_before(run: Run) -> int:
@@ -316,23 +308,15 @@ def _due(every: int, seen: int, batch_size: int) -> bool:
 def _evaluate(
     engine: Engine, run: Run, precision: str, averages: Tensors, evaluate: Evaluate
 ) -> dict[str, float] | None:
-    """Figures by name, or None when the evaluation was left."""
+    """Figures by name, of the model with the weight EMA if there is one, or None when the evaluation was left."""
     engine.module.eval()
-    with contextlib.suppress(Leave), _averaged(engine, averages), autocast(run.topology, precision), torch.no_grad():
-        return dict(evaluate(engine.module, run.images_seen))
-    return None
-
-
-@contextlib.contextmanager
-def _averaged(engine: Engine, averages: Tensors) -> Iterator[None]:
-    """The model with the weight EMA, if there is one, in place of its weights, which come back unchanged."""
-    if averages:
-        engine.exchange_weights(averages)
-    try:
-        yield
-    finally:
-        if averages:
+    with contextlib.ExitStack() as stack, torch.no_grad():
+        if averages:  # in place of the weights, which come back unchanged
             engine.exchange_weights(averages)
+            stack.callback(engine.exchange_weights, averages)
+        with contextlib.suppress(Leave), autocast(run.topology, precision):
+            return dict(evaluate(engine.module, run.images_seen))
+    return None
 
 
 def _bytes_per_rank(engine: Engine, run: Run) -> dict[str, list[int]]:
@@ -351,24 +335,6 @@ def _on_device(batches: Iterator[Batch], device: torch.device) -> Generator[Batc
         if ahead is not None:
             yield ahead
         ahead = moved
-
-
-class _Timer:
-    """Rings once every so many seconds after it was started; 0 = never."""
-
-    def __init__(self, seconds: float):
-        self._seconds = seconds
-        self.restart()
-
-    def restart(self) -> None:
-        self._since = time.monotonic()
-
-    def rings(self) -> bool:
-        """Whether the time is up; if so, it starts anew."""
-        if not self._seconds or time.monotonic() - self._since < self._seconds:
-            return False
-        self.restart()
-        return True
 
 
 class _Clock:

@@ -40,14 +40,11 @@ class MetricLog:
 
     def flush(self, images_seen: int, steps: int, host_values: Mapping[str, float]) -> dict[str, float]:
         """Means over `steps` steps and all ranks, written with `host_values` (already global) as one line."""
-        line: dict[str, float] = {}
-        if self._sums:
-            names = sorted(self._sums)
-            sums = self._topology.all_reduce_(torch.stack([self._sums[name].reshape(()) for name in names]))
-            means = (sums / (self._topology.world_size * max(1, steps))).tolist()
-            line = dict(zip(names, means, strict=True))
+        names = sorted(self._sums)
+        sums = self._topology.all_reduce_(torch.stack([self._sums[name].reshape(()) for name in names]))
+        means = (sums / (self._topology.world_size * steps)).tolist()
+        line = {**dict(zip(names, means, strict=True)), **host_values}
         self._sums = {}
-        line.update(host_values)
         self.write(images_seen, line)
         return line
 

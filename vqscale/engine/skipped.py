@@ -12,22 +12,20 @@ from vqscale.engine.tensors import Scalar, Tensors, first_not_finite
 from vqscale.topology import Topology
 
 log = logging.getLogger("vqscale")
+SampleAt = Callable[[int], Mapping[str, Any]]  # of a position
 MicroBatch = tuple[Scalar, Int[Tensor, "b"]]  # its loss and positions
 
 
 class SkippedSteps:
     """`total` over the whole run, `in_a_row` until now; the same on every rank."""
 
-    def __init__(self, limit: int, sample_at: Callable[[int], Mapping[str, Any]], topology: Topology):
-        """limit: the run ends after so many in a row. sample_at: position -> {shard, key, …}."""
-        self.total = self.in_a_row = 0
+    def __init__(self, limit: int, sample_at: SampleAt, topology: Topology, total: int, images_seen: int):
+        """limit: the run ends after so many in a row. sample_at: position -> {shard, key, …}. total: until now, at
+        `images_seen`, where all tensors were finite."""
+        self.total, self.in_a_row = total, 0
         self._limit, self._sample_at, self._topology = limit, sample_at, topology
-        self._applied_at = self._finite_at = 0  # images seen
+        self._applied_at = self._finite_at = images_seen
         self._learning_rate = 0.0  # of the last step that was applied
-
-    def resume(self, total: int, images_seen: int) -> None:
-        """Go on from a checkpoint, whose tensors were finite."""
-        self.total, self._applied_at, self._finite_at = total, images_seen, images_seen
 
     def count(self, applied: bool, micro_batches: Sequence[MicroBatch], images_seen: int, learning_rate: float) -> None:
         """Called after every step with this rank's micro-batches. If the step was skipped, names samples in the log: of
