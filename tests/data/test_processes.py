@@ -19,6 +19,11 @@ def test_over_processes() -> None:
     assert dict(run_jobs(abs, [-1, 2, -3, 4, -5], workers=2)) == {-1: 1, 2: 2, -3: 3, 4: 4, -5: 5}
 
 
+def test_one_process_per_core_where_the_system_knows_no_affinity(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert dict(run_jobs(abs, [-1, 2, -3], workers=0)) == {-1: 1, 2: 2, -3: 3}
+
+
 def test_the_error_of_a_job_is_raised() -> None:
     with pytest.raises(ValueError, match="invalid literal"):
         list(run_jobs(int, ["1", "x", "3"], workers=2))

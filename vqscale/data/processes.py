@@ -18,6 +18,7 @@ from signal import SIG_IGN, SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2, SIGXCPU, 
 from typing import Any, TypeVar
 
 from vqscale import progress
+from vqscale.topology import cores
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -67,7 +68,7 @@ def run_jobs(
     only after progress, by whichever process, so that a run may take the call for a sign of life. A job's error is
     raised after the other running jobs have ended; ValueError when a process was killed.
     """
-    workers = min(workers or len(os.sched_getaffinity(0)), len(jobs))
+    workers = min(workers or cores(), len(jobs))
     yield from (
         _in_this_process(function, jobs, stop) if workers <= 1 else _over_processes(function, jobs, workers, stop)
     )
