@@ -12,9 +12,8 @@ from jaxtyping import Int64, UInt8
 from vqscale.seeding import key_of, mix, uniform_array
 
 CLASSES = ("circle", "square", "triangle", "star", "ring", "cross", "rows", "columns", "checkers", "dots")
-FOREGROUNDS = np.array(
-    [(220, 50, 47), (235, 185, 40), (50, 150, 80), (45, 90, 200)], np.float32
-)  # red, yellow, green, blue
+# Red, yellow, green, blue.
+FOREGROUNDS = np.array([(220, 50, 47), (235, 185, 40), (50, 150, 80), (45, 90, 200)], np.float32)
 BACKGROUNDS = np.array([(246, 246, 242), (24, 26, 34)], np.float32)  # paper, ink
 _PERIOD = 0.25  # of textures, in units of the image width
 _PHASES = 2  # number of offsets within a texture's period, so that its bands fall on whole code cells

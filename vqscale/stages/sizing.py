@@ -24,11 +24,8 @@ TRAINERS: dict[str, Any] = {
     "train_prior": train_prior,
     "train_classifier": train_classifier,
 }
-STEPS = {
-    "train_vqvae": 1_500,
-    "train_prior": 2_000,
-    "train_classifier": 100,
-}  # fewer steps teach it hardly anything
+# Fewer steps teach it hardly anything.
+STEPS = {"train_vqvae": 1_500, "train_prior": 2_000, "train_classifier": 100}
 _BATCHES = (64, 32, 16)
 _NARROWER = (1, 2, 4)  # what the widths are divided by
 _LEAST_WIDTHS = {
@@ -37,9 +34,8 @@ _LEAST_WIDTHS = {
     "train_classifier": {"hidden": 16},
 }
 _EPOCHS = {"train_vqvae": 1_000, "train_prior": 200, "train_classifier": 100}  # more would only repeat a small data set
-_OVERHEAD = (
-    1.35  # of a training step over its forward and backward pass: data, codebooks, EMA, evaluations, checkpoints
-)
+# Of a training step over its forward and backward pass: data, codebooks, EMA, evaluations, checkpoints.
+_OVERHEAD = 1.35
 _START = 12.0  # seconds until a stage's first step
 _SAMPLES = 400  # enough to look at and for a first FID; evaluation takes as long as sampling
 
