@@ -8,6 +8,7 @@ reader. The seed is printed; the same seed makes the same damages.
 
 import argparse
 import dataclasses
+import logging
 import random
 import shutil
 import sys
@@ -262,4 +263,5 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Counter[str]]:
 
 
 if __name__ == "__main__":
+    logging.getLogger("vqscale").setLevel(logging.ERROR)  # thousands of warnings would hide the table
     main()
