@@ -19,7 +19,7 @@ README = (ROOT / "README.md").read_text()
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
 MAX_LINES = 420  # of tests and benchmarks; the package has a budget per folder
 # Code lines without blanks, comments and docstrings. A new feature finds room here, or makes it.
-CODE_LINES = {".": 2_230, "data": 3_110, "engine": 1_195, "evaluation": 2_370, "models": 1_790, "stages": 2_570}
+CODE_LINES = {".": 2_160, "data": 2_930, "engine": 1_120, "evaluation": 2_235, "models": 1_695, "stages": 2_375}
 
 
 def fields_of(cls: Any) -> Iterator[tuple[str, str]]:

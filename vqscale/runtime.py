@@ -209,11 +209,6 @@ class Run(Stoppable):
             write_json(self.run_dir / rundir.INPUTS, inputs)
         return {} if stale else self.previous_status
 
-    def _give_back(self) -> None:
-        """After an error before anything was made: a corrected config may use the folder."""
-        if self.topology.is_main and not self.resumed and not rundir.holds_outputs(self.run_dir):
-            (self.run_dir / "config.yaml").unlink(missing_ok=True)
-
     def _start_log(self) -> None:
         log.setLevel(logging.DEBUG)
         log.propagate = False
@@ -290,6 +285,8 @@ class Run(Stoppable):
             self.write_status("done", self.previous_status.get("reason", ""))
         else:
             self.write_status("failed", f"{type(error).__name__}: {error}")
+        if self.topology.is_main and not self.resumed and not rundir.holds_outputs(self.run_dir):
+            (self.run_dir / "config.yaml").unlink(missing_ok=True)  # nothing was made: a corrected config may be used
 
     # --- trackers ---------------------------------------------------------------------------------------------------
 
@@ -383,7 +380,6 @@ def run(config: StageConfig, stage: str) -> Iterator[Run]:
                 raise
             except BaseException as error:
                 current._write_failure(error)
-                current._give_back()
                 log.debug("failed", exc_info=True)  # the traceback, for the log file alone
                 raise
             current.write_status("done")

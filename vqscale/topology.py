@@ -225,7 +225,7 @@ def bring_up(config: StageConfig) -> Topology:
     nodes = env_int("GROUP_WORLD_SIZE", -(-world // local_world))
     if world < (asked := env_int("SLURM_JOB_NUM_NODES", 1)):
         raise ValueError(f"the Slurm job has {asked} nodes, but this program sees {world} process: start it with srun")
-    device = _device(config.device)
+    device = device_of(config.device)
     if device.type == "cpu" and getattr(config, "precision", "") == "tf32":
         raise ValueError("precision=tf32 needs a GPU; on a CPU choose fp32 or bf16")
     torch.set_num_threads(config.threads or _threads_of_user() or max(1, cores() // local_world))
@@ -259,7 +259,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _device(asked: str) -> torch.device:
+def device_of(asked: str) -> torch.device:
     if asked not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device={asked}: choose auto, cpu or cuda")
     if asked == "cuda" and not torch.cuda.is_available():

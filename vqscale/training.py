@@ -2,20 +2,19 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from vqscale.batch import Batch
 from vqscale.data.cache import Cache
 from vqscale.data.loader import Read, build_loader
 from vqscale.data.sequential import sequential_batches
 from vqscale.data.shards import Manifest
-from vqscale.engine.loop import Evaluate, FitConfig, StepFn, fit, resumes
+from vqscale.engine.loop import AfterStep, Evaluate, FitConfig, StepFn, fit, resumes
 from vqscale.engine.parallel import compile_units, make_engine
 from vqscale.models.init import initialise
 from vqscale.runtime import Run
@@ -50,7 +49,7 @@ def train(
     step_fn: StepFn,
     evaluate: Evaluate,
     prepare: Callable[[Any], None] | None = None,
-    after_step: Callable[[Any, bool, float, int], Mapping[str, Tensor]] | None = None,
+    after_step: AfterStep | None = None,
 ) -> None:
     """Build the model of `description` and fit it to the data set in `folder`, or go on where the run ended.
 

@@ -39,7 +39,7 @@ Tracker = Annotated[
     Choice("tensorboard", "wandb", "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "trackio"),
 ]
 StepFn = Callable[[Any, Batch], tuple[Tensor, Mapping[str, Tensor]]]
-AfterStep = Callable[[bool, float, int], Mapping[str, Tensor]]  # (applied, learning rate, images seen) -> metrics
+AfterStep = Callable[..., Mapping[str, Tensor]]  # (applied=, learning_rate=, images_seen=) -> metrics
 Evaluate = Callable[[nn.Module, int], Iterable[tuple[str, float]]]  # (model, images seen) -> held-out figures by name
 
 
@@ -181,7 +181,8 @@ def fit(
             checkpoints.confirm()
         seen = run.images_seen = seen + batch_size
         skipped.count(applied, losses, seen, learning_rate)
-        metrics.add({"gradient_norm": norm, **(after_step(applied, learning_rate, seen) if after_step else {})})
+        step = {"applied": applied, "learning_rate": learning_rate, "images_seen": seen}
+        metrics.add({"gradient_norm": norm, **(after_step(**step) if after_step else {})})
         if applied and ema:
             ema.update(seen, batch_size)
         loader.advance()

@@ -17,7 +17,7 @@ from vqscale.data.shards import Manifest, resolve
 from vqscale.models.init import initialise
 from vqscale.sources import build
 from vqscale.stages import evaluate, plan, sample, train_classifier, train_prior, train_vqvae
-from vqscale.topology import cores
+from vqscale.topology import cores, device_of
 
 TRAINERS: dict[str, Any] = {
     "train_vqvae": train_vqvae,
@@ -126,7 +126,7 @@ def seconds_per_image(stage: str, path: Path, words: Sequence[str]) -> float:
     description = _description(request)
     model: Any = build(description)
     initialise(model, config.seed)
-    model.train().to(_device(config.device))
+    model.train().to(device_of(config.device))
     optimizer = torch.optim.AdamW(model.parameters())
     step = _step(request, description, model, batch)
 
@@ -150,10 +150,6 @@ def _seconds(call: Callable[[], object], at_least: float) -> float:
     return passed / calls
 
 
-def _device(asked: str) -> torch.device:
-    return torch.device("cuda" if asked == "cuda" or (asked == "auto" and torch.cuda.is_available()) else "cpu")
-
-
 def _description(request: plan.Request) -> dict[str, Any]:
     if request.stage == "train_classifier":
         manifest = Manifest.load(resolve(request.trainer.data, "train"))
@@ -175,7 +171,7 @@ def size_samples(path: Path, words: Sequence[str], seconds: float) -> Size:
     """As many samples of each class as there is time for."""
     config = load(sample.SampleConfig, path, words)
     torch.set_num_threads(config.threads or cores())
-    device = _device(config.device)
+    device = device_of(config.device)
     chain = sample.load_chain(config, device)
     few = 8
     label, ids = (torch.zeros(few, dtype=torch.int64, device=device) for _ in range(2))

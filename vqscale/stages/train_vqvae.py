@@ -27,7 +27,6 @@ from vqscale.models.codebook import perplexity
 from vqscale.models.vqvae import VQVAE, VQVAEConfig, VQVAEOutput
 from vqscale.sources import build
 from vqscale.stopping import Leave
-from vqscale.topology import Topology
 from vqscale.training import dry_run_text, held_out_batches, inputs_may_be_away, train
 
 _INIT_BATCH = 64  # images encoded at once for the first codebooks
@@ -64,7 +63,7 @@ def main(config: TrainVQVAEConfig) -> None:
             step_fn=training_step,
             evaluate=partial(held_out_reconstruction, config, run),
             prepare=lambda model: _init_codebooks(model, folder, reader, config, run),
-            after_step=partial(_update_codebooks, config.seed, run.topology),
+            after_step=lambda model, **step: model.update_codebooks(run.topology, seed=config.seed, **step),
         )
 
 
@@ -92,14 +91,6 @@ def training_step(model: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     error = F.mse_loss(output.reconstruction, image.to(output.reconstruction.dtype))
     losses = {"reconstruction_mse": error, "commitment": output.commitment, "codebook_loss": output.codebook_loss}
     return error + output.commitment, losses
-
-
-def _update_codebooks(
-    seed: int, topology: Topology, model: VQVAE, applied: bool, learning_rate: float, images_seen: int
-) -> dict[str, Tensor]:
-    return model.update_codebooks(
-        topology, seed=seed, images_seen=images_seen, applied=applied, learning_rate=learning_rate
-    )
 
 
 def _init_codebooks(

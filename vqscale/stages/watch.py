@@ -79,7 +79,8 @@ def _write_png(run_dir: Path, path: Path) -> None:
         raise ValueError(f"{run_dir / 'metrics.jsonl'}: no metrics to draw yet")
     panels: dict[str, Curves] = {}
     for name, curve in drawn.items():
-        panels.setdefault(_family(name), {})[name] = curve
+        family = name.removeprefix("held_out/").split("/")[0]  # held_out/nll/top -> nll
+        panels.setdefault(family, {})[name] = curve
     charts = [Chart(family, series, log=family in _LOGARITHMIC) for family, series in panels.items()]
     path.write_bytes(charts_png(charts))
     print(printable(f"{path}: {len(drawn)} curves of {run_dir}"))
@@ -89,11 +90,6 @@ def curves(lines: Iterable[Mapping[str, Any]]) -> Curves:
     """By metric, in the order in which to show them: what is trained, then what is held out, then how it runs."""
     series = series_of(lines, lambda value: is_number(value) or value != value)  # NaN is worth showing
     return dict(sorted(series.items(), key=lambda item: _order(item[0])))
-
-
-def _family(name: str) -> str:
-    """held_out/nll/top -> nll"""
-    return name.removeprefix("held_out/").split("/")[0]
 
 
 def _order(name: str) -> tuple[bool, bool, bool, str]:
