@@ -23,7 +23,7 @@ from vqscale.topology import Topology
 
 log = logging.getLogger("vqscale")
 _TICK = 1.0  # seconds between looks at the count
-_GRACE = 3 * _TICK  # for the other ranks to write their stacks, and to see for themselves that they stand still
+_GRACE = 2 * _TICK  # for the other ranks to see for themselves that they stand still, and to write their stacks
 _AT_MOST = 8.0  # seconds that the end itself may take
 _START_UP = 600.0  # extra seconds before the first progress: large models are read, verified, compiled
 
@@ -77,8 +77,6 @@ class Watchdog:
 
     def _end(self) -> None:
         reason = f"no progress for {self._seconds:g} s: the stacks of all ranks are in {self._log_file.parent}"
-        self._tell_others(signal.SIGCONT)  # a process that was stopped writes nothing
-        self._tell_others(signal.SIGQUIT)
         faulthandler.dump_traceback(self._file)
         faulthandler.dump_traceback_later(_AT_MOST, exit=True, file=self._file)  # should anything below hang
         log.error(reason)
@@ -86,8 +84,13 @@ class Watchdog:
             print(f"vqscale: error on rank {self._rank}: {reason}", file=sys.stderr, flush=True)
         self._report(reason)
         time.sleep(_GRACE)
-        if self._is_first():
+        if self._is_first():  # it alone: two dumps at a time would mix in one file
+            self._tell_others(signal.SIGCONT)  # a process that was stopped writes nothing
+            self._tell_others(signal.SIGQUIT)
+            time.sleep(_TICK)
             self._tell_others(signal.SIGKILL)
+            os._exit(1)  # at once, before a step fails for want of them and says that instead
+        time.sleep(2 * _TICK)  # until the first one ends this one
         os._exit(1)
 
     def _is_first(self) -> bool:
