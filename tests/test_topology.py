@@ -178,6 +178,20 @@ def test_a_launcher_that_says_cpu_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> 
     assert topology.device.type == "cpu"
 
 
+def _fail_without_words() -> None:
+    raise OSError
+
+
+def test_an_error_of_rank_0_is_raised_even_without_words() -> None:
+    topology = bring_up(CPU)
+    try:
+        assert topology.on_main(lambda: "") == "" and topology.on_main(lambda: None) is None
+        with pytest.raises(ValueError):
+            topology.on_main(_fail_without_words)
+    finally:
+        take_down(orderly=True)
+
+
 def test_tf32_needs_a_gpu() -> None:
     with pytest.raises(ValueError, match="precision=tf32 needs a GPU"):
         bring_up(Trains(device="cpu", precision="tf32"))

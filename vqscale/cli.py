@@ -151,6 +151,6 @@ def _report(error: Exception, debug: bool) -> None:
 def entry() -> None:
     """The `vqscale` command."""
     streams.install()
-    if parent := os.environ.pop(config.PARENT, ""):
+    if parent := os.environ.pop(topology.PARENT, ""):
         topology.die_with_parent(int(parent), signal.SIGTERM)  # saves, and leaves the folder to the next start
     runtime.leave(main(sys.argv[1:]))

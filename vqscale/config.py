@@ -40,7 +40,6 @@ from vqscale.fields import (
 from vqscale.text import error_prefix
 
 RUNS = Path("runs")
-PARENT = "VQSCALE_PARENT"  # environment variable: the pid of the program with which a stage stops
 STRATEGIES = ("single", "ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3")
 _COMMAND_LINE = "command line"
 _LEFT_TO_YOU = "???"
@@ -108,7 +107,7 @@ def load(cls: type[C], path: str | Path, overrides: Sequence[str] = ()) -> C:
     experiment = config.experiment or _folder_name(path)
     stages = {"run_dir": path.stem} | {key.name: key.run_of for key in keys_of(cls) if key.run_of}
     runs: dict[str, Any] = {
-        key: str(_default_run(experiment, stage)) for key, stage in stages.items() if not getattr(config, key)
+        key: str(RUNS / experiment / stage) for key, stage in stages.items() if not getattr(config, key)
     }
     return dataclasses.replace(config, experiment=experiment, **runs)
 
@@ -135,7 +134,7 @@ def peek(path: str | Path, overrides: Sequence[str] = ()) -> Peeked:
     path = Path(path)
     given = {"experiment": _folder_name(path), **_read_yaml(path), **dict(map(_split_word, overrides))}
     given = _resolved({}, given, str(path))
-    run_dir = os.path.expanduser(str(given.get("run_dir") or _default_run(given["experiment"], path.stem)))
+    run_dir = os.path.expanduser(str(given.get("run_dir") or RUNS / given["experiment"] / path.stem))
     total_images = given.get("total_images", 0)
     with error_prefix(f"{path}: total_images={shown(total_images)}"):
         return Peeked(run_dir, to_int(total_images))
@@ -245,10 +244,6 @@ def _made(cls: Any, tree: Mapping[str, Any], where: Callable[[str], str], prefix
 def _folder_name(path: Path) -> str:
     """Of the path as it was given: a link does not lead to another experiment."""
     return os.path.basename(os.path.dirname(os.path.abspath(path)))
-
-
-def _default_run(experiment: str, stage: str) -> Path:
-    return RUNS / experiment / stage
 
 
 # --- the words of a tool ----------------------------------------------------------------------------------------------

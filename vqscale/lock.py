@@ -90,7 +90,7 @@ class FolderLock:
         """The file's content and time of change."""
         # Opened anew: NFS then asks the server.
         with contextlib.suppress(OSError, ValueError), open(self._path, "rb", opener=open_own) as file:
-            return file.read(), os.fstat(file.fileno()).st_mtime_ns
+            return file.read(4 * _RECORD), os.fstat(file.fileno()).st_mtime_ns
         return b"", 0
 
     def _write(self, beat: int) -> None:

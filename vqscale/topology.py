@@ -23,6 +23,7 @@ from vqscale.config import STRATEGIES, StageConfig
 T = TypeVar("T")
 GROUP_TIMEOUT = datetime.timedelta(minutes=30)
 SLOW_SECONDS = 20.0  # after which a rank says that it waits for the others
+PARENT = "VQSCALE_PARENT"  # environment variable: the pid of the program with which a stage stops
 _PR_SET_PDEATHSIG = 1
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _START_WITH = "start with torchrun or accelerate launch, which set them all"
@@ -198,15 +199,14 @@ class Topology:
         Its ValueError or OSError is raised on every rank, as a ValueError.
         """
         result: Any = None
-        failure = ""
         if self.is_main:
             try:
                 result = action()
             except (ValueError, OSError) as error:
-                failure = str(error)
-        result, failure = self.gather((result, failure))[0]
-        if failure:
-            raise ValueError(failure)
+                result = ValueError(str(error))
+        result = self.gather(result)[0]
+        if isinstance(result, ValueError):
+            raise result
         return result
 
     def barrier(self) -> None:

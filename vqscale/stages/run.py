@@ -18,12 +18,13 @@ from typing import Annotated, Any
 import yaml
 
 from vqscale import config as configs
-from vqscale.config import PARENT, RUNS, Request, StageConfig, changes, read_request
+from vqscale.config import RUNS, Request, StageConfig, changes, read_request
 from vqscale.fields import Choice, Name, NonNegativeFloat, PathText, read_text
 from vqscale.files import write_atomically
 from vqscale.rundir import damage_of, holds_outputs, read_status
 from vqscale.stages import evaluate, extract_codes, pack, sample, sizing
 from vqscale.stopping import EXIT_UNFINISHED, Stopped, handling
+from vqscale.topology import PARENT
 
 USAGE = "CONFIG_FOLDER [source=DIR] [experiment=NAME] [minutes=N] [device=cpu]"
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -115,8 +116,9 @@ class Chain:
 
     def is_current(self, step: Step) -> bool:
         """Whether the step is done, with this config, after everything that it reads from."""
-        config, status = self.config_of(step), self.status_of(step)
+        config = self.config_of(step)
         run_dir = Path(config.run_dir)
+        status = read_status(run_dir)
         if self.awaits_size(step) or status.get("state") != "done":
             return False
         if damage_of(run_dir) or not holds_outputs(run_dir) or any(changes(config, run_dir / "config.yaml").values()):

@@ -60,20 +60,20 @@ def size_trainer(stage: str, path: Path, words: Sequence[str], seconds: float) -
     """
     seconds = max(seconds - _START, 1.0)
     config = load(TRAINERS[stage].Config, path, words)
+    smallest = min(_BATCHES[-1], config.global_batch)
     narrowed, costs = list[str](), list[float]()
     for divisor in _NARROWER:
         narrowed = _narrowed(stage, config.model, divisor)
         costs.append(cost := seconds_per_image(stage, path, [*words, "threads=0", *narrowed]))
-        if seconds / cost >= STEPS[stage] * min(_BATCHES[-1], config.global_batch):
+        if seconds / cost >= STEPS[stage] * smallest:
             break
     num_images = Manifest.load(resolve(config.data, "train")).num_samples
     images = min(seconds / cost, config.total_images, _EPOCHS[stage] * num_images)
-    smallest = min(_BATCHES[-1], config.global_batch)
     batch = next((b for b in _BATCHES if b <= config.global_batch and images / b >= STEPS[stage]), smallest)
     total = max(1, int(images / batch)) * batch
-    own = {"train_vqvae": _of_vqvae, "train_prior": _of_prior}.get(stage, lambda *_: [])(config, num_images)
-    chosen = ["threads=0", *narrowed, *_schedule(total, batch, config), *own]
-    share = seconds / cost / (STEPS[stage] * smallest)
+    own = {"train_vqvae": _of_vqvae, "train_prior": _of_prior}.get(stage, lambda *_: [])
+    chosen = ["threads=0", *narrowed, *_schedule(total, batch, config), *own(config, num_images)]
+    share = seconds / (cost * STEPS[stage] * smallest)
     return Size(chosen, total * cost + _START, share, in_full=config.total_images * costs[0])
 
 
