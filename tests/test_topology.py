@@ -197,6 +197,26 @@ def test_tf32_needs_a_gpu() -> None:
         bring_up(Trains(device="cpu", precision="tf32"))
 
 
+@pytest.mark.parametrize(
+    "config", [Trains(device="cpu"), StageConfig(device="cpu"), Trains(device="cpu", precision="bf16")]
+)
+def test_fp32_products_are_true_ones_unless_a_config_asks_for_tf32(config: StageConfig) -> None:
+    torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "tf32"
+    bring_up(config)
+    take_down(orderly=True)
+    assert torch.backends.cuda.matmul.fp32_precision == torch.backends.cudnn.conv.fp32_precision == "ieee"
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_deterministic_asks_every_library_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    try:
+        set_arithmetic("fp32", deterministic=True)
+        assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        set_arithmetic("fp32", deterministic=False)
+
+
 @pytest.mark.parametrize(("launched", "threads"), [(False, 3), (True, cores())])
 def test_threads_that_the_user_exports_count_and_those_of_a_launcher_do_not(
     monkeypatch: pytest.MonkeyPatch, launched: bool, threads: int

@@ -226,8 +226,10 @@ def bring_up(config: StageConfig) -> Topology:
     if world < (asked := env_int("SLURM_JOB_NUM_NODES", 1)):
         raise ValueError(f"the Slurm job has {asked} nodes, but this program sees {world} process: start it with srun")
     device = device_of(config.device)
-    if device.type == "cpu" and getattr(config, "precision", "") == "tf32":
+    precision = getattr(config, "precision", "")
+    if device.type == "cpu" and precision == "tf32":
         raise ValueError("precision=tf32 needs a GPU; on a CPU choose fp32 or bf16")
+    set_arithmetic(precision, getattr(config, "deterministic", False))
     torch.set_num_threads(config.threads or _threads_of_user() or max(1, cores() // local_world))
     if device.type == "cpu":
         keep_freed_memory()
@@ -272,9 +274,18 @@ def device_of(asked: str) -> torch.device:
         return torch.device("cpu")
     device = torch.device("cuda", env_int("LOCAL_RANK", 0))
     torch.cuda.set_device(device)
-    torch.backends.cuda.matmul.allow_tf32 = True
-    torch.backends.cudnn.allow_tf32 = True
     return device
+
+
+def set_arithmetic(precision: str, deterministic: bool) -> None:
+    """For the whole program. precision=tf32: TF32 for fp32 products and convolutions on a GPU, which is off otherwise,
+    also where libraries have it on by default. deterministic: the same bits again, from slower kernels on a GPU."""
+    for backend in (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn):
+        backend.fp32_precision = "tf32" if precision == "tf32" else "ieee"  # type: ignore[attr-defined]
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(deterministic)
 
 
 def keep_freed_memory() -> None:

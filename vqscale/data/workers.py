@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from vqscale.batch import Batch
 from vqscale.data.processes import ignore_stop_signals, worker_failure
-from vqscale.topology import die_with_parent
+from vqscale.topology import die_with_parent, keep_freed_memory
 
 _INLINE_BYTES = 1 << 16
 _PREFETCH = 4  # batches that each worker reads ahead
@@ -129,7 +129,9 @@ def _small_as_arrays(batch: Batch) -> dict[str, Any]:
 
 
 def _start_worker(_worker: int) -> None:
-    """A worker ends with its parent, and leaves signals to it."""
+    """A worker ends with its parent, leaves signals to it, and uses its memory again, also where the parent trains on a
+    GPU and does not."""
+    keep_freed_memory()
     parent = multiprocessing.parent_process()
     die_with_parent(parent.pid or 0 if parent else 0)
     ignore_stop_signals()

@@ -51,13 +51,15 @@ class FitConfig(ReadsShards):
     # They change what is learned from here on, but every saved state still fits: people change them on purpose.
     knobs: ClassVar[frozenset[str]] = frozenset(
         "learning_rate warmup_images schedule final_learning_rate beta1 beta2 weight_decay max_norm ema_halflife "
-        "ema_rampup precision compile".split()
+        "ema_rampup precision deterministic compile".split()
     )
 
     total_images: PositiveInt = 100_000  # train until this many images were seen
     global_batch: PositiveInt = 64  # images per optimizer step, over all ranks
     micro_batch: NonNegativeInt = 0  # the most images a rank holds at once; 0 = no limit
-    precision: Annotated[str, Choice("fp32", "bf16", "fp64")] = "fp32"  # bf16: autocast, fp32 weights; fp64: debugging
+    # tf32: fp32 with TF32 products, on a GPU; bf16: autocast, fp32 weights; fp64: debugging
+    precision: Annotated[str, Choice("fp32", "tf32", "bf16", "fp64")] = "fp32"
+    deterministic: bool = False  # the same bits again after a resume also on a GPU, which is slower
     learning_rate: NonNegativeFloat = 3e-4  # peak
     warmup_images: NonNegativeInt = 0  # linear warm-up
     schedule: Annotated[str, Choice("constant", "cosine")] = "constant"  # of the learning rate
@@ -330,12 +332,23 @@ def _on_device(batches: Iterator[Batch], device: torch.device) -> Generator[Batc
     if device.type == "cpu":
         yield from batches
         return
-    ahead: Batch | None = None
+    copies, ahead = torch.cuda.Stream(device), None
     for batch in batches:
-        moved = to_device(batch, device, non_blocking=True)
+        with torch.cuda.stream(copies):
+            moved = to_device(batch, device, non_blocking=True)
         if ahead is not None:
-            yield ahead
-        ahead = moved
+            yield _received(*ahead)
+        ahead = moved, copies.record_event()
+
+
+def _received(batch: Batch, arrived: torch.cuda.Event) -> Batch:
+    """For use on the current stream, which waits; its memory is another's only after that use."""
+    stream = torch.cuda.current_stream()
+    stream.wait_event(arrived)
+    for tensor in batch.values():
+        if isinstance(tensor, Tensor) and tensor.is_cuda:
+            tensor.record_stream(stream)
+    return batch
 
 
 class _Clock:

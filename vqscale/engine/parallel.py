@@ -26,7 +26,8 @@ from vqscale.topology import Topology
 
 Initialise = Callable[[nn.Module], None]
 SHARDED = ("fsdp", "hsdp")  # the strategies that shard parameters here
-DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}  # of parameters and inputs
+# Of parameters and inputs
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
 
 
 class Engine(Protocol):
