@@ -15,7 +15,16 @@ import torch.distributed as dist
 from support.distributed import free_port, run_ranks, started
 
 from vqscale.config import StageConfig
-from vqscale.topology import Topology, bring_up, check_launcher, cores, keep_freed_memory, resolve_strategy, take_down
+from vqscale.topology import (
+    Topology,
+    bring_up,
+    check_launcher,
+    cores,
+    keep_freed_memory,
+    resolve_strategy,
+    set_arithmetic,
+    take_down,
+)
 
 ACCELERATE = {"ACCELERATE_MIXED_PRECISION": "no"}
 FSDP = ACCELERATE | {"ACCELERATE_USE_FSDP": "true", "FSDP_SHARDING_STRATEGY": "FULL_SHARD"}
