@@ -280,8 +280,9 @@ def device_of(asked: str) -> torch.device:
 def set_arithmetic(precision: str, deterministic: bool) -> None:
     """For the whole program. precision=tf32: TF32 for fp32 products and convolutions on a GPU, which is off otherwise,
     also where libraries have it on by default. deterministic: the same bits again, from slower kernels on a GPU."""
-    for backend in (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn):
-        backend.fp32_precision = "tf32" if precision == "tf32" else "ieee"  # type: ignore[attr-defined]
+    backends: Any = torch.backends  # their stubs know half of it
+    for backend in (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn):
+        backend.fp32_precision = "tf32" if precision == "tf32" else "ieee"
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
