@@ -23,6 +23,7 @@ from vqscale.topology import (
     keep_freed_memory,
     resolve_strategy,
     set_arithmetic,
+    slower_than_asked,
     take_down,
 )
 
@@ -260,10 +261,42 @@ def test_a_slurm_job_seen_in_part_is_refused(monkeypatch: pytest.MonkeyPatch) ->
         bring_up(CPU)
 
 
-def test_devices_that_are_not_there() -> None:
-    with pytest.raises(ValueError, match="device=tpu: choose auto, cpu or cuda"):
-        bring_up(StageConfig(device="tpu"))
+@pytest.mark.parametrize(
+    ("device", "local_rank", "gpus", "words"),
+    [
+        ("tpu", "0", 0, "device=tpu: choose auto, cpu or cuda"),
+        ("cuda:7", "0", 1, "device=cuda:7: choose auto, cpu or cuda"),
+        ("cuda", "0", 0, f"device=cuda, but torch {torch.__version__} sees no GPU here".replace("+", r"\+")),
+        ("auto", "3", 2, "LOCAL_RANK=3, but the GPUs that torch sees here are 2: start fewer processes"),
+    ],
+)
+def test_devices_that_are_not_there(
+    monkeypatch: pytest.MonkeyPatch, device: str, local_rank: str, gpus: int, words: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    for name, value in (RANK_1_OF_2 | {"LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": "4"}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=words):
+        bring_up(StageConfig(device=device))
     assert not dist.is_initialized()
+
+
+def test_what_is_slower_than_asked_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("vqscale.topology._GPU_DRIVER", Path("/dev/null"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (line,) = slower_than_asked(StageConfig(), cpu)
+    assert line.startswith("device=auto is the CPU: this machine has a GPU, but torch")
+    assert slower_than_asked(CPU, cpu) == []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert slower_than_asked(StageConfig(), cpu) == []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an old GPU")
+    for capability, precision, lines in (((7, 5), "bf16", 1), ((7, 5), "fp32", 0), ((8, 0), "tf32", 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert len(slower_than_asked(Trains(precision=precision), gpu)) == lines, (capability, precision)
 
 
 def test_threads_are_set() -> None:

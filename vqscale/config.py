@@ -66,6 +66,7 @@ class StageConfig:
     recomputes: ClassVar[bool] = False  # whether a rerun with another config replaces the results, not refuses
     knobs: ClassVar[frozenset[str]] = frozenset()  # fields that a resumed run may change, with a warning
     outputs: ClassVar[tuple[str, ...]] = ()  # glob patterns: what the stage makes in its run directory
+    batch_key: ClassVar[str] = ""  # the field that says how many images are in memory at a time
 
     run_dir: PathText = ""  # where this stage writes; default runs/<experiment>/<config file's stem>
     experiment: Name = ""  # names the default run directories and inputs; default the name of the config's folder

@@ -25,9 +25,10 @@ from vqscale import progress, rundir, streams
 from vqscale.config import StageConfig
 from vqscale.files import open_to_append, read_json, sealed, write_json
 from vqscale.lock import FolderLock
+from vqscale.memory import memory_errors_explained
 from vqscale.stopping import Stoppable, Stopped
 from vqscale.text import one_line, printable, redact_url
-from vqscale.topology import Topology, bring_up, env_int, take_down
+from vqscale.topology import Topology, bring_up, env_int, slower_than_asked, take_down
 from vqscale.versions import git_commit, versions
 from vqscale.watchdog import Watchdog
 
@@ -128,6 +129,8 @@ class Run(Stoppable):
         self._start_log()
         for level, change in self._changes:
             log.log(level, "the config has changed since the last start: %s", change)
+        for line in slower_than_asked(self.config, self.topology.device):
+            log.warning(line)
         progress.share()
         if seconds := self.config.watchdog_seconds:
             log_file = self.run_dir / "log" / f"{self.topology.rank}.log"
@@ -364,7 +367,8 @@ def _adopt_process_group(topology: Topology) -> None:
 def run(config: StageConfig, stage: str) -> Iterator[Run]:
     """The run of `stage` with `config`: brings up the process group, takes the run directory, writes how it ended.
 
-    Raises ValueError when the folder is in use, cannot be written or belongs to another config; Stopped passes through.
+    Raises ValueError when the folder is in use, cannot be written or belongs to another config, and when memory runs
+    out; Stopped passes through.
     """
     topology = bring_up(config)
     current = Run(config, stage, topology)
@@ -373,7 +377,8 @@ def run(config: StageConfig, stage: str) -> Iterator[Run]:
         with current.signals_caught():
             current._open()
             try:
-                yield current
+                with memory_errors_explained(config, stage, topology):
+                    yield current
             except Stopped as stopped:
                 current.write_status("stopped", str(stopped))
                 orderly = True

@@ -26,6 +26,8 @@ SLOW_SECONDS = 20.0  # after which a rank says that it waits for the others
 PARENT = "VQSCALE_PARENT"  # environment variable: the pid of the program with which a stage stops
 _PR_SET_PDEATHSIG = 1
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+_GPU_DRIVER = Path("/dev/nvidiactl")
+_AMPERE = (8, 0)  # compute capability from which GPUs multiply in bf16 and TF32
 _START_WITH = "start with torchrun or accelerate launch, which set them all"
 # Settings of `accelerate launch` that change what is computed: variable, values that change nothing, what to use here.
 _LAUNCHER_SETTINGS = {
@@ -265,16 +267,31 @@ def device_of(asked: str) -> torch.device:
     if asked not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device={asked}: choose auto, cpu or cuda")
     if asked == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device=cuda, but torch sees no GPU here")
+        raise ValueError(f"device=cuda, but torch {torch.__version__} sees no GPU here")
     if os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
         if asked == "cuda":
             raise ValueError("device=cuda, but the launcher says use_cpu: leave one of them out")
         asked = "cpu"
     if asked == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    device = torch.device("cuda", env_int("LOCAL_RANK", 0))
+    number, cards = env_int("LOCAL_RANK", 0), torch.cuda.device_count()
+    if number >= cards:
+        raise ValueError(f"LOCAL_RANK={number}, but the GPUs that torch sees here are {cards}: start fewer processes")
+    device = torch.device("cuda", number)
     torch.cuda.set_device(device)
     return device
+
+
+def slower_than_asked(config: StageConfig, device: torch.device) -> list[str]:
+    """Warnings: what this machine does more slowly than the config lets one expect."""
+    precision, lines = getattr(config, "precision", ""), list[str]()
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1")
+    if config.device == "auto" and _GPU_DRIVER.exists() and not hidden and not torch.cuda.is_available():
+        lines.append(f"device=auto is the CPU: this machine has a GPU, but torch {torch.__version__} cannot use it")
+    if device.type == "cuda" and precision in ("bf16", "tf32") and torch.cuda.get_device_capability(device) < _AMPERE:
+        name = torch.cuda.get_device_name(device)
+        lines.append(f"precision={precision} is no faster than fp32 on {name}, which does not compute in it")
+    return lines
 
 
 def set_arithmetic(precision: str, deterministic: bool) -> None:

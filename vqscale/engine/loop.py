@@ -48,6 +48,7 @@ class FitConfig(ReadsShards):
     """What every trainer has. Every `…_every` and `total_images` counts images; 0 turns a cadence off."""
 
     outputs: ClassVar[tuple[str, ...]] = ("checkpoints", "samples", "bad.jsonl")
+    batch_key: ClassVar[str] = "micro_batch"
     # They change what is learned from here on, but every saved state still fits: people change them on purpose.
     knobs: ClassVar[frozenset[str]] = frozenset(
         "learning_rate warmup_images schedule final_learning_rate beta1 beta2 weight_decay max_norm ema_halflife "

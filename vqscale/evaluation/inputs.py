@@ -42,6 +42,7 @@ class EvaluateConfig(ReadsShards):
     outputs: ClassVar[tuple[str, ...]] = (
         *("scores.json", "report.html", "samples.png", "nll_by_class.json", "statistics", "bad.jsonl"),
     )
+    batch_key: ClassVar[str] = "batch"
     samples: PathText = run_of("sample")  # sample shards, or any data set of images
     reference: PathText = run_of("pack")  # real images (the holdout part), or ADM's reference .npz
     training: PathText = run_of("pack")  # training images (the train part), for `neighbours`

@@ -31,6 +31,7 @@ class ExtractCodesConfig(ReadsShards):
     """Codes of every split of a data set under one tokenizer."""
 
     outputs: ClassVar[tuple[str, ...]] = ("train", "holdout", "bad.jsonl")
+    batch_key: ClassVar[str] = "block"
 
     data: PathText = run_of("pack")  # images: packed or indexed
     vqvae: PathText = run_of("train_vqvae")  # the VQ-VAE: a run or an exported folder

@@ -42,6 +42,7 @@ class SampleConfig(StageConfig):
         "grid.png",
         "images",
     )
+    batch_key: ClassVar[str] = "batch"
 
     vqvae: PathText = run_of("train_vqvae")  # the VQ-VAE: a run or an exported folder
     prior_top: PathText = run_of("train_prior_top")  # the prior of the top level, if there is such a level
