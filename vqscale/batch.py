@@ -4,6 +4,7 @@ In: nothing.  Out: `Batch`, the one type of a batch, made by `data.loader.TarDat
 Letters: b samples, R resolution, h and w a level's code grid.
 """
 
+from collections.abc import Callable, Mapping
 from typing import TypedDict, cast
 
 import torch
@@ -38,3 +39,22 @@ def to_device(batch: Batch, device: torch.device, non_blocking: bool = False) ->
         if isinstance(value, Tensor)
     }
     return cast(Batch, moved)
+
+
+def to_host(tensors: Mapping[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
+    """Begin to copy a GPU's tensors to pinned memory, once they are computed; a CPU's stay where they are.
+
+    The function that is returned waits for the copies, in any thread, and returns them in the layout of the tensors.
+    """
+    if not any(tensor.is_cuda for tensor in tensors.values()):
+        return lambda: dict(tensors)
+    copies = {name: torch.empty_like(tensor, device="cpu", pin_memory=True) for name, tensor in tensors.items()}
+    for name, copy in copies.items():
+        copy.copy_(tensors[name], non_blocking=True)
+    copied = torch.cuda.current_stream().record_event()
+
+    def arrived() -> dict[str, Tensor]:
+        copied.synchronize()
+        return copies
+
+    return arrived

@@ -340,10 +340,12 @@ def test_wrap_units_are_all_the_residual_blocks():
     assert math.prod(model.grids[0]) == 4
 
 
-def test_on_a_gpu_every_image_is_encoded_channels_last():
+def test_on_a_gpu_every_image_is_encoded_and_decoded_channels_last():
     """Extraction and evaluation give rows of pixels; a tensor without memory tells what a GPU would get."""
     with FakeTensorMode(), torch.device("cuda"):
         model = VQVAE(VQVAEConfig(hidden=16, residual_hidden=8), resolution=32)
         features = model._features(torch.zeros(2, 3, 32, 32))
         assert all(one.is_contiguous(memory_format=torch.channels_last) for one in features)
-        assert [codes.device.type for codes in model.encode(torch.zeros(2, 3, 32, 32))] == ["cuda", "cuda"]
+        codes = model.encode(torch.zeros(2, 3, 32, 32))
+        assert [level.device.type for level in codes] == ["cuda", "cuda"]
+        assert model.decode(codes).is_contiguous(memory_format=torch.channels_last)

@@ -2,15 +2,22 @@
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from support.stages import run_stage
+from support.vqvaes import vqvae
+from torch import Tensor
 
-from vqscale.data.shards import Manifest, shard_info
+from vqscale.data.shards import Manifest, ShardWriter, shard_info
 from vqscale.files import write_json
+from vqscale.models.vqvae import VQVAE
+from vqscale.sources import Source
+from vqscale.stages.extract_codes import _encode
 
 Files = Callable[[Path], dict[str, bytes]]
 
@@ -101,3 +108,59 @@ def test_codes_of_earlier_versions_are_held_to_their_source(chain: Path, capsys:
     assert extract() == 1
     assert "source.json: these code shards were made with tokenizer sha256:0, now it is" in capsys.readouterr().err
     assert shard_info(out / "000000.tar") is not None
+
+
+def test_an_error_of_the_writer_is_one_line_and_leaves_nothing_half_written(
+    chain: Path, files: Files, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write, written = ShardWriter.write, 0
+
+    def fill_the_disk(writer: ShardWriter, key: str, parts: dict[str, bytes]) -> None:
+        nonlocal written
+        written += 1
+        if writer.path.name == "000002.tar":
+            raise OSError(28, "No space left on device", str(writer.path))
+        write(writer, key, parts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "write", fill_the_disk)
+        assert extract("run_dir=again") == 1
+    said = capsys.readouterr().err
+    assert "vqscale: error: [Errno 28] No space left on device" in said and "Traceback" not in said
+    assert [path.name for path in sorted(Path("again/train").glob("*.tar"))] == ["000000.tar", "000001.tar"]
+    assert not list(Path("again").rglob("*.tmp"))
+    assert extract("run_dir=again") == 0 and files(Path("again")) == files(chain / "extract_codes")
+
+
+def test_a_block_that_does_not_fit_is_named(
+    chain: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def encode(model: VQVAE, image: Tensor) -> list[Tensor]:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(VQVAE, "encode", encode)
+    assert extract("run_dir=again") == 1
+    said = capsys.readouterr().err
+    assert re.search(r"error: out of memory on cpu \(tried to allocate 2.00 GiB\): block=\d+ does not fit", said)
+    assert "Traceback" not in said and not list(Path("again").rglob("*.tmp"))
+
+
+class OnGpu(Tensor):
+    """A CPU's tensor that says it is a GPU's."""
+
+    is_cuda = property(lambda self: True)  # type: ignore[assignment]
+
+
+def test_both_views_are_one_batch_on_a_gpu_and_two_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = vqvae(resolution=16).eval()
+    source = Source(model, {}, "", Path(), "ema", 0)
+    sizes, encode = list[int](), model.encode
+    monkeypatch.setattr(model, "encode", lambda image: sizes.append(len(image)) or encode(image))
+    image = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    codes = [_encode(source, one, flips=True)() for one in (image, image.as_subclass(OnGpu))]
+    assert sizes == [3, 3, 6]
+    single = _encode(source, image.flip(-1), flips=False)()
+    for name, level in codes[0].items():
+        assert level.dtype == torch.uint16 and level.shape[:2] == (3, 2)
+        assert torch.equal(level[:, 1], single[name][:, 0]) and not torch.equal(level[:, 0], level[:, 1])
+        assert torch.equal(level, torch.Tensor.as_subclass(codes[1][name], Tensor))

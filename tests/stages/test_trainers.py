@@ -1,15 +1,21 @@
 """What trainers share: data that is away, inputs that are stale, codebooks that take their time."""
 
 import json
+import re
+import shlex
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.stages import run_stage
+import torch
+from support.stages import CONFIGS, run_stage
 
+from vqscale import cli
 from vqscale.data.shards import Manifest
 from vqscale.files import read_json
+from vqscale.models.vqvae import VQVAE
 
 TRAINERS = [
     ("train_vqvae", "train_vqvae", "pack"),
@@ -67,3 +73,21 @@ def test_inputs_are_recorded_at_the_first_start(whole_chain: Path) -> None:
     recorded = read_json(whole_chain / "train_prior_top" / "inputs.json")
     assert recorded["tokenizer"] == codes["extra"]["tokenizer"]
     assert recorded["data"] == Manifest.load(whole_chain / "extract_codes" / "train").fingerprint
+
+
+def test_a_batch_that_does_not_fit_is_named_with_a_plan_that_can_be_run(
+    chain: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def forward(*arguments: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    words = ["run_dir=again", "micro_batch=8", "model.hidden=20"]
+    monkeypatch.setattr(sys, "argv", ["vqscale", "train_vqvae", str(CONFIGS / "train_vqvae.yaml"), *words])
+    with monkeypatch.context() as patch:
+        patch.setattr(VQVAE, "forward", forward)
+        assert run_stage("train_vqvae", "train_vqvae", *words) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "micro_batch=8 (8 images at a time) does not fit" in said
+    told = re.search("`vqscale (.*)` says what fits", said)
+    assert told and cli.main(shlex.split(told[1])) == 0
+    assert "train_vqvae under single" in capsys.readouterr().out

@@ -21,12 +21,13 @@ class SequentialBatches:
     positions: Sequence[list[int]]
     workers: int
     bad_path: Path | None = None
+    pin_memory: bool = False
 
     def __len__(self) -> int:
         return len(self.positions)
 
     def __iter__(self) -> Generator[Batch, None, None]:
-        return self.dataset.batches(self.positions, self.bad_path, self.workers)
+        return self.dataset.batches(self.positions, self.bad_path, self.workers, self.pin_memory)
 
 
 def sequential_batches(
@@ -61,6 +62,7 @@ def read_runs(
     workers: int = 0,
     bad_path: Path | None = None,
     cache: Cache | None = None,
+    pin_memory: bool = False,
 ) -> SequentialBatches:
     """Runs of consecutive positions in fixed blocks; each run's last block is padded with weight 0.
 
@@ -68,7 +70,8 @@ def read_runs(
     order.
     """
     blocks = [_padded(first, block, run.stop) for run in runs for first in range(run.start, run.stop, block)]
-    return SequentialBatches(TarDataset(folder, read, weighted=True, cache=cache), blocks, workers, bad_path)
+    dataset = TarDataset(folder, read, weighted=True, cache=cache)
+    return SequentialBatches(dataset, blocks, workers, bad_path, pin_memory)
 
 
 def _padded(first: int, size: int, stop: int) -> list[int]:

@@ -1,19 +1,20 @@
 """Image shards -> code shards: one shard in, one out, of the same name and order; a finished one is never redone."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
 from vqscale import runtime
-from vqscale.batch import Batch, codes_of
+from vqscale.batch import Batch, codes_of, to_host
 from vqscale.config import ReadsShards, run_of
+from vqscale.data.beside import use_beside
 from vqscale.data.cache import Cache
 from vqscale.data.codes import CodeReader, pack_codes
 from vqscale.data.images import ImageReader, to_float
@@ -44,6 +45,8 @@ class ExtractCodesConfig(ReadsShards):
 
 
 Config = ExtractCodesConfig
+_Block = tuple[Callable[[], dict[str, Tensor]], Tensor]  # codes by level, once they are computed; weights
+_WAITING = 4  # blocks that are encoded and not yet written
 
 
 def main(config: ExtractCodesConfig) -> None:
@@ -112,14 +115,17 @@ def _extract_split(config: ExtractCodesConfig, run: runtime.Run, source: Source,
         workers=config.workers,
         bad_path=run.run_dir / "bad.jsonl",
         cache=Cache.of(config),
+        pin_memory=topology.device.type == "cuda",
     )
     bad = sum(shard.num_samples - info.num_samples for shard, info in zip(images.shards, finished, strict=True) if info)
     total = sum(images.shards[n].num_samples for n in numbers)
     bar = tqdm(total=total, unit="img", disable=not topology.is_main, desc=split)
-    with run.stoppable(), bar, closing(iter(blocks)) as batches:
+
+    def write(encoded: Iterator[_Block]) -> None:
+        nonlocal bad
         for number in numbers:
             with ShardWriter(out / names[number]) as writer:
-                for key, parts in _encoded(config, source, images.index(folder, number), batches, run):
+                for key, parts in _samples(config, images.index(folder, number), encoded):
                     bar.update()
                     if parts is None:
                         bad += 1
@@ -127,6 +133,9 @@ def _extract_split(config: ExtractCodesConfig, run: runtime.Run, source: Source,
                     else:
                         writer.write(key, parts)
             run.images_seen += images.shards[number].num_samples
+
+    with run.stoppable(), bar, closing(iter(blocks)) as batches:
+        use_beside(_encoded(config, source, batches, run), write, _WAITING)
     topology.barrier()
     shards = [info for info in _finished_shards(out, names) if info]
     bad = images.num_samples - sum(info.num_samples for info in shards)
@@ -166,25 +175,39 @@ def _refuse_other_source(path: Path, source: Source, manifest: Manifest) -> None
 
 
 def _encoded(
-    config: ExtractCodesConfig, source: Source, index: ShardIndex, batches: Iterator[Batch], run: runtime.Run
-) -> Iterator[tuple[str, dict[str, bytes] | None]]:
-    """(key, parts) for each sample of one code shard, in the source's order; None for an image that is unreadable."""
-    for first in range(0, len(index), config.block):
-        batch = next(batches)
+    config: ExtractCodesConfig, source: Source, batches: Iterator[Batch], run: runtime.Run
+) -> Iterator[_Block]:
+    """The codes of each block of images, and which of them count."""
+    for batch in batches:
         run.poll()
-        views = _encode(source, to_float(batch["image"].to(run.topology.device)), config.flips)
-        for i in range(min(config.block, len(index) - first)):
-            codes = pack_codes({name: level[i] for name, level in views.items()})
-            parts = codes | {"cls": str(int(index.labels[first + i])).encode()}
-            yield index.key(first + i), parts if batch["weight"][i] else None
+        image = batch["image"].to(run.topology.device, non_blocking=True)
+        yield _encode(source, to_float(image), config.flips), batch["weight"]
 
 
 @torch.inference_mode()
-def _encode(source: Source, image: Tensor, flips: bool) -> dict[str, np.ndarray]:
-    """Codes of images [b, 3, R, R] by level name: uint16 [b, V, h, w]; V = 2 with the mirrored image's codes second."""
-    views = [source.model.encode(view) for view in ([image, image.flip(-1)] if flips else [image])]
-    stacked = [torch.stack(level, 1).cpu().numpy().astype(np.uint16) for level in zip(*views, strict=True)]
-    return dict(zip(source.model.level_names, stacked, strict=True))
+def _encode(source: Source, image: Tensor, flips: bool) -> Callable[[], dict[str, Tensor]]:
+    """Codes of images [b, 3, R, R] by level name, once they are computed: uint16 [b, V, h, w]; V = 2 with the mirrored
+    image's codes second."""
+    views = [image, image.flip(-1)] if flips else [image]
+    # One batch on a GPU. On a CPU it is no faster, and a convolution's last bits may depend on the size of the batch.
+    batches = [torch.cat(views)] if image.is_cuda else views
+    levels = map(torch.cat, zip(*map(source.model.encode, batches), strict=True))
+    by_name = zip(source.model.level_names, levels, strict=True)
+    views_apart = {name: rearrange(level, "(v b) h w -> b v h w", v=len(views)) for name, level in by_name}
+    return to_host({name: level.to(torch.uint16) for name, level in views_apart.items()})
+
+
+def _samples(
+    config: ExtractCodesConfig, index: ShardIndex, encoded: Iterator[_Block]
+) -> Iterator[tuple[str, dict[str, bytes] | None]]:
+    """(key, parts) for each sample of one code shard, in the source's order; None for an image that is unreadable."""
+    for first in range(0, len(index), config.block):
+        computed, weight = next(encoded)
+        codes = {name: level.numpy() for name, level in computed().items()}
+        for i in range(min(config.block, len(index) - first)):
+            parts = pack_codes({name: level[i] for name, level in codes.items()})
+            parts |= {"cls": str(int(index.labels[first + i])).encode()}
+            yield index.key(first + i), parts if weight[i] else None
 
 
 def _write_manifest(
