@@ -78,7 +78,7 @@ def test_inputs_are_recorded_at_the_first_start(whole_chain: Path) -> None:
 def test_a_batch_that_does_not_fit_is_named_with_a_plan_that_can_be_run(
     chain: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def forward(*arguments: Any) -> Any:
+    def forward(*arguments: Any, **options: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     words = ["run_dir=again", "micro_batch=8", "model.hidden=20"]

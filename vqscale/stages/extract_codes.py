@@ -189,7 +189,7 @@ def _encode(source: Source, image: Tensor, flips: bool) -> Callable[[], dict[str
     """Codes of images [b, 3, R, R] by level name, once they are computed: uint16 [b, V, h, w]; V = 2 with the mirrored
     image's codes second."""
     views = [image, image.flip(-1)] if flips else [image]
-    # One batch on a GPU. On a CPU it is no faster, and a convolution's last bits may depend on the size of the batch.
+    # One batch on a GPU. On a CPU it is no faster, and convolutions may give other last bits at another batch size.
     batches = [torch.cat(views)] if image.is_cuda else views
     levels = map(torch.cat, zip(*map(source.model.encode, batches), strict=True))
     by_name = zip(source.model.level_names, levels, strict=True)
