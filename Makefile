@@ -5,7 +5,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed-from-pyproject
 SCRIPTS := .ci/run $(wildcard slurm/*.sh)
 
-.PHONY: setup test test-slow test-soak lint demo bench bench-full chaos
+.PHONY: setup test test-slow test-soak lint demo bench bench-full gpu chaos
 
 setup: $(INSTALLED)
 
@@ -51,3 +51,7 @@ bench: setup
 
 bench-full: setup
 	$(BIN)/python benchmarks/run.py --full
+
+# What one GPU has to show, in at most nine minutes: `make gpu`, or `make gpu ARGUMENTS="--port DIR"`.
+gpu: setup
+	$(BIN)/python benchmarks/gpu.py $(ARGUMENTS)

@@ -1,7 +1,8 @@
 """What the benchmarks share: clocks, turns, the machine's own limits, rows, and the table that they print.
 
-A row is a ratio measured in one run: {"value", "goal", "limit"}, beside them "better" ("higher" or "lower") and what
-else there is to tell. `goal` is what the ratio should reach, `limit` what it could reach at best; either may be null.
+A row is a ratio measured in one run: {"value", "goal", "limit"}, beside them "better" ("higher", "lower" or "equal")
+and what else there is to tell. `goal` is what the ratio should reach, `limit` what it could reach at best; either may
+be null. A row that could not be measured has a null value, and the reason under "reason".
 A script's result is a tree whose leaves are rows; a row's name is its path, joined by slashes.
 """
 
@@ -16,8 +17,15 @@ import torch
 
 from vqscale.topology import Topology
 
-ALONE = Topology(0, 1, 0, 1, 1, "single", torch.device("cpu"))
 Row = dict[str, Any]
+
+
+def alone(device: str = "cpu") -> Topology:
+    """One process without a process group."""
+    return Topology(0, 1, 0, 1, 1, "single", torch.device(device))
+
+
+ALONE = alone()
 
 
 def arguments(description: str | None, minutes: float = 0) -> argparse.ArgumentParser:
@@ -30,14 +38,19 @@ def arguments(description: str | None, minutes: float = 0) -> argparse.ArgumentP
     return parser
 
 
-def at_least(goal: float | None, value: float, *, limit: float | None = None, **details: Any) -> Row:
+def at_least(goal: float | None, value: float | None, *, limit: float | None = None, **details: Any) -> Row:
     """A row of which more is better."""
     return {"value": value, "goal": goal, "limit": limit, "better": "higher", **details}
 
 
-def at_most(goal: float | None, value: float, *, limit: float | None = None, **details: Any) -> Row:
+def at_most(goal: float | None, value: float | None, *, limit: float | None = None, **details: Any) -> Row:
     """A row of which less is better."""
     return {"value": value, "goal": goal, "limit": limit, "better": "lower", **details}
+
+
+def exactly(goal: float | None, value: float | None, *, limit: float | None = None, **details: Any) -> Row:
+    """A row that has one right value."""
+    return {"value": value, "goal": goal, "limit": limit, "better": "equal", **details}
 
 
 def rows_of(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Row]]:
@@ -51,24 +64,29 @@ def rows_of(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Row]
 
 
 def reached(row: Row) -> bool:
-    """Whether a row meets its goal; a row without one does."""
-    if row["goal"] is None:
-        return True
-    return row["value"] >= row["goal"] if row["better"] == "higher" else row["value"] <= row["goal"]
+    """Whether a row meets its goal; a row without one does, one without a value does not."""
+    if row["goal"] is None or row["value"] is None:
+        return row["value"] is not None
+    return {
+        "higher": row["value"] >= row["goal"],
+        "lower": row["value"] <= row["goal"],
+        "equal": row["value"] == row["goal"],
+    }[row["better"]]
 
 
 def goal_of(row: Row) -> str:
     """The goal in words; empty where there is none."""
-    return "" if row["goal"] is None else f"{'≥' if row['better'] == 'higher' else '≤'} {row['goal']:.3g}"
+    sign = {"higher": "≥", "lower": "≤", "equal": "="}[row["better"]]
+    return "" if row["goal"] is None else f"{sign} {row['goal']:.3g}"
 
 
 def table(tree: Mapping[str, Any]) -> str:
     """One line per row: its value beside its goal and its limit."""
     lines = [f"{'row':44}{'value':>9}{'goal':>11}{'limit':>9}"]
     for name, row in rows_of(tree):
-        limit = "" if row["limit"] is None else f"{row['limit']:.3g}"
-        end = "" if reached(row) else "   missed"
-        lines.append(f"{name:44}{row['value']:9.3g}{goal_of(row):>11}{limit:>9}{end}".rstrip())
+        value, limit = ("-" if row[key] is None else f"{row[key]:.3g}" for key in ("value", "limit"))
+        end = row.get("reason", "") if row["value"] is None else "" if reached(row) else "missed"
+        lines.append(f"{name:44}{value:>9}{goal_of(row):>11}{limit.strip('-'):>9}   {end}".rstrip())
     return "\n".join(lines)
 
 
@@ -95,10 +113,18 @@ def write_section(page: Path, name: str, text: str) -> None:
 
 
 def timed(action: Callable[[], Any]) -> float:
-    """Seconds that `action` takes."""
-    start = time.perf_counter()
+    """Seconds that `action` takes, with what it asked of a GPU, by the GPU's own clock."""
+    if not torch.cuda.is_initialized():
+        start = time.perf_counter()
+        action()
+        return time.perf_counter() - start
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    first.record()
     action()
-    return time.perf_counter() - start
+    last.record()
+    last.synchronize()
+    return first.elapsed_time(last) / 1e3
 
 
 def in_turns(
@@ -127,11 +153,11 @@ def median(values: Sequence[float]) -> float:
     return float(torch.tensor(values, dtype=torch.float64).quantile(0.5))
 
 
-def product_rate(dtype: torch.dtype) -> float:
+def product_rate(dtype: torch.dtype, device: str = "cpu", sides: Sequence[int] = (256, 2048)) -> float:
     """FLOP/s of a square matrix product, the best of twenty; of a small one where the type is emulated and slow."""
     best = 0.0
-    for side in (256, 2048):
-        square = torch.randn(side, side).to(dtype)
+    for side in (8192,) if device == "cuda" else sides:
+        square = torch.randn(side, side, device=device).to(dtype)
         seconds = min(timed(lambda: square @ square) for _ in range(20))  # noqa: B023
         best = max(best, 2 * side**3 / seconds)
         if seconds > 0.02:
@@ -139,7 +165,7 @@ def product_rate(dtype: torch.dtype) -> float:
     return best
 
 
-def memory_rate() -> float:
+def memory_rate(device: str = "cpu") -> float:
     """Bytes/s of reading 256 MB, the best of five."""
-    long = torch.randn(1 << 26)
+    long = torch.randn(1 << 26, device=device)
     return long.numel() * 4 / min(timed(long.sum) for _ in range(5))
