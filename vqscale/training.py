@@ -2,10 +2,10 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -14,6 +14,7 @@ from vqscale.data.cache import Cache
 from vqscale.data.loader import Read, build_loader
 from vqscale.data.sequential import sequential_batches
 from vqscale.data.shards import Manifest
+from vqscale.engine.footprint import step_flops
 from vqscale.engine.loop import AfterStep, Evaluate, FitConfig, StepFn, fit, resumes
 from vqscale.engine.parallel import compile_units, make_engine
 from vqscale.models.init import initialise
@@ -92,7 +93,36 @@ def train(
         description=description,
         after_step=partial(after_step, model) if after_step else None,
         evaluate=evaluate,
+        flops_per_image=flops_per_image(description, step_fn),
     )
+
+
+def blank_batch(description: Mapping[str, Any], count: int) -> Batch:
+    """`count` samples of zeros, of the shapes that the model of a description trains on."""
+    batch: dict[str, Any] = {name: torch.zeros(count, dtype=torch.int64) for name in ("label", "position")}
+    if description["kind"] == "prior":
+        levels = [*("top", "middle")[: len(description["upper_grids"])], description["level"]]
+        for level, grid in zip(levels, [*description["upper_grids"], description["grid"]], strict=True):
+            batch[level] = torch.zeros(count, *grid, dtype=torch.int16)
+    else:
+        side = description["resolution"]
+        batch["image"] = torch.zeros(count, 3, side, side, dtype=torch.uint8)
+    return cast(Batch, batch)
+
+
+def flops_per_image(description: Mapping[str, Any], step_fn: StepFn) -> int:
+    """FLOPs of a training step, forward and backward, without what checkpointing computes again; nothing is computed.
+
+    0 for a model that learns from another network's outputs, which has its own.
+    """
+    if description.get("vqvae") or description.get("features"):
+        return 0
+    with torch.device("meta"):
+        model: Any = build(description).eval()  # dropout and codebook statistics need none
+        batch = blank_batch(description, 1)
+    for unit in model.wrap_units():
+        unit.activation_checkpointing = False
+    return step_flops(model, lambda: step_fn(model, batch)[0])
 
 
 def held_out_batches(config: FitConfig, run: Run, folder: Path, read: Read, limit: int) -> Iterator[Batch]:

@@ -54,6 +54,10 @@ def test_metrics_rise_with_images_and_hold_what_is_promised(whole_chain: Path) -
         assert seen == sorted(seen)
         for key in ("loss", own, "images_per_second", "data_wait_fraction", "gradient_norm", "learning_rate"):
             assert any(key in line for line in found), (name, key)
+        flops = json.loads((whole_chain / name / "command.json").read_text())["flops_per_image"]
+        for line in (line for line in found if "loss" in line):
+            assert line["tflops_per_second"] == pytest.approx(line["images_per_second"] * flops / 1e12), name
+            assert "mfu" not in line, "the peak of a CPU is not known"
         losses = [line["loss"] for line in found if "loss" in line]
         assert losses[-1] < 0.9 * losses[0], name
     assert any("perplexity/top" in line for line in lines(whole_chain / "train_vqvae"))

@@ -1,6 +1,7 @@
 """`vqscale plan`: what it prints, what it refuses, and that ranks of a real run hold what it says."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ from support.distributed import run_ranks
 from support.stages import CONFIGS, run_stage
 
 from vqscale import cli
-from vqscale.config import load
+from vqscale.config import load, save
+from vqscale.files import write_json
 from vqscale.stages import plan, train_prior, train_vqvae
+from vqscale.training import flops_per_image
 
 ROOT = Path(__file__).parents[2]
 IMAGENET = ROOT / "configs" / "imagenet256"
@@ -61,6 +64,74 @@ def test_what_cannot_be_planned(words: list[str], line: str, capsys: pytest.Capt
     assert line in printed and printed.count("\n") == 1
 
 
+BOTTOM = IMAGENET / "train_prior_bottom.yaml"
+SMALL = ["model.layers=1", "model.conditioning_layers=1", "model.hidden=16", "model.residual=16", "classes=10"]
+
+
+@pytest.fixture
+def measured(tmp_path: Path) -> Path:
+    """What is left of a run of the bottom prior, made small, on two cards."""
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    request = plan.load([str(BOTTOM), *SMALL])
+    save(replace(request.trainer, compile=True, run_dir=str(run_dir)), run_dir / "config.yaml")
+    flops = flops_per_image(plan.describe(request)[0], train_prior.training_step(request.trainer))
+    facts = {"stage": "train_prior", "device_name": "NVIDIA H200", "world_size": 2, "strategy": "ddp"}
+    write_json(run_dir / "command.json", {**facts, "flops_per_image": flops})
+    rates = [(1, 2.0), (40, 80.0), (50, 100.0), (60, 120.0)]
+    lines = [
+        {"images_seen": 64, "images_per_second": i, "tflops_per_second": t, "peak_gpu_bytes": 2**31} for i, t in rates
+    ]
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return run_dir
+
+
+def test_a_measured_rate_takes_the_place_of_the_guess(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [str(BOTTOM), *SMALL, "world=8"]
+    guessed, table = planned(capsys, *words)
+    assert "measured" not in guessed and "200 TFLOP/s" in guessed
+    out, faster = planned(capsys, *words, "--from", str(measured))
+    assert f"measured in {measured} on NVIDIA H200, 2 ranks under ddp: 50 images/s, 100 TFLOP/s a rank" in out
+    assert "peak 2.0 GiB; that run differs in compile: was True, now False" in out
+    (before,), (after,) = table["seconds computing"], faster["seconds computing"]
+    assert float(after) == pytest.approx(2 * float(before), rel=1e-3)
+    assert planned(capsys, *words, f"from={measured}")[1] == faster
+
+
+def test_recomputed_flops_do_not_count() -> None:
+    counts = set()
+    for checkpointing in ("true", "false"):
+        request = plan.load([str(BOTTOM), *SMALL, f"model.activation_checkpointing={checkpointing}"])
+        counts.add(flops_per_image(plan.describe(request)[0], train_prior.training_step(request.trainer)))
+    assert len(counts) == 1 and min(counts) > 10**8
+
+
+@pytest.mark.parametrize(
+    ("path", "words", "line"),
+    [
+        (BOTTOM, ["model.layers=2"], "a run of another network: model.layers: was 1, now 2"),
+        (BOTTOM, ["resolution=128"], "its data have another shape"),
+        (IMAGENET / "train_prior_top.yaml", [], "a run of another network: level: was 'bottom', now 'top'"),
+        (IMAGENET / "train_vqvae.yaml", [], "a run of train_prior, not of train_vqvae"),
+    ],
+)
+def test_a_rate_of_another_network_is_refused(
+    measured: Path, path: Path, words: list[str], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = SMALL if "prior" in path.stem else []
+    assert cli.main(["plan", str(path), *small, *words, f"from={measured}"]) == 1
+    printed = capsys.readouterr().err
+    assert f"from={measured}: " in printed and line in printed and printed.count("\n") == 1
+
+
+def test_a_run_without_rates_is_refused(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (measured / "metrics.jsonl").unlink()
+    assert cli.main(["plan", str(BOTTOM), *SMALL, f"from={measured}"]) == 1
+    assert "metrics.jsonl has no tflops_per_second yet" in capsys.readouterr().err
+    assert cli.main(["plan", str(BOTTOM), *SMALL, f"from={measured.parent}"]) == 1
+    assert "there is no run" in capsys.readouterr().err
+
+
 def _rank(stage: str, name: str, overrides: list[str]) -> int:
     return run_stage(stage, name, *overrides)
 
@@ -79,7 +150,7 @@ def test_ranks_hold_what_the_plan_says(chain: Path, name: str, strategy: str, wo
     request = plan.load([str(CONFIGS / f"{name}.yaml"), f"world={world}", f"strategy={strategy}"])
     description, assumed = plan.describe(request)
     assert not assumed, "the data set is there"
-    column = plan.column(request, description, plan.build(description), world)
+    column = plan.column(request, description, plan.build(description), world, flops=0)
     for what, ranks in real.items():
         assert column[f"{what}, GiB"] * (1 << 30) == pytest.approx(max(ranks), rel=0.02), what
 

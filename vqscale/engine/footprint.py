@@ -127,20 +127,24 @@ class _LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-def profile_step(module: nn.Module, step: Callable[[], Tensor]) -> tuple[int, int]:
-    """(FLOPs, peak bytes of activations) of `step`, forward and backward, for a model and inputs on fake tensors.
-
-    `step` returns the loss. Everything alive at once counts, except for the weights and their gradients: what backward
-    needs, its own temporaries, the inputs' conversions, autocast's copies of weights. FLOPs: two per multiply-add of
-    matrix products, convolutions and attention; recomputation counts.
-    """
+def step_flops(module: nn.Module, step: Callable[[], Tensor]) -> int:
+    """FLOPs of `step`, which returns the loss, and of its backward: two per multiply-add of matrix products,
+    convolutions and attention; recomputation counts. For a model and inputs on meta or fake tensors."""
     with FlopCounterMode(display=False) as flops:
         step().backward()
     module.zero_grad(set_to_none=True)
-    # In a pass of its own: the FLOP counter keeps tensors alive.
+    return flops.get_total_flops()
+
+
+def activation_bytes(module: nn.Module, step: Callable[[], Tensor]) -> int:
+    """Peak bytes of activations of `step`, which returns the loss, and of its backward, on fake tensors.
+
+    Everything alive at once counts, except for the weights and their gradients: what backward needs, its own
+    temporaries, the inputs' conversions, autocast's copies of weights.
+    """
     handles = [p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None)) for p in module.parameters()]
     with _LiveBytes([*module.parameters(), *module.buffers()]) as live:
         step().backward()
     for handle in handles:
         handle.remove()
-    return flops.get_total_flops(), live.peak
+    return live.peak

@@ -25,6 +25,7 @@ from vqscale.engine.optim import learning_rate_at
 from vqscale.engine.parallel import Engine, autocast
 from vqscale.engine.skipped import SkippedSteps
 from vqscale.engine.tensors import Tensors, first_not_finite
+from vqscale.engine.throughput import ComputeRate, StepTrace, device_name
 from vqscale.fields import Choice, Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt, Range
 from vqscale.files import read_jsonl
 from vqscale.runtime import Run
@@ -47,7 +48,7 @@ Evaluate = Callable[[nn.Module, int], Iterable[tuple[str, float]]]  # (model, im
 class FitConfig(ReadsShards):
     """What every trainer has. Every `…_every` and `total_images` counts images; 0 turns a cadence off."""
 
-    outputs: ClassVar[tuple[str, ...]] = ("checkpoints", "samples", "bad.jsonl")
+    outputs: ClassVar[tuple[str, ...]] = ("checkpoints", "samples", "profile", "bad.jsonl")
     batch_key: ClassVar[str] = "micro_batch"
     # They change what is learned from here on, but every saved state still fits: people change them on purpose.
     knobs: ClassVar[frozenset[str]] = frozenset(
@@ -80,6 +81,8 @@ class FitConfig(ReadsShards):
     keep_checkpoints: PositiveInt = 2  # the newest ones; older are removed once a newer one is committed
     workers: NonNegativeInt = 1  # loader processes per rank
     shuffle_window: PositiveInt = 64  # shards that are mixed at a time
+    profile_at: NonNegativeInt = 0  # trace a few steps from so many images on, into profile/; 0 = no trace
+    peak_tflops: NonNegativeFloat = 0.0  # a device's peak at this precision, for mfu; 0 = from a table of devices
     max_bad_fraction: Fraction = 0.01  # unreadable samples tolerated, as a share of those consumed
     trackers: list[Tracker] = field(default_factory=lambda: ["tensorboard"])  # those of accelerate
 
@@ -109,6 +112,7 @@ def fit(
     description: Mapping[str, Any],
     after_step: AfterStep | None = None,
     evaluate: Evaluate | None = None,
+    flops_per_image: int = 0,
 ) -> None:
     """Train until `config.total_images`, from the newest checkpoint of `run.run_dir` if there is one.
 
@@ -117,7 +121,7 @@ def fit(
     images_seen)`: called on all ranks, with the plain model in eval mode, each `evaluate_every` images and at the end.
     When the run is asked to stop it may raise stopping.Leave, on all ranks alike; it is called again when the run goes
     on. `description`: all that is needed to build the model, as plain JSON; saved in every checkpoint, and a checkpoint
-    of another model is refused.
+    of another model is refused. `flops_per_image`: of a training step, for `tflops_per_second` and `mfu`; 0 = unknown.
     Raises stopping.Stopped after saving when the run was asked to stop; ValueError when a checkpoint does not fit or is
     gone, a tensor is not finite, or too many steps in a row had no finite gradient.
     """
@@ -143,6 +147,8 @@ def fit(
     _warn_of_schedule(config, seen, state.total_images)
     run.images_seen = resumed_from = seen
     run.record_facts(resumed_from=seen, precision=config.precision, bytes_per_rank=_bytes_per_rank(engine, run))
+    run.record_facts(device_name=device_name(topology.device), flops_per_image=flops_per_image)
+    compute = ComputeRate(flops_per_image, topology, config.precision, config.peak_tflops)
     if topology.is_main:
         drop_lines_beyond(run.run_dir / "metrics.jsonl", seen)
     metrics = MetricLog(run.run_dir / "metrics.jsonl", topology, run.start_trackers(config.trackers, seen))
@@ -152,6 +158,8 @@ def fit(
     run.at_exit.callback(batches.close)
     bar = tqdm(total=config.total_images, initial=seen, unit="img", disable=not topology.is_main, desc=run.stage)
     run.at_exit.callback(bar.close)
+    trace = StepTrace(run.run_dir / "profile", topology, config.profile_at, seen)
+    run.at_exit.callback(trace.close)
 
     def evaluated() -> bool:
         """Write the figures that are due now; False when the run was asked to stop meanwhile."""
@@ -166,6 +174,7 @@ def fit(
         owed = stop = not evaluated()
     while seen < config.total_images and not stop:
         engine.module.train()
+        trace.before_step(seen)
         counts = torch.zeros(len(loader.bad_kinds) + 1, dtype=torch.int64)
         losses = []
         for index in range(accumulation):
@@ -200,7 +209,7 @@ def fit(
         saving = seen >= config.total_images or stop or (save_later and applied)  # else after the next applied step
         evaluating = _due(config.evaluate_every, seen, batch_size)
         if saving or evaluating or _due(config.log_every, seen, batch_size):
-            line = metrics.flush(seen, clock.steps, {"learning_rate": learning_rate, **clock.take()})
+            line = metrics.flush(seen, clock.steps, {"learning_rate": learning_rate, **compute.extend(clock.take())})
             bar.set_postfix(loss=f"{line['loss']:.4f}")
             run.write_status("running")
         try:

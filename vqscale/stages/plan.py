@@ -4,8 +4,9 @@ Everything is computed on fake tensors, the model's own step included. Where the
 are taken from the experiment's other configs and said to be assumed.
 """
 
+import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,15 +17,21 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from vqscale import config as configs
 from vqscale.config import local_batching
 from vqscale.data.shards import Manifest, resolve
-from vqscale.engine.footprint import bytes_per_rank, gathered_bytes, profile_step, sent_per_step
-from vqscale.fields import Choice, NonNegativeInt, PositiveFloat, PositiveInt
+from vqscale.engine.footprint import activation_bytes, bytes_per_rank, gathered_bytes, sent_per_step
+from vqscale.engine.loop import StepFn
+from vqscale.fields import Choice, NonNegativeInt, PathText, PositiveFloat, PositiveInt
+from vqscale.files import read_json, read_jsonl
 from vqscale.sources import build
 from vqscale.stages import pack, train_prior, train_vqvae
 from vqscale.text import error_prefix
 from vqscale.topology import STRATEGIES
+from vqscale.training import blank_batch, flops_per_image
 
-USAGE = "CONFIG [--world N,N…] [--strategy NAME] [key=value ...]"
+USAGE = "CONFIG [--world N,N…] [--strategy NAME] [--from RUN_DIR] [key=value ...]"
 _GIB, _DAY = 1 << 30, 86_400
+_RATE = "tflops_per_second"
+# What changes how fast the same network runs.
+_HOW = ("precision", "compile", "deterministic", "micro_batch", "global_batch", "model.activation_checkpointing")
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,7 @@ class PlanConfig:
     strategy: Annotated[str, Choice(*STRATEGIES)] = "fsdp"  # as in launch/
     ranks_per_node: PositiveInt = 8  # hsdp shards within a node
     tflops: PositiveFloat = 200.0  # TFLOP/s that a rank computes with
+    measured_from: PathText = ""  # a run of the same network, whose rate replaces tflops; also from=RUN_DIR
     gb_per_s: PositiveFloat = 25.0  # GB/s that a rank sends at
     resolution: NonNegativeInt = 0  # pixels; 0 = the data set's, or the experiment's pack.yaml's
     classes: PositiveInt = 1000  # where there is no data set yet
@@ -58,6 +66,7 @@ def load(words: Sequence[str]) -> Request:
 
     Raises ValueError for a file of another stage, and as `config.load` does.
     """
+    words = [f"measured_{word}" if word.startswith("from=") else word for word in words]
     asked = configs.read_request(PlanConfig, words, f"plan {USAGE}", paths=1, takes_others=True)
     (path,) = asked.paths
     for stage, module in {"train_vqvae": train_vqvae, "train_prior": train_prior}.items():
@@ -67,31 +76,36 @@ def load(words: Sequence[str]) -> Request:
 
 
 def main(request: Request) -> None:
-    """Print the plan. Raises ValueError where no number of ranks that was asked for can share the global batch."""
+    """Print the plan. Raises ValueError where no number of ranks that was asked for can share the global batch, or the
+    measured run is of another network."""
     print("\n".join(lines(request)))
 
 
 def lines(request: Request) -> list[str]:
-    plan, trainer = request.plan, request.trainer
     description, assumed = describe(request)
+    flops, measured = flops_per_image(description, _training_step(request)), []
+    if request.plan.measured_from:
+        tflops, note = measured_rate(request, flops)
+        request, measured = replace(request, plan=replace(request.plan, tflops=tflops)), [note]
+    plan, trainer = request.plan, request.trainer
     with FakeTensorMode():
         model: Any = build(description)
     numel = sum(parameter.numel() for parameter in model.parameters())
     columns, refused = [], []
     for world in _worlds(plan.world):
         try:
-            columns.append(column(request, description, model, world))
+            columns.append(column(request, description, model, world, flops))
         except ValueError as error:
             refused.append(str(error))
     if not columns:
         raise ValueError("; ".join(refused))
-    flops = columns[0]["flops per image"] / 1e12
     steps = -(-trainer.total_images // trainer.global_batch)
     head = [
         f"{request.path}: {request.stage} under {plan.strategy}",
         *([f"assumed, for want of a data set at {trainer.data}: {assumed}"] if assumed else []),
-        f"{numel:,} parameters; {flops:,.3g} TFLOP per image, forward and backward; {trainer.precision}",
+        f"{numel:,} parameters; {flops / 1e12:,.3g} TFLOP per image, forward and backward; {trainer.precision}",
         f"{steps:,} steps of {trainer.global_batch:,} images; {plan.tflops:g} TFLOP/s, {plan.gb_per_s:g} GB/s a rank",
+        *measured,
         "",
     ]
     return [*head, *_table(columns), *refused]
@@ -108,8 +122,9 @@ def _worlds(asked: str | list[str]) -> list[int]:
     return worlds
 
 
-def column(request: Request, description: dict[str, Any], model: Any, world: int) -> dict[str, Any]:
-    """One number of ranks. Raises ValueError when they cannot share the global batch or the strategy needs more."""
+def column(request: Request, description: dict[str, Any], model: Any, world: int, flops: int) -> dict[str, Any]:
+    """One number of ranks; `flops` per image. Raises ValueError when they cannot share the global batch or the strategy
+    needs more."""
     plan, trainer = request.plan, request.trainer
     least = {"single": 1, "hsdp": 4}.get(plan.strategy, 2)
     if world < least or (plan.strategy == "single" and world > 1):
@@ -123,11 +138,10 @@ def column(request: Request, description: dict[str, Any], model: Any, world: int
         local, micro, accumulation = local_batching(trainer.global_batch, world, trainer.micro_batch)
     how: dict[str, Any] = {"precision": trainer.precision, "accumulation": accumulation}
     held = bytes_per_rank(model, plan.strategy, world, nodes, average=bool(trainer.ema_halflife), **how)
-    flops, kept = _profile(request, description, micro, checkpointing=False)
-    _, recomputed = _profile(request, description, micro, checkpointing=True)
+    kept, recomputed = (_activations(request, description, micro, checkpointing=on) for on in (False, True))
     numel = sum(parameter.numel() for parameter in model.parameters())
     sent = sent_per_step(numel, plan.strategy, world, nodes, **how)
-    compute = flops / micro * local / (plan.tflops * 1e12)
+    compute = flops * local / (plan.tflops * 1e12)
     send = sent / (plan.gb_per_s * 1e9)
     steps = -(-trainer.total_images // trainer.global_batch)
     return {
@@ -143,13 +157,11 @@ def column(request: Request, description: dict[str, Any], model: Any, world: int
         "seconds sending": send,
         "days, overlapped": steps * max(compute, send) / _DAY,
         "days, one after the other": steps * (compute + send) / _DAY,
-        "flops per image": flops / micro,
     }
 
 
 def _table(columns: list[dict[str, Any]]) -> list[str]:
-    rows = [key for key in columns[0] if key != "flops per image"]
-    return [f"{row:<28}" + "".join(f"{_cell(column[row]):>14}" for column in columns) for row in rows]
+    return [f"{row:<28}" + "".join(f"{_cell(column[row]):>14}" for column in columns) for row in columns[0]]
 
 
 def _cell(value: Any) -> str:
@@ -158,8 +170,8 @@ def _cell(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _profile(request: Request, description: dict[str, Any], micro: int, *, checkpointing: bool) -> tuple[int, int]:
-    """(FLOPs, activation bytes) of one micro-batch of training. Autocast is the CPU's: its casts are the GPU's too."""
+def _activations(request: Request, description: dict[str, Any], micro: int, *, checkpointing: bool) -> int:
+    """Bytes of one micro-batch of training. Autocast is the CPU's: its casts are the GPU's too."""
     settings = {**description["config"], "activation_checkpointing": checkpointing}
     with FakeTensorMode():
         model: Any = build({**description, "config": settings})
@@ -167,37 +179,63 @@ def _profile(request: Request, description: dict[str, Any], micro: int, *, check
         if gathered_bytes(request.plan.strategy, request.trainer.precision) == 2:
             for parameter in model.parameters():
                 parameter.data = parameter.data.to(torch.bfloat16)
-        step = training_loss(request, model, micro)
+        step = training_loss(request, description, model, micro)
 
         def forward() -> Tensor:
             with torch.autocast("cpu", torch.bfloat16, enabled=request.trainer.precision == "bf16"):
                 return step()
 
-        return profile_step(model, forward)
+        return activation_bytes(model, forward)
 
 
-def training_loss(request: Request, model: Any, micro: int) -> Callable[[], Tensor]:
+def training_loss(request: Request, description: dict[str, Any], model: Any, micro: int) -> Callable[[], Tensor]:
     """The loss of a micro-batch of zeros, on the model's device."""
-    with next(model.parameters()).device:
-        return _vqvae_step(model, micro) if request.stage == "train_vqvae" else _prior_step(request, model, micro)
-
-
-def _vqvae_step(model: Any, micro: int) -> Callable[[], Tensor]:
-    for quantizer in model.quantizers.values():
+    for quantizer in getattr(model, "quantizers", {}).values():
         quantizer.eval()  # the codebooks' statistics look at values, and are small
-    side = model.resolution
-    batch: Any = {"image": torch.zeros(micro, 3, side, side, dtype=torch.uint8), "position": torch.arange(micro)}
-    return lambda: train_vqvae.training_step(model, batch)[0]
-
-
-def _prior_step(request: Request, model: Any, micro: int) -> Callable[[], Tensor]:
-    trainer = request.trainer
-    grids = [*model.upper_grids, model.grid]
-    names = {1: ["top"], 2: ["top", trainer.level], 3: configs.level_names(3)}[len(grids)]
-    batch: Any = {name: torch.zeros(micro, *grid, dtype=torch.int16) for name, grid in zip(names, grids, strict=True)}
-    batch |= {"label": torch.zeros(micro, dtype=torch.int64), "position": torch.arange(micro)}
-    step = train_prior.training_step(trainer)
+    with next(model.parameters()).device:
+        batch = blank_batch(description, micro)
+    step = _training_step(request)
     return lambda: step(model, batch)[0]
+
+
+def _training_step(request: Request) -> StepFn:
+    if request.stage == "train_vqvae":
+        return train_vqvae.training_step
+    return train_prior.training_step(request.trainer)
+
+
+# --- a run that was measured ------------------------------------------------------------------------------------------
+
+
+def measured_rate(request: Request, flops: int) -> tuple[float, str]:
+    """(TFLOP/s of a rank of the run `measured_from`, a line that says where they come from); `flops` per image.
+
+    Raises ValueError for a run of another stage or network, or one without a logged rate, FileNotFoundError for none.
+    """
+    run_dir = Path(request.plan.measured_from)
+    facts = read_json(run_dir / "command.json")
+    if not facts:
+        raise FileNotFoundError(f"from={run_dir}: there is no run")
+    if facts.get("stage") != request.stage:
+        raise ValueError(f"from={run_dir}: a run of {facts.get('stage')}, not of {request.stage}")
+    changes = [line for lines in configs.changes(request.trainer, run_dir / "config.yaml").values() for line in lines]
+    how = [line for line in changes if line.split(":")[0] in _HOW]
+    if network := [line for line in changes if line not in how and line.startswith(("model.", "level:"))]:
+        raise ValueError(f"from={run_dir}: a run of another network: {'; '.join(network)}")
+    if (theirs := facts.get("flops_per_image")) != flops:
+        raise ValueError(f"from={run_dir}: {theirs} FLOPs per image there, {flops} here: its data have another shape")
+    rates = [line for line in read_jsonl(run_dir / "metrics.jsonl") if line.get(_RATE)]
+    if not rates:
+        raise ValueError(f"from={run_dir}: metrics.jsonl has no {_RATE} yet")
+    steady = rates[1:] or rates  # the first line has the start: compilation, workers
+    images, tflops = (statistics.median(line[key] for line in steady) for key in ("images_per_second", _RATE))
+    peak = max(line.get("peak_gpu_bytes") or 0 for line in rates) / _GIB
+    return tflops, (
+        f"measured in {run_dir} on {facts.get('device_name')}, {facts['world_size']} ranks under {facts['strategy']}: "
+        f"{images:,.4g} images/s, {tflops:.4g} TFLOP/s a rank, its sending and waiting for data included"
+        + (f"; peak {peak:.1f} GiB" if peak else "")
+        + (f"; that run differs in {'; '.join(how)}" if how else "")
+    )
 
 
 # --- what the model is built from -------------------------------------------------------------------------------------
@@ -232,6 +270,7 @@ def _assume(request: Request) -> tuple[dict[str, Any], str]:
     description = {
         "kind": "prior",
         "config": configs.as_dict(trainer.model),
+        "level": trainer.level,
         "num_codes": vqvae.num_codes,
         "grid": grids[-1],
         "upper_grids": grids[:-1],

@@ -18,6 +18,7 @@ from vqscale.models.init import initialise
 from vqscale.sources import build
 from vqscale.stages import evaluate, plan, sample, train_classifier, train_prior, train_vqvae
 from vqscale.topology import cores, device_of
+from vqscale.training import blank_batch
 
 TRAINERS: dict[str, Any] = {
     "train_vqvae": train_vqvae,
@@ -159,11 +160,9 @@ def _description(request: plan.Request) -> dict[str, Any]:
 
 def _step(request: plan.Request, description: dict[str, Any], model: Any, batch: int) -> Callable[[], Tensor]:
     if request.stage != "train_classifier":
-        return plan.training_loss(request, model, batch)
-    side = description["resolution"]
+        return plan.training_loss(request, description, model, batch)
     with next(model.parameters()).device:
-        images: Any = {"image": torch.zeros(batch, 3, side, side, dtype=torch.uint8)}
-        images |= {"label": torch.zeros(batch, dtype=torch.int64)}
+        images = blank_batch(description, batch)
     return lambda: train_classifier.training_step(request.trainer, None, None)(model, images)[0]
 
 
