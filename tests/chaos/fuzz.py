@@ -33,6 +33,7 @@ from vqscale.config import StageConfig  # noqa: E402
 from vqscale.data.codes import CodeReader, pack_codes  # noqa: E402
 from vqscale.data.loader import build_loader  # noqa: E402
 from vqscale.data.shards import Manifest, ShardWriter  # noqa: E402
+from vqscale.data.shardtable import ShardTable  # noqa: E402
 from vqscale.data.tarindex import index_tar  # noqa: E402
 from vqscale.engine.checkpoint import Checkpoint, Checkpointer, CheckpointState, verify  # noqa: E402
 from vqscale.evaluation.statistics import FeatureSet, load_statistics, save_statistics, statistics_path  # noqa: E402
@@ -77,7 +78,13 @@ def read_codes(folder: Path) -> Any:
     batch = next(iter(loader))
     if batch["bad"].any():
         raise ValueError(f"{folder}: {int((batch['bad'] > 0).sum())} samples are counted as bad")
-    return dataclasses.asdict(manifest), index.keys, batch["label"].tolist(), batch["top"].tolist()
+    shards = tuple(manifest.shards)
+    return (
+        dataclasses.asdict(dataclasses.replace(manifest, shards=shards)),
+        index.keys,
+        batch["label"].tolist(),
+        batch["top"].tolist(),
+    )
 
 
 def made_codes(name: str) -> Callable[[Path], Path]:
@@ -88,6 +95,14 @@ def made_codes(name: str) -> Callable[[Path], Path]:
         return folder / name
 
     return make
+
+
+def make_columns(folder: Path) -> Path:
+    """A data set of codes whose shards are in a file of columns, as those of many are."""
+    make_codes(folder)
+    listed = Manifest.load(folder)
+    dataclasses.replace(listed, shards=ShardTable.of(listed.shards)).save(folder)
+    return next(folder.glob("shards-*"))
 
 
 def make_foreign_tar(folder: Path) -> Path:
@@ -200,6 +215,7 @@ def read_model(folder: Path) -> Any:
 FORMATS = {
     "shard index": Format(made_codes("000000.index.safetensors"), read_codes),
     "dataset.json": Format(made_codes("dataset.json"), read_codes),
+    "columns of shards": Format(make_columns, read_codes),
     "npy in a tar": Format(made_codes("000000.tar"), read_codes),
     "foreign tar": Format(make_foreign_tar, index_foreign_tar, damage_a_header),
     "manifest.json": Format(made_checkpoint("manifest.json"), read_checkpoint),

@@ -128,9 +128,9 @@ def test_manifest_round_trip_and_tampering(images: Path, tmp_path: Path) -> None
     (tmp_path / "dataset.json").write_text(json.dumps(raw))
     with pytest.raises(ValueError, match="was edited"):
         Manifest.load(tmp_path)
-    raw["version"] = 2
+    raw["version"] = 3
     (tmp_path / "dataset.json").write_text(json.dumps(raw))
-    with pytest.raises(ValueError, match="version 2"):
+    with pytest.raises(ValueError, match="version 3"):
         Manifest.load(tmp_path)
 
 

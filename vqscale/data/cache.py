@@ -17,9 +17,12 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from vqscale.config import ReadsShards
-from vqscale.data.remote import RemoteFile, check_url
+from vqscale.data.remote import RemoteFile, check_url, is_url
 from vqscale.data.shards import HashedFile, Manifest
 from vqscale.files import open_own
 from vqscale.text import redact_url
@@ -207,23 +210,29 @@ class RemoteTar:
                 raise ConnectionError(self._note.read_text() or f"{self} could not be had a moment ago")
 
 
-def locate_tars(folder: str | Path, manifest: Manifest, cache: Cache) -> list[Path | RemoteTar]:
-    """Where each tar of a data set is: a path, or a RemoteTar.
+class Tars(Sequence[Path | RemoteTar]):
+    """Where each tar of a data set is: a path, or a RemoteTar. `remote`: the numbers of those, int64 [k]."""
 
-    Raises ValueError for a URL that would not be opened, or a cache that cannot be written; nothing is fetched yet.
-    """
-    tars = [manifest.tar(folder, n) for n in range(len(manifest.shards))]
-    urls = [tar for tar in tars if isinstance(tar, str)]
-    for url in urls:
-        check_url(url, cache.allow_pipe)
-    if wrong := [shard.sha256 for shard in manifest.shards if urls and not _SHA256.fullmatch(shard.sha256)]:
-        raise ValueError(f"{folder}: {wrong[0]!r} is not a sha256 in hexadecimal")  # it becomes a file's name
-    if urls:
-        cache.make_folder()
-    return [
-        RemoteTar(tar, shard.bytes, shard.sha256, cache) if isinstance(tar, str) else tar
-        for tar, shard in zip(tars, manifest.shards, strict=True)
-    ]
+    def __init__(self, folder: str | Path, manifest: Manifest, cache: Cache):
+        """Raises ValueError for a URL that would not be opened, or a cache that cannot be written; nothing is fetched
+        yet."""
+        self._folder, self._manifest, self._cache = folder, manifest, cache
+        names, digests = manifest.column("name"), manifest.column("sha256")
+        self.remote = np.flatnonzero([is_url(name) for name in names])
+        for url in {names[n].rpartition("/")[0]: names[n] for n in self.remote}.values():  # one of each host and folder
+            check_url(url, cache.allow_pipe)
+        for n in self.remote:
+            if not _SHA256.fullmatch(digests[n]):
+                raise ValueError(f"{folder}: {digests[n]!r} is not a sha256 in hexadecimal")  # it becomes a file's name
+        if len(self.remote):
+            cache.make_folder()
+
+    def __len__(self) -> int:
+        return len(self._manifest.shards)
+
+    def __getitem__(self, number: Any) -> Any:
+        tar, shard = self._manifest.tar(self._folder, number), self._manifest.shards[number]
+        return RemoteTar(tar, shard.bytes, shard.sha256, self._cache) if isinstance(tar, str) else tar
 
 
 def open_descriptor(tar: Path | RemoteTar, ahead: bool = False) -> int:

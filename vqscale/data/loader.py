@@ -74,7 +74,7 @@ class TarDataset(Dataset):
         self.manifest = Manifest.load(folder)
         self.read = read
         self.weighted = weighted
-        sizes = [shard.num_samples for shard in self.manifest.shards]
+        sizes = self.manifest.column("num_samples")
         try:
             self.order = ShuffleOrder(sizes, seed, window)
         except ValueError as error:
@@ -83,8 +83,8 @@ class TarDataset(Dataset):
         cache, two_windows = cache or Cache(), 2 * max(window, 1)
         part_names = getattr(read, "part_names", None)
         self.files = PartReader(self.folder, self.manifest, part_names, two_windows + 16, cache)
-        remote = [tar.size for tar in self.files.tars if isinstance(tar, RemoteTar)]
-        cache.check_size(sorted(remote)[-two_windows:])
+        remote = np.asarray(self.manifest.column("bytes"), np.int64)[self.files.tars.remote]
+        cache.check_size(np.sort(remote)[-two_windows:].tolist())
         self._prefetched_from = -1  # the window whose successor was prefetched last
 
     def __len__(self) -> int:

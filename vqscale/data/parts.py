@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int64
 
-from vqscale.data.cache import Cache, NoRoom, RemoteTar, locate_tars, open_descriptor
+from vqscale.data.cache import Cache, NoRoom, RemoteTar, Tars, open_descriptor
 from vqscale.data.shards import Manifest, ShardIndex
 
 DECODE, IO, CRC = 1, 2, 3  # why a sample is bad; 0 = it is not
@@ -54,7 +54,7 @@ class OpenFiles:
     """Positioned reads from a fixed list of tars, which are addressed by number."""
 
     def __init__(self, tars: Sequence[Path | RemoteTar], limit: int = 256):
-        self._tars = list(tars)
+        self._tars = tars
         allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._limit = limit if allowed < 0 else min(limit, allowed // 4)  # below 0: without a limit
         self._reset()
@@ -160,8 +160,8 @@ class PartReader:
     ):
         self.manifest = manifest
         self.part_names = part_names
-        self.tars = locate_tars(folder, manifest, cache)
-        self.has_remote = any(isinstance(tar, RemoteTar) for tar in self.tars)
+        self.tars = Tars(folder, manifest, cache)
+        self.has_remote = len(self.tars.remote) > 0
         self._files = OpenFiles(self.tars, max(256, recent_indexes))
         # Not a method of this class: without a reference cycle, files are closed with the last use of the reader.
         self._index = lru_cache(recent_indexes)(partial(manifest.index, folder))
@@ -224,7 +224,7 @@ def read_samples(
     """
     manifest = Manifest.load(folder)
     reader = PartReader(Path(folder), manifest, parts, len(manifest.shards), cache or Cache())
-    ends = np.cumsum([shard.num_samples for shard in manifest.shards], dtype=np.int64)
+    ends = np.cumsum(manifest.column("num_samples"), dtype=np.int64)
     asked = range(manifest.num_samples) if positions is None else positions
     if outside := [position for position in asked if not 0 <= position < manifest.num_samples]:
         raise IndexError(f"{folder}: there is no position {outside[0]} among {manifest.num_samples} samples")

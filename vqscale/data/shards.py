@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import hashlib
 import io
-import itertools
 import json
 import logging
 import re
@@ -26,12 +25,13 @@ from safetensors.numpy import save as safetensors_bytes
 
 from vqscale.data.processes import made_progress
 from vqscale.data.remote import is_url
-from vqscale.files import check_seal, replacing, sealed, write_atomically, write_json
+from vqscale.data.shardtable import INDEX_SUFFIX, ShardInfo, ShardTable, remove_tables
+from vqscale.files import SEAL, check_seal, replacing, sealed, write_atomically, write_json
 
 log = logging.getLogger("vqscale")
 
 MANIFEST = "dataset.json"
-INDEX_SUFFIX = ".index.safetensors"
+MOST_LISTED = 2000  # shards that dataset.json itself lists: people, scripts and older versions read it
 MAX_LABEL_BYTES = 64
 MAX_CLASSES = 1 << 31  # no label may reach it
 _KINDS = ("images", "codes", "samples")
@@ -42,23 +42,6 @@ _MALFORMED = (
     *(KeyError, TypeError, AttributeError, AssertionError, RecursionError, OverflowError),
     *(json.JSONDecodeError, UnicodeDecodeError, safetensors.SafetensorError),
 )
-
-
-@dataclass(frozen=True)
-class ShardInfo:
-    """One tar of a data set."""
-
-    name: str  # relative to the data set's folder; for a tar that others wrote an absolute path or a URL
-    num_samples: int
-    bytes: int
-    sha256: str  # of the tar, hexadecimal
-    index: str = ""  # the index's file name; "" = the tar's own name with .index.safetensors
-    index_sha256: str = ""  # of the index; "" in data sets of earlier versions
-
-    @property
-    def index_name(self) -> str:
-        """File name of the index inside the data set's folder."""
-        return self.index or Path(self.name).with_suffix(INDEX_SUFFIX).name
 
 
 @dataclass
@@ -253,11 +236,11 @@ class Manifest:
     """`dataset.json`: what is in a data set. Make one with `Manifest.of`, which computes the fingerprint.
 
     `kind`: images | codes | samples. `transform`: how images were stored. `extra`: facts that the kind needs (codes:
-    tokenizer, `num_codes`, `levels` top first, views, …).
+    tokenizer, `num_codes`, `levels` top first, views, …). `shards`: a tuple; more than MOST_LISTED, a `ShardTable`.
     """
 
     kind: str
-    shards: tuple[ShardInfo, ...]
+    shards: Sequence[ShardInfo]
     num_samples: int
     classes: tuple[str, ...]
     transform: dict[str, Any]
@@ -275,10 +258,11 @@ class Manifest:
     ) -> "Manifest":
         """The manifest of these shards, fingerprinted over the shards' sha256s in order, the kind and the classes."""
         assert kind in _KINDS, kind
-        facts = json.dumps({"shards": [s.sha256 for s in shards], "kind": kind, "classes": list(classes)})
+        shards = ShardTable.of(shards) if len(shards) > MOST_LISTED else tuple(shards)
+        new = cls(kind, shards, 0, tuple(classes), dict(transform or {}), "", dict(extra or {}))
+        facts = json.dumps({"shards": new.column("sha256"), "kind": kind, "classes": list(classes)})
         fingerprint = "sha256:" + hashlib.sha256(facts.encode()).hexdigest()
-        total = sum(s.num_samples for s in shards)
-        return cls(kind, tuple(shards), total, tuple(classes), dict(transform or {}), fingerprint, dict(extra or {}))
+        return dataclasses.replace(new, num_samples=int(sum(new.column("num_samples"))), fingerprint=fingerprint)
 
     @classmethod
     def load(cls, folder: str | Path) -> "Manifest":
@@ -288,12 +272,15 @@ class Manifest:
             raise FileNotFoundError(f"{path} does not exist: {folder} is not a data set")
         try:
             raw = json.loads(path.read_text())
-            if raw["version"] != 1:
-                raise ValueError(f"{path}: version {raw['version']} is not one this program reads (1)")
+            if raw["version"] not in (1, 2):
+                raise ValueError(f"{path}: version {raw['version']} is not one this program reads (1, 2)")
+            assert raw["version"] == 1 or SEAL in raw, f"it has no {SEAL}"
             raw = check_seal(path, raw)
-            shards = tuple(_checked(ShardInfo(**shard)) for shard in raw["shards"])
             assert isinstance(raw["transform"], dict) and isinstance(raw["extra"], dict), "transform, extra: no objects"
             assert all(isinstance(name, str) for name in raw["classes"]), "classes: not a list of names"
+            if raw.pop("version") == 2:
+                return cls._with_table(Path(folder), **raw)
+            shards = tuple(_checked(ShardInfo(**shard)) for shard in raw["shards"])
             manifest = cls.of(raw["kind"], shards, raw["classes"], raw["transform"], raw["extra"])
         except _MALFORMED as error:
             raise ValueError(f"{path}: not a data set's description ({type(error).__name__}: {error})") from None
@@ -301,14 +288,36 @@ class Manifest:
             raise ValueError(f"{path}: was edited: its shards give {manifest.fingerprint}, not {raw['fingerprint']}")
         return manifest
 
+    @classmethod
+    def _with_table(
+        cls, folder: Path, *, kind: str, shards: dict[str, Any], num_samples: int, classes: list[str], **facts: Any
+    ) -> "Manifest":
+        """Two checksums, of `dataset.json` and of the columns, vouch for the fingerprint: it is not computed again."""
+        assert kind in _KINDS, kind
+        table = ShardTable.load(folder, **shards)
+        samples, sizes = table.column("num_samples"), table.column("bytes")
+        if (samples < 0).any() or (samples > sizes // tarfile.BLOCKSIZE).any() or samples.sum() != num_samples:
+            raise TypeError(f"shards of {samples.sum()} samples, not {num_samples}, or more than fit in their bytes")
+        return cls(kind, table, num_samples, tuple(classes), **facts)
+
     def save(self, folder: str | Path) -> None:
         """Write `<folder>/dataset.json` atomically: the last step of making a data set."""
+        table = self.shards.save(Path(folder)) if isinstance(self.shards, ShardTable) else {}
         optional = ("index", "index_sha256")
-        shards = [
-            {k: v for k, v in dataclasses.asdict(shard).items() if v or k not in optional} for shard in self.shards
+        listed = [
+            {k: v for k, v in dataclasses.asdict(shard).items() if v or k not in optional}
+            for shard in (() if table else self.shards)
         ]
-        raw = {"version": 1, **dataclasses.asdict(self), "shards": shards}
+        facts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        raw = {"version": 2 if table else 1, **facts, "shards": table or listed}
         write_json(Path(folder) / MANIFEST, sealed(raw))
+        remove_tables(Path(folder), keep=table.get("file", ""))
+
+    def column(self, field: str) -> Any:
+        """A field of every shard, such as `name`: a list, or int64 [shards]."""
+        if isinstance(self.shards, ShardTable):
+            return self.shards.column(field)
+        return [getattr(shard, field) for shard in self.shards]
 
     def tar(self, folder: str | Path, shard: int) -> Path | str:
         """A shard's tar: a path, or the URL of a remote one, which is read through `data.cache`."""
@@ -317,12 +326,12 @@ class Manifest:
 
     def runs(self, shards: Sequence[int]) -> list[range]:
         """The positions of each of these shards' samples, counted over the whole data set in stored order."""
-        ends = list(itertools.accumulate(shard.num_samples for shard in self.shards))
-        return [range(ends[n] - self.shards[n].num_samples, ends[n]) for n in shards]
+        ends = np.append(0, np.cumsum(self.column("num_samples"), dtype=np.int64))
+        return [range(int(ends[n]), int(ends[n + 1])) for n in shards]
 
     def names_of_results(self) -> list[str]:
         """A file name for the result of each shard: the tar's own, or a number where those repeat or are not plain."""
-        names = [Path(shard.name).name for shard in self.shards]
+        names = [Path(name).name for name in self.column("name")]
         if len(set(names)) == len(names) and all(_PLAIN.fullmatch(name) for name in names):
             return names
         return [f"{n:06d}.tar" for n in range(len(self.shards))]

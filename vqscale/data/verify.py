@@ -2,10 +2,11 @@
 
 import zlib
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 from vqscale.data.remote import open_tar
-from vqscale.data.shards import HashedFile, Manifest, ShardIndex
+from vqscale.data.shards import MANIFEST, HashedFile, Manifest, ShardIndex
 
 _CHUNK = 1 << 20
 
@@ -16,13 +17,18 @@ def verify_shard(job: tuple[Path, int, bool]) -> list[str]:
     A remote tar is streamed, not stored.
     """
     folder, shard, allow_pipe = job
-    manifest = Manifest.load(folder)
+    manifest = _manifest(folder, (folder / MANIFEST).stat().st_mtime_ns)
     try:
         index = manifest.index(folder, shard)
         with open_tar(manifest.tar(folder, shard), allow_pipe) as file:
             return list(_differences(HashedFile(file), index))
     except (OSError, ValueError) as error:
         return [str(error)]
+
+
+@lru_cache(1)
+def _manifest(folder: Path, _changed: int) -> Manifest:
+    return Manifest.load(folder)
 
 
 def _differences(tar: HashedFile, index: ShardIndex) -> Iterator[str]:

@@ -324,7 +324,7 @@ def _warn_of_overlap(config: EvaluateConfig, inputs: Inputs) -> None:
     for one, other in pairs:
         a, b = getattr(inputs, one), getattr(inputs, other)
         if isinstance(a, DataSet) and isinstance(b, DataSet):
-            shards = [{shard.sha256 for shard in data.manifest.shards} for data in (a, b)]
+            shards = [{*data.manifest.column("sha256")} for data in (a, b)]
             if common := len(shards[0] & shards[1]):
                 log.warning(
                     "%s=%s and %s=%s have %d of %d shards in common: the same images are compared with themselves",

@@ -39,6 +39,7 @@ class SampleConfig(StageConfig):
         "[0-9]*.tar",
         "[0-9]*.index.safetensors",
         "dataset.json",
+        "shards-*.safetensors",
         "grid.png",
         "images",
     )
