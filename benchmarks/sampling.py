@@ -16,7 +16,7 @@ product rate and memory bandwidth measured here (`floor_seconds`), and the share
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from torch import Tensor
 from vqscale.models.causal import GatedBlock
 from vqscale.models.init import initialise
 from vqscale.models.prior import PriorConfig
-from vqscale.models.sampling import choose, draw_uniforms
+from vqscale.models.sampling import Options, RowSampler, draw_uniforms
 from vqscale.models.transformer_block import TransformerBlock
 from vqscale.sources import PRIORS
 from vqscale.topology import keep_freed_memory
@@ -90,17 +90,20 @@ class Case:
         A row left out keeps its random codes: later rows do the same arithmetic on them.
         """
         uniforms = draw_uniforms(0, len(self.upper), torch.arange(self.batch), self.height * self.width)
-        codes = self.codes.clone()
         with torch.inference_mode():
             start = time.perf_counter()
-            next_logits = self.prior.incremental(codes, self.label, self.upper, self.dtype)
+            state = self.prior.sampling_weights(self.dtype).state(self.batch)
+            sampler = RowSampler(state, Options(1.0, 0, 1.0, 0.0))
+            state.codes.copy_(self.codes)
+            state.reset(self.label, self.upper)
             prepared = time.perf_counter() - start
-            drawn = timed(lambda: self._draw(next_logits, codes, uniforms, rows))
+            drawn = timed(lambda: self._draw(sampler, uniforms, rows))
         return prepared + drawn * self.height / len(rows)
 
-    def _draw(self, next_logits: Callable[[int], Tensor], codes: Tensor, uniforms: Tensor, rows: Sequence[int]) -> None:
-        for position in (row * self.width + column for row in rows for column in range(self.width)):
-            codes.flatten(1)[:, position] = choose(next_logits(position), uniforms[position])
+    def _draw(self, sampler: RowSampler, uniforms: Tensor, rows: Sequence[int]) -> None:
+        temperatures = torch.ones(self.width, dtype=torch.float64)
+        for row in rows:
+            sampler.draw(row, uniforms[row * self.width : (row + 1) * self.width], temperatures)
 
 
 def evenly(height: int, count: int) -> list[int]:

@@ -1,5 +1,6 @@
 """Sampling: the cached way draws the reference's codes, whatever the batch; the draw itself is right."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -7,8 +8,9 @@ import torch
 from support import priors
 from support.priors import CLASSES, K
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from vqscale.models import sampling
+from vqscale.models import causal, sampling
 from vqscale.models.sampling import choose, draw_uniforms, sample_codes
 from vqscale.seeding import key_of, uniform
 
@@ -25,6 +27,16 @@ def inputs(batch: int, upper) -> tuple[Tensor, list[Tensor], Tensor]:
     rng = torch.Generator().manual_seed(4)
     label = torch.arange(batch) % (CLASSES + 1)
     return label, [torch.randint(K, (batch, *grid), generator=rng) for grid in upper], torch.arange(batch) * 7 + 1000
+
+
+def _logits(state: Any, codes: Tensor, label: Tensor, above: list[Tensor]) -> Iterator[Tensor]:
+    """Of every position, given the codes before it."""
+    state.reset(label, above)
+    for row in range(codes.shape[1]):
+        state.begin_row(row)
+        state.row.copy_(codes[:, row])
+        yield from (state.next_logits(column) for column in range(codes.shape[2]))
+        state.end_row(row)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -52,8 +64,8 @@ def test_cached_equals_reference(grid, upper, changes, dtype):
     assert torch.equal(cached, sample_codes(model, label, above, seed=3, sample_ids=ids, cached=False))
     assert cached.shape == (5, *grid) and cached.unique().numel() > 2
     with torch.inference_mode():
-        step = model.incremental(cached, label, above, dtype)
-        logits = torch.stack([step(position) for position in range(grid[0] * grid[1])], dim=-1)
+        state = model.sampling_weights(dtype).state(5)
+        logits = torch.stack(list(_logits(state, cached, label, above)), dim=-1)
         expected = model(cached, label, above).flatten(2)
     assert (logits - expected).abs().max() < (1e-11 if dtype == torch.float64 else 1e-3)
 
@@ -158,7 +170,7 @@ def test_draw_at_the_edges():
 def test_temperature_changes_linearly_from_the_first_code_to_the_last(monkeypatch):
     temperatures: list[float] = []
 
-    def likeliest(logits: Tensor, _uniform: Tensor, *, temperature: float, **_rest: Any) -> Tensor:
+    def likeliest(logits: Tensor, _uniform: Tensor, *, temperature: float | Tensor, **_rest: Any) -> Tensor:
         temperatures.append(temperature)
         return logits.argmax(dim=-1)
 
@@ -188,9 +200,7 @@ def test_leaves_the_global_generator_alone():
 @pytest.mark.parametrize("kind, blocks", [("pixelcnn", 1), ("transformer", 2)])
 def test_memory_per_sample_counts_what_is_held(kind, blocks):
     model = build((6, 4), [(3, 2)], kind=kind)
-    label, above, _ = inputs(3, [(3, 2)])
-    with torch.inference_mode():
-        small = model.incremental(torch.zeros(3, 6, 4, dtype=torch.int64), label, above, torch.float64)
+    small = model.sampling_weights(torch.float64).state(3)
     keys_and_values = blocks * 2 * 16 * 24 * 8  # per attention block: two, of hidden 16 at 24 places in float64
     assert keys_and_values < small.bytes_per_sample() < 100 * keys_and_values
 
@@ -227,3 +237,68 @@ def test_logits_that_are_not_finite_end_sampling(kind):
         model.logits.weight.fill_(3e38)
     with pytest.raises(ValueError, match="logits are not finite in row 0: weights too large for torch.float32"):
         sample_codes(model, torch.tensor([0]), seed=0, sample_ids=torch.tensor([0]))
+
+
+CASES = [("pixelcnn", {}), ("pixelcnn", {"guidance": 0.7}), ("transformer", {}), ("transformer", {"top_p": 0.8})]
+
+
+def _memory(state: Any) -> list[int]:
+    tensors = [state.codes, state.row, state.above, state.positions, *state.buffers]
+    return [t.data_ptr() for t in [*tensors, *(b for block in state.blocks for b in block.buffers)]]
+
+
+@pytest.mark.parametrize("kind, options", CASES)
+def test_a_second_batch_uses_the_same_memory_and_draws_what_a_fresh_one_does(kind, options):
+    model = build((6, 5), [(3, 3)], kind=kind)
+    label, above, ids = inputs(8, [(3, 3)])
+    weights, drawn, memory = model.sampling_weights(torch.float64), [], []
+    for batch in (slice(4), slice(4, 8)):
+        given = {"seed": 1, "sample_ids": ids[batch], **options}
+        drawn.append(sample_codes(model, label[batch], [above[0][batch]], weights=weights, **given))
+        memory.append(_memory(weights.state(8 if "guidance" in options else 4)))
+        assert torch.equal(drawn[-1], sample_codes(model, label[batch], [above[0][batch]], **given))
+    assert memory[0] == memory[1]
+    assert not torch.equal(drawn[0], drawn[1])
+
+
+class _NoHostReads(TorchDispatchMode):
+    """Refuses what would make a captured graph wait for the host, or take another course in a replay."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket._qualified_op_name
+        assert name not in ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select"), name
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("kind, options", CASES)
+def test_a_row_reads_nothing_back_and_may_be_done_twice(kind, options, monkeypatch):
+    model = build((6, 5), [(3, 3)], kind=kind)
+    label, above, ids = inputs(4, [(3, 3)])
+    expected = sample_codes(model, label, above, seed=1, sample_ids=ids, temperature_end=0.0, **options)
+    plain = sampling.RowSampler._choose
+
+    def twice(sampler: Any) -> Tensor:
+        with _NoHostReads():
+            plain(sampler)
+            return plain(sampler)
+
+    monkeypatch.setattr(sampling.RowSampler, "_choose", twice)
+    drawn = sample_codes(model, label, above, seed=1, sample_ids=ids, temperature_end=0.0, **options)
+    assert torch.equal(drawn, expected)
+
+
+@pytest.mark.parametrize("kind, options", CASES)
+@pytest.mark.parametrize("grid", [(6, 5), (9, 2), (1, 4)])
+def test_the_layout_of_other_devices_draws_the_same(kind, options, grid, monkeypatch):
+    """Whole products, and attention to masked rows above in quarters of the grid."""
+    model = build(grid, [(3, 3)], kind=kind)
+    label, above, ids = inputs(4, [(3, 3)])
+    expected = sample_codes(model, label, above, seed=1, sample_ids=ids, **options)
+    monkeypatch.setattr(causal, "on_cpu", lambda tensor: False)
+    assert torch.equal(sample_codes(model, label, above, seed=1, sample_ids=ids, **options), expected)
+
+
+@pytest.mark.parametrize("height", [1, 2, 5, 8, 32])
+def test_attention_reads_all_rows_above_and_has_few_lengths(height):
+    read = [causal.attended_rows(row, height) for row in range(height)]
+    assert all(row <= n < height or n == row == 0 for row, n in enumerate(read)) and len(set(read)) <= 5

@@ -8,14 +8,17 @@ is done once, on the input (`shift_down`, `shift_right`). After it every kernel 
 is masked and none is stored for nothing: k // 2 + 1 rows of k taps above, and k // 2 + 1 taps to the left.
 
 A cached twin keeps whatever later codes need, and its `step` updates the stream x [b, c] of one position in place. Its
-products are split otherwise than the block's, so the two agree to rounding.
+products are split otherwise than the block's, so the two agree to rounding. Weights are rearranged once for a model
+(`…Weights`), memory is taken once for a batch size, and what depends on the row is copied to fixed places: the same
+code runs on a CPU and, replayed, on a GPU.
 
 Legend: b batch, i rows, j columns, c hidden, r residual, d class, e conditioning, k filter, q = k // 2, w columns of a
 row, t positions in raster order, s slices of a product's outputs, n heads.
 """
 
+import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -80,30 +83,53 @@ class CheckpointableBlock(nn.Module):
         return self.compute(*inputs)
 
 
-class CachedBlock(Protocol):
-    """A block one code at a time."""
+class CachedBlock:
+    """A block for the samples of one batch, one code at a time. Its memory is taken once, and each new batch of the
+    same size reuses it."""
 
-    @property
-    def buffers(self) -> Sequence[Tensor]:
-        """What it keeps for the samples of the batch."""
+    buffers: Sequence[Tensor] = ()  # what it keeps
 
-    def step(self, x: Float[Tensor, "b c"], position: int) -> None:
-        """Update the stream of one raster position in place. Positions come in order."""
+    def begin_row(self, row: int) -> None:
+        """Before the first code of a row: copy what depends on the row to where `step` reads it."""
+
+    def step(self, x: Float[Tensor, "b c"], column: int) -> None:
+        """Update the stream of one position of the row in place. Columns come in order. Nothing here depends on the
+        row but through memory, so that a GPU can replay it."""
+        raise NotImplementedError
+
+    def end_row(self, row: int) -> None:
+        """After its last code: keep what later rows need."""
 
 
-def num_slices(outputs: int) -> int:
+def on_cpu(tensor: Tensor) -> bool:
+    """Whether per-code products are laid out for a CPU."""
+    return tensor.device.type == "cpu"
+
+
+def num_slices(layer: nn.Linear | nn.Conv2d, outputs: int) -> int:
     """Into how many slices the outputs of a per-code product are cut: an even number that divides `outputs`.
 
-    A product of 8 or 32 rows is bound by reading its weights; as a batch of narrow products over the same rows it ran
-    up to twice as fast as one `addmm` (MKL hands whole products to threads).
+    On a CPU a product of 8 or 32 rows is bound by reading its weights; as a batch of narrow products over the same rows
+    it ran up to twice as fast as one `addmm` (MKL hands whole products to threads). Elsewhere two, for a gate's halves.
     """
+    if not on_cpu(layer.weight):
+        return 2
     return next(n for n in (16, 8, 4, 2) if n == 2 or outputs % n == 0 and outputs >= 64 * n)
 
 
-def sliced(layer: nn.Linear, slices: int, dtype: torch.dtype) -> tuple[Float[Tensor, "s c r"], Float[Tensor, "s 1 r"]]:
-    """Weight and bias of a linear layer, cut along its outputs."""
-    weight = rearrange(layer.weight.to(dtype), "(s r) c -> s r c", s=slices).transpose(1, 2)
-    return weight, rearrange(layer.bias.to(dtype), "(s r) -> s 1 r", s=slices)
+class SlicedLinear:
+    """A linear layer whose outputs are cut into slices, each a matrix of its own."""
+
+    def __init__(self, layer: nn.Linear, slices: int, dtype: torch.dtype):
+        self.slices, self.narrow = slices, on_cpu(layer.weight)
+        weight, bias = layer.weight.to(dtype), layer.bias.to(dtype)
+        self.weight = rearrange(weight, "(s r) c -> s r c", s=slices).transpose(1, 2) if self.narrow else weight.t()
+        self.bias = rearrange(bias, "(s r) -> s 1 r", s=slices) if self.narrow else bias
+
+    def __call__(self, x: Float[Tensor, "b c"]) -> Float[Tensor, "s b r"]:
+        if self.narrow:
+            return torch.baddbmm(self.bias, x.expand(self.slices, -1, -1), self.weight)
+        return torch.addmm(self.bias, x, self.weight).unflatten(1, (self.slices, -1)).transpose(0, 1)
 
 
 class CachedLinear:
@@ -164,7 +190,28 @@ class GatedBlock(CheckpointableBlock):
         return vertical, horizontal
 
 
-class CachedGatedBlock:
+class GatedWeights:
+    """A `GatedBlock`'s weights as its cached twin reads them."""
+
+    def __init__(self, block: GatedBlock, dtype: torch.dtype):
+        self.block, self.dtype, taps = block, dtype, block.vertical.weight.to(dtype)  # [2r, c, q + 1, k]
+        self.taps = [tap.contiguous().t() for tap in rearrange(taps, "r c i k -> k r (i c)")]
+        self.across = block.across.weight.to(dtype).t()
+        self.vertical_out = block.vertical_out.weight.to(dtype).t()
+        self.horizontal_out = block.horizontal_out.weight.to(dtype).t()
+        self.condition = None if block.condition is None else block.condition.weight.to(dtype).t()
+        self.slices = num_slices(block.vertical, len(taps))
+        window = rearrange(block.horizontal.weight.to(dtype), "(s r) c 1 k -> s r (k c)", s=self.slices)
+        self.window = window.contiguous().transpose(1, 2)
+
+    def biases(self, label: Float[Tensor, "b d"]) -> list[Float[Tensor, "b two_r"]]:
+        """Of the vertical and the horizontal gates, with the class in them."""
+        layers = (self.block.vertical, self.block.horizontal)
+        parts = self.block.class_bias(label).chunk(2, dim=-1)
+        return [(part + layer.bias).to(self.dtype) for part, layer in zip(parts, layers, strict=True)]
+
+
+class CachedGatedBlock(CachedBlock):
     """`GatedBlock`: the vertical stack row by row, the horizontal one code by code.
 
     Per row: the vertical stack (15 of 18 taps at k = 5) as full-size products over all columns and samples, and with it
@@ -172,36 +219,29 @@ class CachedGatedBlock:
     one window product, the gate and one 1x1.
     """
 
-    def __init__(self, block: GatedBlock, label: Float[Tensor, "b d"], width: int, dtype: torch.dtype):
-        taps = block.vertical.weight.to(dtype)  # [2r, c, q + 1, k]
-        hidden, rows, filter = taps.shape[1:]
-        self.reach, self.width, self.hidden, batch = block.reach, width, hidden, len(label)
-        self.taps = [tap.contiguous().t() for tap in rearrange(taps, "r c i k -> k r (i c)")]
-        self.across = block.across.weight.to(dtype).t()
-        self.vertical_out = block.vertical_out.weight.to(dtype).t()
-        self.horizontal_out = block.horizontal_out.weight.to(dtype).t()
-        self.condition = None if block.condition is None else block.condition.weight.to(dtype).t()
-        assert block.vertical.bias is not None and block.horizontal.bias is not None
-        vertical_bias, horizontal_bias = block.class_bias(label).chunk(2, dim=-1)
-        self.vertical_bias = (vertical_bias + block.vertical.bias).to(dtype)  # [b, 2r]
-        self.horizontal_bias = (horizontal_bias + block.horizontal.bias).to(dtype)
-        gates = self.horizontal_bias.shape[1]
-        self.slices = num_slices(gates)
-        window = rearrange(block.horizontal.weight.to(dtype), "(s r) c 1 k -> s r (k c)", s=self.slices)
-        self.window = window.contiguous().transpose(1, 2)
+    def __init__(self, weights: GatedWeights, batch: int, width: int):
+        gates, hidden, rows, filter = weights.block.vertical.weight.shape
+        self.weights, self.reach, self.width, self.hidden = weights, weights.block.reach, width, hidden
+        zeros = weights.window.new_zeros
         # rows above and this one, side by side in channels, so that one product takes a column of taps
-        self.rows = taps.new_zeros(width + 2 * self.reach, batch, rows * hidden)
-        self.vertical_gates = taps.new_empty(width * batch, gates)
-        self.horizontal_gates = taps.new_empty(width, self.slices, batch, gates // self.slices)
-        self.line = taps.new_zeros(batch, width + self.reach, hidden)  # this row of the horizontal stream
-        self.gated = taps.new_empty(batch, gates // 2)
-        biases = [self.vertical_bias, self.horizontal_bias]
-        self.buffers = [self.rows, self.vertical_gates, self.horizontal_gates, self.line, *biases]
+        self.rows = zeros(width + 2 * self.reach, batch, rows * hidden)
+        self.biases = [zeros(batch, gates), zeros(batch, gates)]
+        self.vertical_gates = zeros(width * batch, gates)
+        self.horizontal_gates = zeros(width, weights.slices, batch, gates // weights.slices)
+        self.line = zeros(batch, width + self.reach, hidden)  # this row of the horizontal stream
+        self.gated = zeros(batch, gates // 2)
+        self.buffers = [self.rows, self.vertical_gates, self.horizontal_gates, self.line, *self.biases]
         self._make_views(filter)
+
+    def reset(self, label: Float[Tensor, "b d"]) -> None:
+        """Begin a batch of these classes."""
+        self.rows.zero_()
+        for bias, value in zip(self.biases, self.weights.biases(label), strict=True):
+            bias.copy_(value)
 
     def _make_views(self, filter: int) -> None:
         """Views made once: slicing costs as much as a small product."""
-        half = self.slices // 2
+        half = self.weights.slices // 2
         self.slots = [self.line[:, self.reach + j] for j in range(self.width)]
         self.windows = [self._window(j) for j in range(self.width)]
         self.gates = [(gates, gates[:half], gates[half:]) for gates in self.horizontal_gates]
@@ -212,34 +252,35 @@ class CachedGatedBlock:
     def _window(self, j: int) -> Tensor:
         """[s, b, (q + 1) c]: columns j - q ... j of this row, without a copy."""
         batch, length, hidden = self.line.shape
-        shape, strides = (self.slices, batch, (self.reach + 1) * hidden), (0, length * hidden, 1)
+        shape, strides = (self.weights.slices, batch, (self.reach + 1) * hidden), (0, length * hidden, 1)
         return self.line.as_strided(shape, strides, j * hidden)
 
-    def row(self, x: Float[Tensor, "wb c"], features: Float[Tensor, "wb e"] | None) -> None:
-        """Update the vertical stream of one row in place; keep what this row's horizontal gates add."""
-        hidden, width, above = self.hidden, self.width, self.vertical_gates
-        self.rows[:, :, :-hidden] = self.rows[:, :, hidden:].clone()
-        self.newest.copy_(normalise(x).view(width, -1, hidden))
-        above.copy_(self.vertical_bias.repeat(width, 1))
-        left = self.horizontal_bias.repeat(width, 1)
-        if self.condition is not None:
-            assert features is not None
-            above.addmm_(features, self.condition[:, : above.shape[1]])
-            left.addmm_(features, self.condition[:, above.shape[1] :])
-        for column, tap in zip(self.columns, self.taps, strict=True):
-            above.addmm_(column, tap)
-        x.addmm_(gate(above), self.vertical_out)
-        left.addmm_(normalise(x), self.across)
-        self.horizontal_gates.copy_(rearrange(left, "(w b) (s r) -> w s b r", w=width, s=self.slices))
+    def begin_row(self, row: int) -> None:
+        """The rows above move up by one; here, so that all that follows may be done twice."""
+        self.rows[:, :, : -self.hidden] = self.rows[:, :, self.hidden :].clone()
 
-    def step(self, x: Float[Tensor, "b c"], position: int) -> None:
-        """Update the horizontal stream of one position in place."""
-        column = position % self.width
+    def run_row(self, x: Float[Tensor, "wb c"], features: Float[Tensor, "wb e"] | None) -> None:
+        """Update the vertical stream of one row in place; keep what this row's horizontal gates add."""
+        hidden, width, above, weights = self.hidden, self.width, self.vertical_gates, self.weights
+        self.newest.copy_(normalise(x).view(width, -1, hidden))
+        above.copy_(self.biases[0].repeat(width, 1))
+        left = self.biases[1].repeat(width, 1)
+        if weights.condition is not None:
+            assert features is not None
+            above.addmm_(features, weights.condition[:, : above.shape[1]])
+            left.addmm_(features, weights.condition[:, above.shape[1] :])
+        for column, tap in zip(self.columns, weights.taps, strict=True):
+            above.addmm_(column, tap)
+        x.addmm_(gate(above), weights.vertical_out)
+        left.addmm_(normalise(x), weights.across)
+        self.horizontal_gates.copy_(rearrange(left, "(w b) (s r) -> w s b r", w=width, s=weights.slices))
+
+    def step(self, x: Float[Tensor, "b c"], column: int) -> None:
         self.slots[column].copy_(normalise(x))
         gates, signal, opening = self.gates[column]
-        gates.baddbmm_(self.windows[column], self.window)
+        gates.baddbmm_(self.windows[column], self.weights.window)
         torch.mul(signal.tanh_(), opening.sigmoid_(), out=self.gated_slices)
-        x.addmm_(self.gated, self.horizontal_out)
+        x.addmm_(self.gated, self.weights.horizontal_out)
 
 
 # --- self-attention ---------------------------------------------------------------------------------------------------
@@ -268,18 +309,13 @@ class AttentionBlock(CheckpointableBlock):
         return x + self.dropout(self.out(rearrange(y, "b heads (i j) d -> b i j (heads d)", i=rows)), key)
 
 
-class AttentionHeads:
-    """Queries of one position against given keys and values [n, b, t, d], and the layer after them."""
+class HeadsWeights:
+    """The layers around an attention, as its cached twin reads them."""
 
     def __init__(self, projection: nn.Linear, out: nn.Linear, heads: int, dtype: torch.dtype):
         """projection: hidden -> one or more of query, key and value, each of all heads."""
-        slices = heads * projection.out_features // projection.in_features
-        self.weight, self.bias = sliced(projection, slices, dtype)
-        self.out = out.weight.to(dtype).t()
-
-    def project(self, x: Float[Tensor, "b c"]) -> Float[Tensor, "s b d"]:
-        """Queries, and keys and values where the layer has them, head by head."""
-        return torch.baddbmm(self.bias, normalise(x).expand(len(self.weight), -1, -1), self.weight)
+        self.heads, self.out = heads, out.weight.to(dtype).t()
+        self.project = SlicedLinear(projection, heads * projection.out_features // projection.in_features, dtype)
 
     def attend(
         self,
@@ -287,37 +323,69 @@ class AttentionHeads:
         query: Float[Tensor, "n b d"],
         keys: Float[Tensor, "n b t d"],
         values: Float[Tensor, "n b t d"],
+        mask: Float[Tensor, " t"] | None = None,
     ) -> None:
         """Add the attention's output to x."""
-        y = F.scaled_dot_product_attention(query[:, :, None], keys, values)
+        y = F.scaled_dot_product_attention(query[:, :, None], keys, values, mask)
         x.addmm_(y.transpose(0, 1).reshape(x.shape), self.out)  # einops costs more than the product here
 
 
-class CausalAttentionHeads(AttentionHeads):
-    """Self-attention with the keys and values of all positions so far, in memory taken once."""
+class PastAttention:
+    """Keys and values of all positions so far, in memory taken once, and attention to them.
 
-    def __init__(self, qkv: nn.Linear, out: nn.Linear, heads: int, batch: int, positions: int, dtype: torch.dtype):
-        super().__init__(qkv, out, heads, dtype)
-        self.keys = self.bias.new_zeros(heads, batch, positions, self.bias.shape[2])
+    They stand as [this row, last column first | rows above]: what a column attends to is one slice without a copy. On a
+    CPU the slice ends with the rows there are. Elsewhere it ends at a quarter of the grid or more, the rest masked, so
+    that few graphs serve all rows.
+    """
+
+    def __init__(self, weights: HeadsWeights, batch: int, grid: tuple[int, int]):
+        self.weights, (self.height, self.width) = weights, grid
+        example = weights.out
+        positions, dim = self.height * self.width, len(example) // weights.heads
+        self.keys = example.new_zeros(weights.heads, batch, positions, dim)
         self.values = torch.zeros_like(self.keys)
+        self.mask = None if on_cpu(example) else example.new_zeros(positions)
         self.buffers = [self.keys, self.values]
+        self.past = 0  # positions above this row that are attended to
 
-    def attend_so_far(self, x: Tensor, position: int, query: Tensor, key: Tensor, value: Tensor) -> None:
-        """Keep this position's key and value [n, b, d], then attend to all positions up to it."""
-        self.keys[:, :, position] = key
-        self.values[:, :, position] = value
-        self.attend(x, query, self.keys[:, :, : position + 1], self.values[:, :, : position + 1])
+    def begin_row(self, row: int) -> None:
+        self.past = row * self.width
+        if self.mask is not None:
+            self.mask[self.width + self.past :] = -math.inf
+            self.mask[: self.width + self.past] = 0
+            self.past = attended_rows(row, self.height) * self.width
+
+    def attend(self, x: Tensor, column: int, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """Keep this column's key and value [n, b, d], then attend to all positions up to it."""
+        slot = self.width - 1 - column
+        self.keys[:, :, slot] = key
+        self.values[:, :, slot] = value
+        so_far = slice(slot, self.width + self.past)
+        mask = None if self.mask is None else self.mask[so_far]
+        self.weights.attend(x, query, self.keys[:, :, so_far], self.values[:, :, so_far], mask)
+
+    def end_row(self, row: int) -> None:
+        if row + 1 < self.height:
+            above = slice((row + 1) * self.width, (row + 2) * self.width)
+            for kept in self.buffers:
+                kept[:, :, above] = kept[:, :, : self.width]
 
 
-class CachedAttentionBlock:
+def attended_rows(row: int, height: int) -> int:
+    """How many rows above a row are read where the number must not be another for each: in quarters of the grid."""
+    quarter = -(-height // 4)
+    return min(-(-row // quarter) * quarter, height - 1)
+
+
+class CachedAttentionBlock(CachedBlock):
     """`AttentionBlock`, one code at a time."""
 
-    def __init__(self, block: AttentionBlock, batch: int, positions: int, dtype: torch.dtype):
-        self.heads = CausalAttentionHeads(block.qkv, block.out, block.heads, batch, positions, dtype)
-        self.buffers = self.heads.buffers
+    def __init__(self, weights: HeadsWeights, batch: int, grid: tuple[int, int]):
+        self.past = PastAttention(weights, batch, grid)
+        self.buffers, self.begin_row, self.end_row = self.past.buffers, self.past.begin_row, self.past.end_row
 
-    def step(self, x: Float[Tensor, "b c"], position: int) -> None:
-        self.heads.attend_so_far(x, position, *self.heads.project(x).chunk(3))
+    def step(self, x: Float[Tensor, "b c"], column: int) -> None:
+        self.past.attend(x, column, *self.past.weights.project(normalise(x)).chunk(3))
 
 
 # --- 1x1 convolutions -------------------------------------------------------------------------------------------------
@@ -336,15 +404,13 @@ class PointwiseBlock(CheckpointableBlock):
         return x + self.dropout(self.out(F.silu(self.up(normalise(x)))), key)
 
 
-class CachedPointwiseBlock:
-    """`PointwiseBlock`, one code at a time."""
-
-    buffers: Sequence[Tensor] = ()
+class CachedPointwiseBlock(CachedBlock):
+    """`PointwiseBlock`, one code at a time; it keeps nothing."""
 
     def __init__(self, block: PointwiseBlock, dtype: torch.dtype):
         self.up, self.out = CachedLinear(block.up, dtype), block.out.weight.to(dtype).t()
 
-    def step(self, x: Float[Tensor, "b c"], position: int) -> None:
+    def step(self, x: Float[Tensor, "b c"], column: int) -> None:
         x.addmm_(F.silu(self.up(normalise(x)), inplace=True), self.out)
 
 

@@ -24,13 +24,15 @@ from vqscale.models.causal import (
     CachedGatedBlock,
     CachedPointwiseBlock,
     GatedBlock,
+    GatedWeights,
+    HeadsWeights,
     Key,
     PointwiseBlock,
     normalise,
     shift_down,
     shift_right,
 )
-from vqscale.models.prior import Codes, Conditioning, Labels, LevelPrior, PriorCache, PriorConfig
+from vqscale.models.prior import Codes, Conditioning, Labels, LevelPrior, PriorConfig, PriorState, PriorWeights
 
 
 class PixelCNN(LevelPrior):
@@ -81,58 +83,74 @@ class PixelCNN(LevelPrior):
             horizontal = block(horizontal, dropout_key)
         return rearrange(self.logits(normalise(horizontal)), "b i j k -> b k i j")
 
-    def incremental(self, codes: Codes, label: Labels, upper: Sequence[Tensor], dtype: torch.dtype) -> "PixelCNNCache":
-        """What cached sampling calls: position -> logits [b, k], given the codes before it, filled meanwhile.
-
-        upper: as in `forward`. Positions must come in raster order, each once.
-        """
-        return PixelCNNCache(self, codes, *self.condition(label, upper), dtype)
+    def sampling_weights(self, dtype: torch.dtype) -> "PixelCNNWeights":
+        """What cached sampling reads."""
+        return PixelCNNWeights(self, dtype)
 
 
-class PixelCNNCache(PriorCache):
-    """A PixelCNN one code at a time; the vertical stack, whole rows at a time."""
+class PixelCNNWeights(PriorWeights):
+    """See `PriorWeights`."""
 
-    def __init__(
-        self,
-        prior: PixelCNN,
-        codes: Codes,
-        label: Float[Tensor, "b d"],
-        features: Float[Tensor, "b h w e"] | None,
-        dtype: torch.dtype,
-    ):
-        """codes: read as they are filled. label, features: what `LevelPrior.condition` gives."""
-        super().__init__(prior, codes, dtype)
-        batch, height, self.width = codes.shape
-        self.positions = prior.positions().to(dtype)
-        self.features = None if features is None else rearrange(features.to(dtype), "b i j e -> i (j b) e").contiguous()
-        self.buffers = [] if self.features is None else [self.features]
-        self.gated: list[CachedGatedBlock] = []
+    prior: PixelCNN
+
+    def __init__(self, prior: PixelCNN, dtype: torch.dtype):
+        super().__init__(prior, dtype)
+        self.blocks: list[GatedWeights | HeadsWeights] = []
         for block in prior.blocks:
             if isinstance(block, GatedBlock):
-                self.gated.append(CachedGatedBlock(block, label, self.width, dtype))
-                self.blocks.append(self.gated[-1])
+                self.blocks.append(GatedWeights(block, dtype))
             else:
                 assert isinstance(block, AttentionBlock)
-                self.blocks.append(CachedAttentionBlock(block, batch, height * self.width, dtype))
-        for block in prior.output:
-            assert isinstance(block, PointwiseBlock)
-            self.blocks.append(CachedPointwiseBlock(block, dtype))
+                self.blocks.append(HeadsWeights(block.qkv, block.out, block.heads, dtype))
+        self.output = [CachedPointwiseBlock(block, dtype) for block in prior.output]  # type: ignore[arg-type]
 
-    def start(self, position: int) -> Float[Tensor, "b c"]:
-        row, column = divmod(position, self.width)
+    def make_state(self, batch: int) -> "PixelCNNState":
+        return PixelCNNState(self, batch)
+
+
+class PixelCNNState(PriorState):
+    """A PixelCNN one code at a time; the vertical stack, whole rows at a time."""
+
+    def __init__(self, weights: PixelCNNWeights, batch: int):
+        super().__init__(weights, batch)
+        self.gated: list[CachedGatedBlock] = []
+        for part in weights.blocks:
+            if isinstance(part, GatedWeights):
+                self.gated.append(CachedGatedBlock(part, batch, self.width))
+                self.blocks.append(self.gated[-1])
+            else:
+                self.blocks.append(CachedAttentionBlock(part, batch, weights.prior.grid))
+        self.blocks += weights.output
+        self.features: Tensor | None = None  # [h, w b, e], and of this row
+        if (conditioning := weights.prior.conditioning) is not None:
+            height = weights.prior.grid[0]
+            self.features = weights.embedding.new_zeros(height, self.width * batch, conditioning.width)
+            self.row_features = torch.zeros_like(self.features[0])
+            self.buffers = [self.features, self.row_features]
+
+    def reset(self, label: Labels, upper: Sequence[Tensor]) -> None:
+        embedded, features = self.weights.prior.condition(label, upper)
+        for block in self.gated:
+            block.reset(embedded)
+        if self.features is not None:
+            assert features is not None
+            self.features.copy_(rearrange(features, "b i j e -> i (j b) e"))
+
+    def begin_row(self, row: int) -> None:
+        super().begin_row(row)
+        if self.features is not None:
+            self.row_features.copy_(self.features[row])
+
+    def start(self, column: int) -> Float[Tensor, "b c"]:
         if column == 0:
-            self._run_row(row)
-        x = self.positions[row, column].expand(len(self.codes), -1).contiguous()
+            self._run_row()
+        x = self.positions[column].expand(len(self.row), -1).contiguous()
         if column:
-            x += self.embedding[self.codes[:, row, column - 1]]
+            x += self.weights.embedding[self.row[:, column - 1]]
         return x
 
-    def _run_row(self, row: int) -> None:
-        """The vertical stack of one row, for all its columns."""
-        x = self.positions[row][:, None].repeat(1, len(self.codes), 1)
-        if row:
-            x += self.embedding[self.codes[:, row - 1].t()]
-        x = x.flatten(0, 1)
-        features = None if self.features is None else self.features[row]
+    def _run_row(self) -> None:
+        """The vertical stack of this row, for all its columns."""
+        x = (self.positions[:, None] + self.weights.embedding[self.above.t()]).flatten(0, 1)
         for block in self.gated:
-            block.row(x, features)
+            block.run_row(x, None if self.features is None else self.row_features)

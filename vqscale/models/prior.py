@@ -158,26 +158,73 @@ class LevelPrior(nn.Module):
         return {"layers": sum(p.numel() for p in self.parameters()) - embeddings, "embeddings": embeddings}
 
 
-class PriorCache:
-    """A prior one code at a time: all that later codes need is kept. Subclasses fill `blocks` and have `start`.
+class PriorWeights:
+    """A prior's weights as cached sampling reads them: rearranged once, on the prior's device, in the given precision.
 
-    Call it with positions 0, 1, ... h w - 1 in order; it gives the logits that the full forward gives.
+    Subclasses have `make_state`.
     """
 
-    start: Callable[[int], Tensor]  # position -> the stream [b, c] before the first block
+    make_state: Callable[[int], "PriorState"]  # batch -> memory for it
 
-    def __init__(self, prior: LevelPrior, codes: Codes, dtype: torch.dtype):
-        """codes: read as they are filled."""
-        self.codes, self.embedding = codes, prior.embedding.weight.to(dtype)
+    def __init__(self, prior: LevelPrior, dtype: torch.dtype):
+        self.prior, self.dtype = prior, dtype
+        self.embedding = F.pad(prior.embedding.weight.to(dtype), (0, 0, 0, 1))  # the last row: no code above
+        self.positions = prior.positions().to(dtype)
         self.head = CachedLinear(prior.logits, dtype)
+        self._state: PriorState | None = None
+
+    def state(self, batch: int) -> "PriorState":
+        """Memory for a batch: that of the batch before where it had the same size."""
+        if self._state is None or len(self._state.codes) != batch:
+            self._state = None  # its memory first
+            self._state = self.make_state(batch)
+        return self._state
+
+
+class PriorState:
+    """A prior one code at a time, for a batch: all that later codes need is kept, in memory taken once.
+
+    `reset`, then for every row `begin_row`, `next_logits` of its columns, and `end_row`. `row` has the codes that were
+    chosen in this row; the caller fills it. Subclasses fill `blocks` and have `reset` and `start`.
+    """
+
+    reset: Callable[[Labels, Sequence[Tensor]], None]  # begin a batch of these classes, with the codes above
+    start: Callable[[int], Tensor]  # column -> the stream [b, c] before the first block
+
+    def __init__(self, weights: PriorWeights, batch: int):
+        self.weights, (height, self.width) = weights, weights.prior.grid
+        self.codes = weights.embedding.new_zeros(batch, height, self.width, dtype=torch.int64)
+        self.row, self.above = torch.zeros_like(self.codes[:, 0]), torch.zeros_like(self.codes[:, 0])
+        self.positions = torch.zeros_like(weights.positions[0])  # of this row
         self.blocks: list[CachedBlock] = []
         self.buffers: list[Tensor] = []  # besides those of the blocks
+        self.samplers: dict[Any, Any] = {}  # with the graphs that a GPU replays; see `sampling.RowSampler`
 
-    def __call__(self, position: int) -> Float[Tensor, "b k"]:
-        x = self.start(position)
+    @property
+    def attended(self) -> tuple[int, ...]:
+        """What of this row is not in memory: how many positions above it its attentions read."""
+        return tuple(block.past.past for block in self.blocks if hasattr(block, "past"))
+
+    def begin_row(self, row: int) -> None:
+        self.positions.copy_(self.weights.positions[row])
+        if row:
+            self.above.copy_(self.codes[:, row - 1])
+        else:
+            self.above.fill_(self.weights.prior.num_codes)
         for block in self.blocks:
-            block.step(x, position)
-        return self.head(normalise(x))
+            block.begin_row(row)
+
+    def next_logits(self, column: int) -> Float[Tensor, "b k"]:
+        """Of one position of the row, given the codes before it."""
+        x = self.start(column)
+        for block in self.blocks:
+            block.step(x, column)
+        return self.weights.head(normalise(x))
+
+    def end_row(self, row: int) -> None:
+        self.codes[:, row] = self.row
+        for block in self.blocks:
+            block.end_row(row)
 
     def bytes_per_sample(self) -> int:
         """Memory that one more sample in the batch takes, weights apart."""

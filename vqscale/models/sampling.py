@@ -9,9 +9,10 @@ sample i is the same in any batch, on any rank.
 Legend: b batch, h w grid, k codes, t = h w positions in raster order.
 """
 
+import logging
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -20,7 +21,38 @@ from torch import Tensor
 
 from vqscale.seeding import key_of, mix, uniform_array
 
-NextLogits = Callable[[int], Tensor]  # position -> logits [b, k], given the codes before it
+log = logging.getLogger("vqscale")
+_WARM_UPS = 3  # rows that run eagerly before a graph is captured, as libraries choose their kernels then
+
+
+class Options(NamedTuple):
+    """How codes are chosen from logits. heat: the temperature of all codes if it is 0 or 1, else None."""
+
+    heat: float | None
+    top_k: int
+    top_p: float
+    guidance: float
+
+
+class State(Protocol):
+    """A prior one code at a time, for a batch, in fixed memory; see `prior.PriorState`."""
+
+    codes: Tensor  # [b, h, w]
+    row: Tensor  # [b, w]
+    samplers: "dict[Options, RowSampler]"
+
+    @property
+    def attended(self) -> tuple[int, ...]: ...
+    def reset(self, label: Tensor, upper: Sequence[Tensor]) -> None: ...
+    def begin_row(self, row: int) -> None: ...
+    def next_logits(self, column: int) -> Tensor: ...
+    def end_row(self, row: int) -> None: ...
+
+
+class Weights(Protocol):
+    """A prior's weights, rearranged for sampling."""
+
+    def state(self, batch: int) -> State: ...
 
 
 class Prior(Protocol):
@@ -32,8 +64,98 @@ class Prior(Protocol):
     upper_grids: list[tuple[int, int]]
 
     def __call__(self, codes: Tensor, label: Tensor, upper: Sequence[Tensor] = ()) -> Tensor: ...
-    def incremental(self, codes: Tensor, label: Tensor, upper: Sequence[Tensor], dtype: torch.dtype) -> NextLogits: ...
+    def sampling_weights(self, dtype: torch.dtype) -> Weights: ...
     def parameters(self) -> Any: ...
+
+
+class Reference:
+    """The slow `State`: a full forward over the rows so far, again for every code."""
+
+    attended: tuple[int, ...] = ()
+
+    def __init__(self, prior: Prior, batch: int, device: torch.device):
+        self._prior, self._current, self.samplers = prior, 0, dict[Options, RowSampler]()
+        self.codes = torch.zeros(batch, *prior.grid, dtype=torch.int64, device=device)
+
+    def reset(self, label: Tensor, upper: Sequence[Tensor]) -> None:
+        self._given = label, upper
+
+    def begin_row(self, row: int) -> None:
+        self._current, self.row = row, self.codes[:, row]
+
+    def next_logits(self, column: int) -> Tensor:
+        return self._prior(self.codes[:, : self._current + 1], *self._given)[:, :, self._current, column]
+
+    def end_row(self, row: int) -> None:
+        """`row` is a view of `codes`."""
+
+
+class RowSampler:
+    """Draws the codes of a batch row by row. On a GPU a row is captured once as a graph, and replayed.
+
+    What depends on the row, the samples or the temperature is copied to fixed memory first. What remains is the same
+    work for every row from which its attentions read equally far.
+    """
+
+    def __init__(self, state: State, options: Options):
+        self._state, self._options = state, options
+        (rows, self._width), device = state.codes[:, 0].shape, state.codes.device
+        self._batch = rows // 2 if options.guidance else rows
+        self._uniforms = torch.zeros(self._width, self._batch, dtype=torch.float64, device=device)
+        self._temperatures = torch.zeros(self._width, dtype=torch.float64, device=device)
+        self._graphs: dict[tuple[int, ...], tuple[Any, Tensor]] = {}  # with the last logits, which each leaves behind
+        self._captures = device.type == "cuda" and not isinstance(state, Reference)
+
+    def draw(self, row: int, uniforms: Float[Tensor, "w b"], temperatures: Float[Tensor, " w"]) -> None:
+        """Choose the codes of a row, given those of the rows above.
+
+        Raises ValueError for logits that are not finite.
+        """
+        self._state.begin_row(row)
+        self._uniforms.copy_(uniforms)
+        self._temperatures.copy_(temperatures)
+        logits = self._replay() if self._captures else self._choose()
+        self._state.end_row(row)
+        if not logits.isfinite().all():  # once a row: each look waits for the device
+            raise ValueError(f"the prior's logits are not finite in row {row}: weights too large for {logits.dtype}")
+
+    def _choose(self) -> Float[Tensor, "b k"]:
+        """Fill `state.row`. Returns the last column's logits. To do it twice changes nothing."""
+        heat, top_k, top_p, guidance = self._options
+        for column in range(self._width):
+            logits = self._state.next_logits(column)
+            if guidance:
+                logits = torch.lerp(logits[self._batch :], logits[: self._batch], 1 + guidance)
+            temperature = self._temperatures[column] if heat is None else heat
+            chosen = choose(logits, self._uniforms[column], temperature=temperature, top_k=top_k, top_p=top_p)
+            self._state.row[:, column] = chosen.repeat(2) if guidance else chosen
+        return logits
+
+    def _replay(self) -> Float[Tensor, "b k"]:
+        key = self._state.attended
+        if key not in self._graphs:
+            try:
+                self._graphs[key] = self._capture()
+            except RuntimeError as error:
+                log.warning("sampling goes on without CUDA graphs, which is slower: %s", str(error).splitlines()[0])
+                self._captures = False
+                return self._choose()
+        graph, logits = self._graphs[key]
+        graph.replay()
+        return logits
+
+    def _capture(self) -> tuple[Any, Float[Tensor, "b k"]]:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(_WARM_UPS):
+                self._choose()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        pool = next(iter(self._graphs.values()))[0].pool() if self._graphs else None
+        with torch.cuda.graph(graph, pool=pool):
+            logits = self._choose()
+        return graph, logits
 
 
 @torch.inference_mode()
@@ -51,6 +173,7 @@ def sample_codes(
     guidance: float = 0.0,
     cached: bool = True,
     dtype: torch.dtype | None = None,
+    weights: Weights | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Int[Tensor, "b h w"]:
     """Codes drawn from the prior, on its device.
@@ -61,6 +184,7 @@ def sample_codes(
     keep the likeliest codes up to that mass (nucleus, Holtzman et al. 2020). guidance w: logits (1 + w) conditional - w
     unconditional (Ho and Salimans 2022, equation 6, on logits), at twice the cost; needs a prior trained with
     class_dropout. cached=False runs a full forward per code. dtype: of cached arithmetic; default that of the weights.
+    weights: of this prior, from `sampling_weights`; saves their rearranging, and memory and graphs are used again.
     progress(rows done, rows) is called after each row.
 
     Raises ValueError for labels, ids, codes above or options that do not fit.
@@ -70,32 +194,27 @@ def sample_codes(
     _check_options(temperature, end, top_k, top_p, guidance)
     weight = next(prior.parameters())
     label, upper = label.to(weight.device), [codes.to(weight.device) for codes in upper]
-    (height, width), batch, copies = prior.grid, len(label), 2 if guidance else 1
-    temperatures = torch.linspace(temperature, end, height * width, dtype=torch.float64).tolist()
+    (height, width), batch = prior.grid, len(label)
     if guidance:
         label = torch.cat((label, torch.full_like(label, prior.num_classes)))
         upper = [codes.repeat(2, 1, 1) for codes in upper]
-    codes = torch.zeros(batch * copies, height, width, dtype=torch.int64, device=weight.device)
-    next_logits = (
-        prior.incremental(codes, label, upper, dtype or weight.dtype)
-        if cached
-        else _forwards(prior, codes, label, upper)
-    )
-    uniforms = draw_uniforms(seed, len(prior.upper_grids), sample_ids, height * width).to(weight.device)
+    if cached:
+        state = (weights or prior.sampling_weights(dtype or weight.dtype)).state(len(label))
+    else:
+        state = Reference(prior, len(label), weight.device)
+    heat = temperature if temperature == end and temperature in (0, 1) else None
+    options = Options(heat, top_k, top_p, guidance)
+    if options not in state.samplers:
+        state.samplers[options] = RowSampler(state, options)
+    temperatures = torch.linspace(temperature, end, height * width, dtype=torch.float64).view(height, width)
+    uniforms = draw_uniforms(seed, len(prior.upper_grids), sample_ids, height * width).unflatten(0, (height, width))
+    temperatures, uniforms = temperatures.to(weight.device), uniforms.to(weight.device)
+    state.reset(label, upper)
     for row in range(height):
-        for column in range(width):
-            position = row * width + column
-            logits = next_logits(position)
-            if guidance:
-                logits = torch.lerp(logits[batch:], logits[:batch], 1 + guidance)
-            temperature = temperatures[position]
-            chosen = choose(logits, uniforms[position], temperature=temperature, top_k=top_k, top_p=top_p)
-            codes[:, row, column] = chosen.repeat(copies) if guidance else chosen
-        if not logits.isfinite().all():  # once a row: each look waits for the device
-            raise ValueError(f"the prior's logits are not finite in row {row}: weights too large for {logits.dtype}")
+        state.samplers[options].draw(row, uniforms[row], temperatures[row])
         if progress is not None:
             progress(row + 1, height)
-    return codes[:batch].clone() if guidance else codes
+    return state.codes[:batch].clone()
 
 
 def _check(prior: Prior, label: Tensor, upper: Sequence[Tensor], ids: Tensor) -> None:
@@ -131,7 +250,7 @@ def choose(
     logits: Float[Tensor, "b k"],
     uniform: Float[Tensor, " b"],
     *,
-    temperature: float = 1.0,
+    temperature: float | Float[Tensor, ""] = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
 ) -> Int[Tensor, " b"]:
@@ -139,6 +258,10 @@ def choose(
 
     In float64 whatever the model's precision: the same code unless logits differ by more than rounding.
     """
+    if isinstance(temperature, Tensor):  # nothing here may depend on its value
+        warm = torch.where(temperature == 0, 1, temperature)
+        drawn = choose(logits.double() / warm, uniform, top_k=top_k, top_p=top_p)
+        return torch.where(temperature == 0, logits.argmax(dim=-1), drawn)
     if temperature == 0:
         return logits.argmax(dim=-1)
     scaled = logits.double()
@@ -157,13 +280,3 @@ def _truncate(probability: Tensor, top_k: int, top_p: float) -> Tensor:
     keep = ranked.cumsum(dim=-1) - ranked < top_p
     keep[:, top_k:] = False
     return torch.zeros_like(probability).scatter_(-1, order, ranked * keep)
-
-
-def _forwards(prior: Prior, codes: Tensor, label: Tensor, upper: Sequence[Tensor]) -> NextLogits:
-    """The reference: a full forward over the rows so far, again for every code."""
-
-    def logits(position: int) -> Tensor:
-        row, column = divmod(position, codes.shape[2])
-        return prior(codes[:, : row + 1], label, upper)[:, :, row, column]
-
-    return logits

@@ -19,11 +19,23 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vqscale.models.causal import Key, normalise
-from vqscale.models.prior import Codes, Conditioning, Grid, Labels, LevelPrior, PriorCache, PriorConfig, resize_nearest
+from vqscale.models.prior import (
+    Codes,
+    Conditioning,
+    Grid,
+    Labels,
+    LevelPrior,
+    PriorConfig,
+    PriorState,
+    PriorWeights,
+    resize_nearest,
+)
 from vqscale.models.transformer_block import (
     CachedCrossAttention,
     CachedSelfAttention,
     CachedSwiGLU,
+    CrossAttentionWeights,
+    SelfAttentionWeights,
     TransformerBlock,
     rotary_table,
 )
@@ -88,47 +100,77 @@ class Transformer(LevelPrior):
             tables.append(rotary_table(_centres(self.upper_grids[-1], self.grid, device), dim))
         return tables
 
-    def incremental(
-        self, codes: Codes, label: Labels, upper: Sequence[Tensor], dtype: torch.dtype
-    ) -> "TransformerCache":
-        """As `PixelCNN.incremental`."""
-        return TransformerCache(self, codes, *self.condition(label, upper), dtype)
+    def sampling_weights(self, dtype: torch.dtype) -> "TransformerWeights":
+        """What cached sampling reads."""
+        return TransformerWeights(self, dtype)
 
 
-class TransformerCache(PriorCache):
-    """A transformer one code at a time: keys and values of all tokens so far are kept, in memory taken once.
+class TransformerWeights(PriorWeights):
+    """See `PriorWeights`."""
+
+    prior: Transformer
+
+    def __init__(self, prior: Transformer, dtype: torch.dtype):
+        super().__init__(prior, dtype)
+        query_table, key_table, *upper_table = prior.rotary_tables(prior.grid[0], self.embedding.device)
+        self.blocks: list[SelfAttentionWeights | CrossAttentionWeights | CachedSwiGLU] = []
+        for block in prior.blocks:
+            assert isinstance(block, TransformerBlock)
+            self.blocks.append(SelfAttentionWeights(block.attention, (query_table, key_table), dtype))
+            if block.cross is not None:
+                self.blocks.append(CrossAttentionWeights(block.cross, query_table, upper_table[0], dtype))
+            self.blocks.append(CachedSwiGLU(block.mlp, dtype))
+
+    def make_state(self, batch: int) -> "TransformerState":
+        return TransformerState(self, batch)
+
+
+class TransformerState(PriorState):
+    """A transformer one code at a time: keys and values of all tokens so far are kept.
 
     A code costs one reading of all weights whatever the batch.
     """
 
-    def __init__(
-        self,
-        prior: Transformer,
-        codes: Codes,
-        label: Float[Tensor, "b c"],
-        features: Float[Tensor, "b u v e"] | None,
-        dtype: torch.dtype,
-    ):
-        """codes: read as they are filled. label, features: what `LevelPrior.condition` gives."""
-        super().__init__(prior, codes, dtype)
-        self.label, self.positions = label.to(dtype), prior.positions().to(dtype).flatten(0, 1)
-        self.aligned = None if features is None else prior.aligned(features).to(dtype).flatten(1, 2)
-        self.buffers = [] if self.aligned is None else [self.aligned]
-        query_table, key_table, *upper_table = prior.rotary_tables(codes.shape[1], codes.device)
-        for block in prior.blocks:
-            assert isinstance(block, TransformerBlock)
-            self.blocks.append(CachedSelfAttention(block.attention, len(codes), (query_table, key_table), dtype))
-            if block.cross is not None:
-                assert features is not None
-                flat = features.flatten(1, 2)
-                self.blocks.append(CachedCrossAttention(block.cross, flat, query_table, upper_table[0], dtype))
-            self.blocks.append(CachedSwiGLU(block.mlp, dtype))
+    def __init__(self, weights: TransformerWeights, batch: int):
+        super().__init__(weights, batch)
+        prior, zeros = weights.prior, weights.embedding.new_zeros
+        self.cross: list[CachedCrossAttention] = []
+        for part in weights.blocks:
+            if isinstance(part, SelfAttentionWeights):
+                self.blocks.append(CachedSelfAttention(part, batch, prior.grid))
+            elif isinstance(part, CrossAttentionWeights):
+                self.cross.append(CachedCrossAttention(part, batch, self.width))
+                self.blocks.append(self.cross[-1])
+            else:
+                self.blocks.append(part)
+        hidden = prior.config.hidden
+        self.label, self.known = zeros(batch, hidden), zeros(batch, hidden)  # of the class; before this row
+        self.aligned: Tensor | None = None  # features of the level above, [h, b, w, c], and of this row
+        if prior.conditioning is not None:
+            self.aligned = zeros(prior.grid[0], batch, self.width, hidden)
+            self.row_aligned = torch.zeros_like(self.aligned[0])
+            self.buffers = [self.aligned, self.row_aligned]
 
-    def start(self, position: int) -> Float[Tensor, "b c"]:
-        known = self.label if position == 0 else self.embedding[self.codes.flatten(1)[:, position - 1]]
-        x = known + self.positions[position]
+    def reset(self, label: Labels, upper: Sequence[Tensor]) -> None:
+        embedded, features = self.weights.prior.condition(label, upper)
+        self.label.copy_(embedded)
         if self.aligned is not None:
-            x += self.aligned[:, position]
+            assert features is not None
+            self.aligned.copy_(self.weights.prior.aligned(features).transpose(0, 1))
+            for block in self.cross:
+                block.reset(features.flatten(1, 2))
+
+    def begin_row(self, row: int) -> None:
+        super().begin_row(row)
+        self.known.copy_(self.weights.embedding[self.codes[:, row - 1, -1]] if row else self.label)
+        if self.aligned is not None:
+            self.row_aligned.copy_(self.aligned[row])
+
+    def start(self, column: int) -> Float[Tensor, "b c"]:
+        known = self.weights.embedding[self.row[:, column - 1]] if column else self.known
+        x = known + self.positions[column]
+        if self.aligned is not None:
+            x += self.row_aligned[:, column]
         return x
 
 

@@ -10,8 +10,6 @@ Legend: b batch, t tokens, s positions of the nearest level above, c hidden, e c
 head, h = d / 2. A rotary table [2, t, h] holds cosines, then sines.
 """
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -19,14 +17,15 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vqscale.models.causal import (
-    AttentionHeads,
-    CausalAttentionHeads,
+    CachedBlock,
     CheckpointableBlock,
+    HeadsWeights,
     Key,
+    PastAttention,
+    SlicedLinear,
     branch_end,
     normalise,
     num_slices,
-    sliced,
 )
 from vqscale.models.dropout import Dropout
 
@@ -79,23 +78,35 @@ class SelfAttention(nn.Module):
         return self.out(rearrange(y, "b heads t d -> b t (heads d)"))
 
 
-class CachedSelfAttention:
-    """`SelfAttention`, one code at a time."""
+class SelfAttentionWeights(HeadsWeights):
+    """A `SelfAttention`'s weights and rotary tables as its cached twin reads them."""
 
-    def __init__(self, layer: SelfAttention, batch: int, tables: tuple[Table, Table], dtype: torch.dtype):
+    def __init__(self, layer: SelfAttention, tables: tuple[Table, Table], dtype: torch.dtype):
         """tables: of queries and of keys, at all positions."""
-        self.heads = CausalAttentionHeads(layer.qkv, layer.out, layer.heads, batch, tables[0].shape[1], dtype)
-        self.buffers, self.rotated = self.heads.buffers, 2 * layer.heads
+        super().__init__(layer.qkv, layer.out, layer.heads, dtype)
         # of queries, then of keys: turned in one go
         gains = torch.stack((layer.query_norm.weight, layer.key_norm.weight))
         self.gains = gains.repeat_interleave(layer.heads, 0)[:, None]
         both = torch.stack(tables, dim=2).repeat_interleave(layer.heads, dim=2)  # [2, t, two n, h]
-        self.tables = both[:, :, :, None].unbind(1)
+        self.tables = both.transpose(0, 1)[:, :, :, None].contiguous()  # [t, 2, two n, 1, h]
 
-    def step(self, x: Float[Tensor, "b c"], position: int) -> None:
-        projected = self.heads.project(x)
-        query, key = apply_rotary(projected[: self.rotated], self.gains, self.tables[position]).chunk(2)
-        self.heads.attend_so_far(x, position, query, key, projected[self.rotated :])
+
+class CachedSelfAttention(CachedBlock):
+    """`SelfAttention`, one code at a time."""
+
+    def __init__(self, weights: SelfAttentionWeights, batch: int, grid: tuple[int, int]):
+        self.past, self.weights, self.rotated = PastAttention(weights, batch, grid), weights, 2 * weights.heads
+        self.buffers, self.end_row, self.width = self.past.buffers, self.past.end_row, grid[1]
+        self.tables = torch.zeros_like(weights.tables[: self.width])  # of this row
+
+    def begin_row(self, row: int) -> None:
+        self.past.begin_row(row)
+        self.tables.copy_(self.weights.tables[row * self.width : (row + 1) * self.width])
+
+    def step(self, x: Float[Tensor, "b c"], column: int) -> None:
+        projected = self.weights.project(normalise(x))
+        query, key = apply_rotary(projected[: self.rotated], self.weights.gains, self.tables[column]).chunk(2)
+        self.past.attend(x, column, query, key, projected[self.rotated :])
 
 
 # --- cross-attention --------------------------------------------------------------------------------------------------
@@ -130,26 +141,36 @@ class CrossAttention(nn.Module):
         return self.out(rearrange(y, "b heads t d -> b t (heads d)"))
 
 
-class CachedCrossAttention:
-    """`CrossAttention`, one code at a time; keys and values are computed once."""
+class CrossAttentionWeights(HeadsWeights):
+    """A `CrossAttention`'s weights and rotary tables as its cached twin reads them."""
 
-    def __init__(
-        self,
-        layer: CrossAttention,
-        features: Float[Tensor, "b s e"],
-        query_table: Table,
-        upper_table: UpperTable,
-        dtype: torch.dtype,
-    ):
-        self.heads = AttentionHeads(layer.query, layer.out, layer.heads, dtype)
-        self.gain, self.tables = layer.query_norm.weight, query_table.unbind(1)
-        kept = layer.keys_and_values(features, upper_table)
-        self.keys, self.values = (x.to(dtype).transpose(0, 1).contiguous() for x in kept)
-        self.buffers = [self.keys, self.values]
+    def __init__(self, layer: CrossAttention, query_table: Table, upper_table: UpperTable, dtype: torch.dtype):
+        super().__init__(layer.query, layer.out, layer.heads, dtype)
+        self.layer, self.gain, self.upper_table = layer, layer.query_norm.weight, upper_table
+        self.tables = query_table.transpose(0, 1).contiguous()  # [t, 2, h]
 
-    def step(self, x: Float[Tensor, "b c"], position: int) -> None:
-        query = apply_rotary(self.heads.project(x), self.gain, self.tables[position])
-        self.heads.attend(x, query, self.keys, self.values)
+
+class CachedCrossAttention(CachedBlock):
+    """`CrossAttention`, one code at a time; keys and values are computed once for a batch."""
+
+    def __init__(self, weights: CrossAttentionWeights, batch: int, width: int):
+        self.weights, self.width = weights, width
+        self.tables = torch.zeros_like(weights.tables[:width])  # of this row
+        heads, positions, dim = weights.heads, weights.upper_table.shape[1], 2 * weights.tables.shape[2]
+        self.buffers = [weights.out.new_zeros(heads, batch, positions, dim) for _ in range(2)]
+
+    def reset(self, features: Float[Tensor, "b s e"]) -> None:
+        """Begin a batch with these features of the level above."""
+        kept = self.weights.layer.keys_and_values(features, self.weights.upper_table)
+        for buffer, value in zip(self.buffers, kept, strict=True):
+            buffer.copy_(value.transpose(0, 1))
+
+    def begin_row(self, row: int) -> None:
+        self.tables.copy_(self.weights.tables[row * self.width : (row + 1) * self.width])
+
+    def step(self, x: Float[Tensor, "b c"], column: int) -> None:
+        query = apply_rotary(self.weights.project(normalise(x)), self.weights.gain, self.tables[column])
+        self.weights.attend(x, query, *self.buffers)
 
 
 # --- SwiGLU -----------------------------------------------------------------------------------------------------------
@@ -168,19 +189,15 @@ class SwiGLU(nn.Module):
         return self.out(F.silu(signal) * factor)
 
 
-class CachedSwiGLU:
-    """`SwiGLU`, one code at a time."""
-
-    buffers: Sequence[Tensor] = ()
+class CachedSwiGLU(CachedBlock):
+    """`SwiGLU`, one code at a time; it keeps nothing."""
 
     def __init__(self, layer: SwiGLU, dtype: torch.dtype):
-        self.slices = num_slices(layer.up.out_features)
-        self.weight, self.bias = sliced(layer.up, self.slices, dtype)
+        self.up = SlicedLinear(layer.up, num_slices(layer.up, layer.up.out_features), dtype)
         self.out = layer.out.weight.to(dtype).t()
 
-    def step(self, x: Float[Tensor, "b c"], position: int) -> None:
-        both = torch.baddbmm(self.bias, normalise(x).expand(self.slices, -1, -1), self.weight)
-        signal, factor = both.chunk(2)
+    def step(self, x: Float[Tensor, "b c"], column: int) -> None:
+        signal, factor = self.up(normalise(x)).chunk(2)
         x.addmm_(F.silu(signal, inplace=True).mul_(factor).transpose(0, 1).reshape(len(x), -1), self.out)
 
 

@@ -79,6 +79,7 @@ class Chain:
     vqvae: Source
     priors: dict[str, Source]  # by level, top first
     judge: ImageClassifier | None = None
+    weights: dict[str, Any] = field(default_factory=dict)  # of priors, as sampling reads them, once they were used
 
     @property
     def classes(self) -> list[str]:
@@ -221,6 +222,8 @@ def draw(
     codes: list[Tensor] = []
     for level, prior in chain.priors.items():
         options = {option: getattr(config, option)[level] for option in PER_LEVEL if level in getattr(config, option)}
+        if level not in chain.weights:
+            chain.weights[level] = prior.model.sampling_weights(_DTYPES[config.precision])
         codes.append(
             sample_codes(
                 prior.model,
@@ -228,7 +231,7 @@ def draw(
                 codes,
                 seed=config.seed,
                 sample_ids=sample_ids,
-                dtype=_DTYPES[config.precision],
+                weights=chain.weights[level],
                 progress=lambda done, rows: between(),
                 **options,
             )
@@ -320,9 +323,7 @@ def plan(config: SampleConfig) -> str:
 
 def bytes_per_sample(prior: Source, config: SampleConfig) -> int:
     """What one sample's caches hold while this prior draws; twice that of one row under guidance."""
-    model, rows = prior.model, 2 if config.guidance.get(prior.description["level"]) else 1
+    rows = 2 if config.guidance.get(prior.description["level"]) else 1
     with torch.device("meta"), torch.inference_mode():
         empty: Any = build(prior.description)
-        codes, *upper = (torch.zeros(1, *grid, dtype=torch.int64) for grid in (model.grid, *model.upper_grids))
-        label = torch.zeros(1, dtype=torch.int64)
-        return rows * empty.incremental(codes, label, upper, _DTYPES[config.precision]).bytes_per_sample()
+        return rows * empty.sampling_weights(_DTYPES[config.precision]).state(1).bytes_per_sample()
