@@ -171,7 +171,7 @@ def test_temperature_changes_linearly_from_the_first_code_to_the_last(monkeypatc
     temperatures: list[float] = []
 
     def likeliest(logits: Tensor, _uniform: Tensor, *, temperature: float | Tensor, **_rest: Any) -> Tensor:
-        temperatures.append(temperature)
+        temperatures.append(float(temperature))
         return logits.argmax(dim=-1)
 
     monkeypatch.setattr(sampling, "choose", likeliest)
