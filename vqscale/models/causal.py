@@ -33,6 +33,8 @@ from vqscale.models.init import with_init_scale
 Stream = Float[Tensor, "b i j c"]
 Key = Int[Tensor, " b"]
 
+_ALIGNMENT = 8  # numbers that attention kernels read at once
+
 
 def branch_end(inputs: int, outputs: int) -> nn.Linear:
     """The last layer of a residual branch: starts at zero, so that every block starts as the identity."""
@@ -323,7 +325,7 @@ class HeadsWeights:
         query: Float[Tensor, "n b d"],
         keys: Float[Tensor, "n b t d"],
         values: Float[Tensor, "n b t d"],
-        mask: Float[Tensor, " t"] | None = None,
+        mask: Float[Tensor, "1 t"] | None = None,
     ) -> None:
         """Add the attention's output to x."""
         y = F.scaled_dot_product_attention(query[:, :, None], keys, values, mask)
@@ -334,8 +336,8 @@ class PastAttention:
     """Keys and values of all positions so far, in memory taken once, and attention to them.
 
     They stand as [this row, last column first | rows above]: what a column attends to is one slice without a copy. On a
-    CPU the slice ends with the rows there are. Elsewhere it ends at a quarter of the grid or more, the rest masked, so
-    that few graphs serve all rows.
+    CPU the slice is just that. Elsewhere every slice begins at the row's first slot, as kernels want aligned memory, and
+    ends at a quarter of the grid or more, so that few graphs serve all rows; a mask takes away the rest.
     """
 
     def __init__(self, weights: HeadsWeights, batch: int, grid: tuple[int, int]):
@@ -344,25 +346,30 @@ class PastAttention:
         positions, dim = self.height * self.width, len(example) // weights.heads
         self.keys = example.new_zeros(weights.heads, batch, positions, dim)
         self.values = torch.zeros_like(self.keys)
-        self.mask = None if on_cpu(example) else example.new_zeros(positions)
         self.buffers = [self.keys, self.values]
         self.past = 0  # positions above this row that are attended to
+        self.mask: Tensor | None = None  # [w, t], by column
+        if not on_cpu(example):
+            self.mask = example.new_zeros(self.width, -(-positions // _ALIGNMENT) * _ALIGNMENT)
+            slot = torch.arange(self.width, device=example.device)
+            self.mask[:, : self.width].masked_fill_(slot < slot.flip(0)[:, None], -math.inf)
 
     def begin_row(self, row: int) -> None:
         self.past = row * self.width
         if self.mask is not None:
-            self.mask[self.width + self.past :] = -math.inf
-            self.mask[: self.width + self.past] = 0
+            known = self.width + self.past
+            self.mask[:, self.width : known] = 0
+            self.mask[:, known:] = -math.inf
             self.past = attended_rows(row, self.height) * self.width
 
     def attend(self, x: Tensor, column: int, query: Tensor, key: Tensor, value: Tensor) -> None:
         """Keep this column's key and value [n, b, d], then attend to all positions up to it."""
-        slot = self.width - 1 - column
+        slot, end = self.width - 1 - column, self.width + self.past
         self.keys[:, :, slot] = key
         self.values[:, :, slot] = value
-        so_far = slice(slot, self.width + self.past)
-        mask = None if self.mask is None else self.mask[so_far]
-        self.weights.attend(x, query, self.keys[:, :, so_far], self.values[:, :, so_far], mask)
+        mask = None if self.mask is None else self.mask[column : column + 1, :end]
+        start = slot if mask is None else 0
+        self.weights.attend(x, query, self.keys[:, :, start:end], self.values[:, :, start:end], mask)
 
     def end_row(self, row: int) -> None:
         if row + 1 < self.height:
