@@ -336,7 +336,7 @@ class PastAttention:
     """Keys and values of all positions so far, in memory taken once, and attention to them.
 
     They stand as [this row, last column first | rows above]: what a column attends to is one slice without a copy. On a
-    CPU the slice is just that. Elsewhere every slice begins at the row's first slot, as kernels want aligned memory, and
+    CPU the slice is just that. Elsewhere it begins at the row's first slot, as kernels want aligned memory, and it
     ends at a quarter of the grid or more, so that few graphs serve all rows; a mask takes away the rest.
     """
 
