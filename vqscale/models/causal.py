@@ -332,7 +332,7 @@ class HeadsWeights:
         x.addmm_(y.transpose(0, 1).reshape(x.shape), self.out)  # einops costs more than the product here
 
 
-class PastAttention:
+class PastAttention(CachedBlock):
     """Keys and values of all positions so far, in memory taken once, and attention to them.
 
     They stand as [this row, last column first | rows above]: what a column attends to is one slice without a copy. On a
@@ -384,15 +384,11 @@ def attended_rows(row: int, height: int) -> int:
     return min(-(-row // quarter) * quarter, height - 1)
 
 
-class CachedAttentionBlock(CachedBlock):
+class CachedAttentionBlock(PastAttention):
     """`AttentionBlock`, one code at a time."""
 
-    def __init__(self, weights: HeadsWeights, batch: int, grid: tuple[int, int]):
-        self.past = PastAttention(weights, batch, grid)
-        self.buffers, self.begin_row, self.end_row = self.past.buffers, self.past.begin_row, self.past.end_row
-
     def step(self, x: Float[Tensor, "b c"], column: int) -> None:
-        self.past.attend(x, column, *self.past.weights.project(normalise(x)).chunk(3))
+        self.attend(x, column, *self.weights.project(normalise(x)).chunk(3))
 
 
 # --- 1x1 convolutions -------------------------------------------------------------------------------------------------

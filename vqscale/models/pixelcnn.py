@@ -111,6 +111,8 @@ class PixelCNNWeights(PriorWeights):
 class PixelCNNState(PriorState):
     """A PixelCNN one code at a time; the vertical stack, whole rows at a time."""
 
+    weights: PixelCNNWeights
+
     def __init__(self, weights: PixelCNNWeights, batch: int):
         super().__init__(weights, batch)
         self.gated: list[CachedGatedBlock] = []

@@ -17,7 +17,15 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from vqscale.fields import Choice, NonNegativeInt, PositiveInt, Range, check_values
-from vqscale.models.causal import CachedBlock, CachedLinear, CheckpointableBlock, ConditioningBlock, Key, normalise
+from vqscale.models.causal import (
+    CachedBlock,
+    CachedLinear,
+    CheckpointableBlock,
+    ConditioningBlock,
+    Key,
+    PastAttention,
+    normalise,
+)
 from vqscale.models.dropout import drop_labels
 from vqscale.models.init import with_init_scale
 
@@ -203,7 +211,7 @@ class PriorState:
     @property
     def attended(self) -> tuple[int, ...]:
         """What of this row is not in memory: how many positions above it its attentions read."""
-        return tuple(block.past.past for block in self.blocks if hasattr(block, "past"))
+        return tuple(block.past for block in self.blocks if isinstance(block, PastAttention))
 
     def begin_row(self, row: int) -> None:
         self.positions.copy_(self.weights.positions[row])

@@ -131,6 +131,8 @@ class TransformerState(PriorState):
     A code costs one reading of all weights whatever the batch.
     """
 
+    weights: TransformerWeights
+
     def __init__(self, weights: TransformerWeights, batch: int):
         super().__init__(weights, batch)
         prior, zeros = weights.prior, weights.embedding.new_zeros

@@ -91,22 +91,23 @@ class SelfAttentionWeights(HeadsWeights):
         self.tables = both.transpose(0, 1)[:, :, :, None].contiguous()  # [t, 2, two n, 1, h]
 
 
-class CachedSelfAttention(CachedBlock):
+class CachedSelfAttention(PastAttention):
     """`SelfAttention`, one code at a time."""
 
+    weights: SelfAttentionWeights
+
     def __init__(self, weights: SelfAttentionWeights, batch: int, grid: tuple[int, int]):
-        self.past, self.weights, self.rotated = PastAttention(weights, batch, grid), weights, 2 * weights.heads
-        self.buffers, self.end_row, self.width = self.past.buffers, self.past.end_row, grid[1]
+        super().__init__(weights, batch, grid)
         self.tables = torch.zeros_like(weights.tables[: self.width])  # of this row
 
     def begin_row(self, row: int) -> None:
-        self.past.begin_row(row)
+        super().begin_row(row)
         self.tables.copy_(self.weights.tables[row * self.width : (row + 1) * self.width])
 
     def step(self, x: Float[Tensor, "b c"], column: int) -> None:
-        projected = self.weights.project(normalise(x))
-        query, key = apply_rotary(projected[: self.rotated], self.weights.gains, self.tables[column]).chunk(2)
-        self.past.attend(x, column, query, key, projected[self.rotated :])
+        projected, rotated = self.weights.project(normalise(x)), 2 * self.weights.heads
+        query, key = apply_rotary(projected[:rotated], self.weights.gains, self.tables[column]).chunk(2)
+        self.attend(x, column, query, key, projected[rotated:])
 
 
 # --- cross-attention --------------------------------------------------------------------------------------------------
