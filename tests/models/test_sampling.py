@@ -118,11 +118,21 @@ def test_class_and_guidance_move_the_samples(kind):
     assert torch.equal(unconditional, codes[CLASSES])  # (1 + w) c - w u at w = -1 is u
 
 
+@pytest.mark.parametrize("upper", [[], [(2, 2)]])
 @pytest.mark.parametrize("kind", KINDS)
-def test_low_precision_runs(kind):
-    model = build((3, 3), dtype=torch.float32, kind=kind)
-    codes = sample_codes(model, torch.tensor([0, 1]), seed=0, sample_ids=torch.arange(2), dtype=torch.bfloat16)
-    assert codes.shape == (2, 3, 3) and 0 <= codes.min() and codes.max() < K
+def test_low_precision_is_near_and_is_that_of_the_conditioning_stack_too(kind, upper):
+    model = build((4, 4), upper, dtype=torch.float32, kind=kind).eval()
+    label, above, _ = inputs(3, upper)
+    codes = torch.randint(K, (3, 4, 4), generator=torch.Generator().manual_seed(5))
+    dtypes = []
+    for conv in (m for m in model.modules() if isinstance(m, torch.nn.Conv2d)):
+        conv.register_forward_hook(lambda module, given, out: dtypes.append(out.dtype))
+    with torch.inference_mode():
+        state = model.sampling_weights(torch.bfloat16).state(3)
+        low = torch.stack(list(_logits(state, codes, label, above)), dim=-1).view(3, K, 4, 4)
+        assert low.dtype == torch.bfloat16 and set(dtypes) == ({torch.bfloat16} if upper else set())
+        full = model(codes, label, above)
+    assert (low - full).norm() < 2e-2 * full.norm()
     assert next(model.parameters()).dtype == torch.float32
 
 

@@ -130,8 +130,7 @@ class PixelCNNState(PriorState):
             self.row_features = torch.zeros_like(self.features[0])
             self.buffers = [self.features, self.row_features]
 
-    def reset(self, label: Labels, upper: Sequence[Tensor]) -> None:
-        embedded, features = self.weights.prior.condition(label, upper)
+    def condition(self, embedded: Tensor, features: Tensor | None) -> None:
         for block in self.gated:
             block.reset(embedded)
         if self.features is not None:

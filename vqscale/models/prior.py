@@ -193,10 +193,12 @@ class PriorState:
     """A prior one code at a time, for a batch: all that later codes need is kept, in memory taken once.
 
     `reset`, then for every row `begin_row`, `next_logits` of its columns, and `end_row`. `row` has the codes that were
-    chosen in this row; the caller fills it. Subclasses fill `blocks` and have `reset` and `start`.
+    chosen in this row; the caller fills it. Subclasses fill `blocks` and have `condition` and `start`.
     """
 
-    reset: Callable[[Labels, Sequence[Tensor]], None]  # begin a batch of these classes, with the codes above
+    condition: Callable[
+        [Tensor, Tensor | None], None
+    ]  # class embeddings and features: what `LevelPrior.condition` gives
     start: Callable[[int], Tensor]  # column -> the stream [b, c] before the first block
 
     def __init__(self, weights: PriorWeights, batch: int):
@@ -207,6 +209,13 @@ class PriorState:
         self.blocks: list[CachedBlock] = []
         self.buffers: list[Tensor] = []  # besides those of the blocks
         self.samplers: dict[Any, Any] = {}  # with the graphs that a GPU replays; see `sampling.RowSampler`
+
+    def reset(self, label: Labels, upper: Sequence[Tensor]) -> None:
+        """Begin a batch of these classes, with the codes above. In the precision of sampling: the stack over the codes
+        above is half of a lower level's arithmetic."""
+        dtype = self.weights.dtype
+        with torch.autocast(label.device.type, dtype, enabled=dtype in (torch.bfloat16, torch.float16)):
+            self.condition(*self.weights.prior.condition(label, upper))
 
     @property
     def attended(self) -> tuple[int, ...]:

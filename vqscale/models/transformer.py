@@ -153,8 +153,7 @@ class TransformerState(PriorState):
             self.row_aligned = torch.zeros_like(self.aligned[0])
             self.buffers = [self.aligned, self.row_aligned]
 
-    def reset(self, label: Labels, upper: Sequence[Tensor]) -> None:
-        embedded, features = self.weights.prior.condition(label, upper)
+    def condition(self, embedded: Tensor, features: Tensor | None) -> None:
         self.label.copy_(embedded)
         if self.aligned is not None:
             assert features is not None
