@@ -15,7 +15,8 @@ sys.path.insert(0, str(BENCHMARKS))  # scripts, not a package
 measure, runner = importlib.import_module("measure"), importlib.import_module("run")
 KINDS = ["top", "bottom", "transformer_top", "transformer_bottom"]
 SHORT = {"scale": ["--steps", "1", "--worlds", "2", "--strategies", "fsdp"], "sampling": ["--levels", *KINDS]}
-EXPERIMENTS = {"paper_step": ["--ranks", "2"], "priors": ["--images", "128"]}  # no rows: not of the table
+# No rows: not of the table.
+EXPERIMENTS = {"paper_step": ["--ranks", "2"], "priors": ["--images", "128"], "simulate": []}
 
 
 def numbers_in(value: Any) -> list[float]:

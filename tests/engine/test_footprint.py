@@ -1,5 +1,6 @@
 """What a plan says a rank holds is what it holds; FLOPs and activations are those of the step."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -97,3 +98,19 @@ def test_bytes_sent_per_weight(strategy: str, accumulation: int, bf16: int, fp32
 def test_hsdp_sends_whole_weights_within_a_node_only() -> None:
     sent = footprint.sent_per_step(1_000_000, "hsdp", 32, 4, precision="fp32", accumulation=1)
     assert sent == 3 * 4 * 1_000_000 * 7 // 8 + 2 * 4 * 125_000 * 3 // 4
+
+
+@pytest.mark.parametrize(("save", "between"), [(0.01, 1e7), (2.0, 5_000.0), (60.0, 3_600.0)])
+def test_no_save_interval_loses_less(save: float, between: float) -> None:
+    """Daly's equation 20 has the time of a whole run; the interval minimises it, up to the series' end."""
+
+    def time(interval: float) -> float:
+        return math.expm1((interval + save) / between) / interval
+
+    interval = footprint.save_interval(save, between)
+    assert min(time(interval * (1 + k / 100)) for k in range(-90, 300)) == pytest.approx(time(interval), rel=1e-5)
+    assert time(interval) < 0.999999 * min(time(interval / 2), time(interval * 2))
+
+
+def test_where_a_save_takes_longer_than_failures_are_apart() -> None:
+    assert footprint.save_interval(200.0, 50.0) == 50.0

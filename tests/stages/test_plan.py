@@ -12,6 +12,7 @@ from support.stages import CONFIGS, run_stage
 
 from vqscale import cli
 from vqscale.config import load, save
+from vqscale.engine.footprint import save_interval
 from vqscale.files import write_json
 from vqscale.stages import plan, train_prior, train_vqvae
 from vqscale.training import flops_per_image
@@ -43,6 +44,23 @@ def test_a_prior_is_planned_from_the_experiments_other_configs(capsys: pytest.Ca
     out, table = planned(capsys, str(IMAGENET / "train_prior_bottom.yaml"), *words)
     assert "64x64 under 32x32 codes, K = 512" in out and "10 classes" in out
     assert table["micro-batch x accumulation"] == ["1x64"]
+
+
+def test_the_recommended_save_every_follows_from_bytes_rates_and_failures(capsys: pytest.CaptureFixture[str]) -> None:
+    words = [str(IMAGENET / "train_vqvae.yaml"), "--world", "8,64", "--strategy", "ddp"]
+
+    def recommended(*more: str) -> list[int]:
+        out, table = planned(capsys, *words, *more)
+        assert "1 GB/s a node" in out or more
+        return [int(cell.replace(",", "")) for cell in table["save_every, recommended"]]
+
+    out, table = planned(capsys, *words)
+    numel = int(next(line for line in out.splitlines() if " parameters; " in line).split()[0].replace(",", ""))
+    expected = save_interval(16 * numel / 1e9, 1_900 * 86_400 / 8) / float(table["seconds computing"][0])
+    (first, second) = recommended()
+    assert first == pytest.approx(128 * expected, rel=1e-2) and first % 128 == second % 128 == 0
+    assert recommended("failure_days=100")[0] < first < recommended("write_gb_per_s=0.1")[0]
+    assert recommended("total_images=1280") == [1280, 1280]
 
 
 @pytest.mark.parametrize(

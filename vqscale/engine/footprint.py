@@ -1,4 +1,4 @@
-"""What a training step needs, without running it: bytes kept and sent per rank, FLOPs, activations.
+"""What training needs, without running it: bytes kept and sent per rank, FLOPs, activations, time between saves.
 
 In: parameter shapes, a strategy and a number of ranks; a model's step on fake tensors.  Out: bytes and FLOPs. The
 layouts are those of engine/parallel.py and engine/zero.py; state between steps is fp32.
@@ -58,6 +58,23 @@ def bytes_per_rank(
 def gathered_bytes(strategy: str, precision: str) -> int:
     """Bytes of a weight as it travels between ranks."""
     return 2 if precision == "bf16" and strategy in SHARDED else _FP32
+
+
+def checkpoint_bytes(numel: int, *, average: bool) -> int:
+    """Of a whole checkpoint, all ranks' parts: weights, two moments, and the weight EMA. Buffers are left out."""
+    return _FP32 * numel * (4 if average else 3)
+
+
+def save_interval(save_seconds: float, seconds_between_failures: float) -> float:
+    """Seconds of training between two saves that lose the least time.
+
+    J. T. Daly, "A higher order estimate of the optimum checkpoint interval for restart dumps", Future Generation
+    Computer Systems 22, 2006, equation 37. save_seconds: how long training waits for one save, more than 0.
+    """
+    ratio = save_seconds / (2 * seconds_between_failures)
+    if ratio >= 1:
+        return seconds_between_failures
+    return 2 * seconds_between_failures * math.sqrt(ratio) * (1 + math.sqrt(ratio) / 3 + ratio / 9) - save_seconds
 
 
 def _largest_shard(shapes: Iterable[Sequence[int]], shards: int) -> int:

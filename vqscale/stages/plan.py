@@ -17,7 +17,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from vqscale import config as configs
 from vqscale.config import local_batching
 from vqscale.data.shards import Manifest, resolve
-from vqscale.engine.footprint import activation_bytes, bytes_per_rank, gathered_bytes, sent_per_step
+from vqscale.engine.footprint import (
+    activation_bytes,
+    bytes_per_rank,
+    checkpoint_bytes,
+    gathered_bytes,
+    save_interval,
+    sent_per_step,
+)
 from vqscale.engine.loop import StepFn
 from vqscale.fields import Choice, NonNegativeInt, PathText, PositiveFloat, PositiveInt
 from vqscale.files import read_json, read_jsonl
@@ -44,6 +51,8 @@ class PlanConfig:
     tflops: PositiveFloat = 200.0  # TFLOP/s that a rank computes with
     measured_from: PathText = ""  # a run of the same network, whose rate replaces tflops; also from=RUN_DIR
     gb_per_s: PositiveFloat = 25.0  # GB/s that a rank sends at
+    write_gb_per_s: PositiveFloat = 1.0  # GB/s of a checkpoint that a node writes
+    failure_days: PositiveFloat = 1_900.0  # from one failure of a rank to its next; Llama 3: 54 days x 16,384 / 466
     resolution: NonNegativeInt = 0  # pixels; 0 = the data set's, or the experiment's pack.yaml's
     classes: PositiveInt = 1000  # where there is no data set yet
 
@@ -106,6 +115,8 @@ def lines(request: Request) -> list[str]:
         f"{numel:,} parameters; {flops / 1e12:,.3g} TFLOP per image, forward and backward; {trainer.precision}",
         f"{steps:,} steps of {trainer.global_batch:,} images; {plan.tflops:g} TFLOP/s, {plan.gb_per_s:g} GB/s a rank",
         *measured,
+        f"save_every as if training waited for each save (Daly 2006); {plan.write_gb_per_s:g} GB/s a node, "
+        f"{plan.failure_days:g} days to a rank's next failure (write_gb_per_s=, failure_days=)",
         "",
     ]
     return [*head, *_table(columns), *refused]
@@ -144,6 +155,9 @@ def column(request: Request, description: dict[str, Any], model: Any, world: int
     compute = flops * local / (plan.tflops * 1e12)
     send = sent / (plan.gb_per_s * 1e9)
     steps = -(-trainer.total_images // trainer.global_batch)
+    saved = checkpoint_bytes(numel, average=bool(trainer.ema_halflife))
+    interval = save_interval(saved / (nodes * plan.write_gb_per_s * 1e9), plan.failure_days * _DAY / world)
+    steps_between_saves = min(steps, max(1, round(interval / max(compute, send))))
     return {
         "ranks": world,
         "micro-batch x accumulation": f"{micro} x {accumulation}",
@@ -157,6 +171,7 @@ def column(request: Request, description: dict[str, Any], model: Any, world: int
         "seconds sending": send,
         "days, overlapped": steps * max(compute, send) / _DAY,
         "days, one after the other": steps * (compute + send) / _DAY,
+        "save_every, recommended": steps_between_saves * trainer.global_batch,
     }
 
 
