@@ -139,7 +139,7 @@ def sample(
     ids = torch.arange(len(labels), device=device)
     with _threads(config.threads):
         blocks = zip(labels.split(config.batch), ids.split(config.batch), strict=True)
-        return to_float(torch.cat([draw(config, chain, some, of) for some, of in blocks]))
+        return to_float(torch.cat([draw(config, chain, some, of).cpu() for some, of in blocks]))
 
 
 def _checked(options: Mapping[str, Any]) -> SampleConfig:

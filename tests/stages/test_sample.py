@@ -1,10 +1,16 @@
 """The stage `sample` on small untrained models: early checks, reruns, and the pictures beside the shards."""
 
 import json
+import os
 import re
+import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from support.exports import CLASSES, export_all, export_prior
 
@@ -45,6 +51,97 @@ def test_every_sample_is_a_file_of_its_class_where_asked(folder: Path) -> None:
     for key, label, parts in read_samples("out", ["png"]):
         name = ["star", "001", "a_b"][label]
         assert (folder / "out" / "images" / name / f"{key}.png").read_bytes() == parts["png"]
+
+
+@pytest.mark.parametrize("threads", [1, 7])
+def test_bytes_do_not_depend_on_the_threads_that_encode(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    """Nor on the block in which a sample stands, nor on which picture is encoded first."""
+    words = ["samples_per_class=5", "blocks_per_shard=2"]  # a shard ends within a class, the last with padding
+    assert sample(*words) == 0
+    before, encode, finished = content(folder / "out"), stage.encode_image, list[int]()
+
+    def slowly(image: Any, encoding: Any) -> bytes:
+        turn = len(finished)
+        time.sleep(0.03 if turn % 4 == 0 else 0.0)
+        finished.append(turn)
+        return encode(image, encoding)
+
+    monkeypatch.setattr(stage, "cores", lambda: threads)
+    monkeypatch.setattr(stage, "encode_image", slowly)
+    assert sample("run_dir=again", *words) == 0
+    assert len(finished) == 15 and content(folder / "again") == before
+
+
+def at_block(monkeypatch: pytest.MonkeyPatch, block: int, action: Callable[[], None]) -> None:
+    """`action` is called before the codes of this block are drawn, counted from 1."""
+    draw, blocks = stage.draw, 0
+
+    def drawn(*arguments: Any) -> torch.Tensor:
+        nonlocal blocks
+        blocks += 1
+        if blocks == block:
+            action()
+        return draw(*arguments)
+
+    monkeypatch.setattr(stage, "draw", drawn)
+
+
+def test_a_stop_keeps_every_shard_whose_samples_are_drawn(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sample() == 0
+    with monkeypatch.context() as patch:
+        at_block(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert sample("run_dir=again") == 75
+    assert sorted(path.name for path in (folder / "again").glob("0*.tar")) == ["000000.tar", "000001.tar"]
+    assert not list((folder / "again").rglob("*.tmp"))
+    assert json.loads(Path("again/status.json").read_text())["images_seen"] == 8
+    assert sample("run_dir=again") == 0
+    assert content(folder / "again") == content(folder / "out")
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("a picture is\nno picture")])
+def test_an_error_of_the_threads_is_one_line_and_leaves_nothing_half_written(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    assert sample() == 0
+    capsys.readouterr()
+    encode, encoded = stage.encode_image, list[bytes]()
+
+    def fail_at_the_sixth(image: Any, encoding: Any) -> bytes:
+        if len(encoded) == 5:
+            raise error
+        encoded.append(encode(image, encoding))
+        return encoded[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "cores", lambda: 1)
+        patch.setattr(stage, "encode_image", fail_at_the_sixth)
+        assert sample("run_dir=again") == 1
+    said = capsys.readouterr().err
+    lines = [line for line in said.splitlines() if line.startswith("vqscale: error:")]
+    assert lines == [f"vqscale: error: {' '.join(str(error).split())}"] and "Traceback" not in said
+    assert sorted(path.name for path in (folder / "again").glob("0*")) == ["000000.index.safetensors", "000000.tar"]
+    assert sample("run_dir=again") == 0
+    assert content(folder / "again") == content(folder / "out")
+
+
+def test_a_batch_that_does_not_fit_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lack_memory() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    with monkeypatch.context() as patch:
+        at_block(patch, 2, lack_memory)
+        assert sample() == 1
+    said = capsys.readouterr().err
+    line = (
+        "vqscale: error: out of memory on cpu (tried to allocate 2.00 GiB): batch=4 does not fit, choose a smaller one"
+    )
+    assert said.splitlines()[-1] == line and "Traceback" not in said
+    assert [path.name for path in (folder / "out").glob("*.tar")] == ["000000.tar"]
+    assert sample() == 0
 
 
 def test_folders_of_classes_are_distinct_and_usable() -> None:

@@ -8,8 +8,12 @@ at every start.
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -18,7 +22,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vqscale import runtime
+from vqscale.batch import to_host
 from vqscale.config import StageConfig, run_of
+from vqscale.data.beside import use_beside
 from vqscale.data.images import decode_image, to_uint8
 from vqscale.data.packing import Encoding, encode_image
 from vqscale.data.parts import read_samples
@@ -29,6 +35,7 @@ from vqscale.evaluation.figures import grid_png, label_of_class, upscale_for
 from vqscale.fields import Choice, NonNegativeFloat, NonNegativeInt, PathText, PositiveFraction, PositiveInt
 from vqscale.models.sampling import sample_codes
 from vqscale.sources import Source, build, load_model
+from vqscale.topology import Topology, cores
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,8 @@ class SampleConfig(StageConfig):
 
 Config = SampleConfig
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# By key all parts of a block's samples but their pictures; and those, uint8 [b, 3, R, R], perhaps with padding behind.
+_Block = tuple[dict[str, dict[str, bytes]], Callable[[], dict[str, Tensor]]]
 _GRID_PIXELS = 100_000_000  # of grid.png, at most
 PER_LEVEL = ("temperature", "temperature_end", "top_k", "top_p", "guidance")  # options of `sample_codes`
 
@@ -120,15 +129,23 @@ def _draw_missing(config: SampleConfig, chain: Chain, run: runtime.Run) -> None:
     if topology.gather(run.was_done and not missing_file(run.run_dir))[0]:
         runtime.log.info("nothing left to do: the samples are in %s", run.run_dir)
         return
-    with run.stoppable(), tqdm(total=len(labels), unit="img", disable=not topology.is_main, desc="sample") as bar:
-        for number in range(topology.rank, len(paths), topology.world_size):
-            ids = range(number * size, min(len(labels), (number + 1) * size))
-            if shard_info(paths[number]) is None:
-                with ShardWriter(paths[number]) as writer:
-                    for key, parts in _drawn(config, chain, labels, ids, run):
+    mine = [(path, range(n * size, min(len(labels), (n + 1) * size))) for n, path in enumerate(paths)]
+    mine = mine[topology.rank :: topology.world_size]
+    missing = [(path, ids) for path, ids in mine if shard_info(path) is None]
+    run.images_seen += sum(len(ids) for _, ids in mine) - sum(len(ids) for _, ids in missing)
+    bar = tqdm(total=len(labels), unit="img", disable=not topology.is_main, desc="sample")
+
+    def write(blocks: Iterator[_Block]) -> None:
+        with closing(_encoded(blocks, chain, topology)) as samples:
+            for path, ids in missing:
+                with ShardWriter(path) as writer:
+                    for key, parts in islice(samples, len(ids)):
                         writer.write(key, parts)
                         bar.update()
-            run.images_seen += len(ids)
+                run.images_seen += len(ids)
+
+    with run.stoppable(), bar:
+        use_beside(_drawn(config, chain, labels, [ids for _, ids in missing], run), write, waiting=1)
     topology.barrier()
     if topology.is_main:
         _write_manifest(config, chain, paths)
@@ -196,29 +213,41 @@ def chosen_classes(asked: str | Sequence[str], classes: Sequence[str]) -> list[i
 
 
 def _drawn(
-    config: SampleConfig, chain: Chain, labels: list[int], ids: range, run: runtime.Run
-) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """(key, parts) of the samples `ids`, one fixed block at a time; the last block is padded with its last sample."""
-    encoding = Encoding(chain.vqvae.description["resolution"], "png", quality=0)
-    for first in range(ids.start, ids.stop, config.batch):
+    config: SampleConfig, chain: Chain, labels: list[int], shards: Iterable[range], run: runtime.Run
+) -> Iterator[_Block]:
+    """The samples of these shards, one fixed block at a time; a shard's last block is padded with its last sample."""
+    for first, stop in ((first, ids.stop) for ids in shards for first in range(ids.start, ids.stop, config.batch)):
         run.poll()
-        block = [min(i, ids.stop - 1) for i in range(first, first + config.batch)]
+        block = [min(i, stop - 1) for i in range(first, first + config.batch)]
         label = torch.tensor([labels[i] for i in block], device=run.topology.device)
         images = draw(config, chain, label, torch.tensor(block, device=run.topology.device), run.poll)
-        opinions = chain.judge.probabilities_of(images.to(label.device), label) if chain.judge else None
-        for i in range(first, min(first + config.batch, ids.stop)):
+        opinions = chain.judge.probabilities_of(images, label).tolist() if chain.judge else []
+        parts: dict[str, dict[str, bytes]] = {}
+        for i in range(first, min(first + config.batch, stop)):
             about: dict[str, Any] = {"sample": i, "seed": config.seed}
-            if opinions is not None:
-                about[CLASS_PROBABILITY] = opinions[i - first].item()
-            pixels = encode_image(images[i - first].numpy(), encoding)
-            yield f"{i:09d}", {"png": pixels, "cls": str(labels[i]).encode(), "json": json.dumps(about).encode()}
+            if opinions:
+                about[CLASS_PROBABILITY] = opinions[i - first]
+            parts[f"{i:09d}"] = {"cls": str(labels[i]).encode(), "json": json.dumps(about).encode()}
+        yield parts, to_host({"image": images})
+
+
+def _encoded(
+    blocks: Iterator[_Block], chain: Chain, topology: Topology
+) -> Generator[tuple[str, dict[str, bytes]], None, None]:
+    """(key, parts) of each sample in turn. A block's pictures are encoded in threads: zlib leaves Python's lock."""
+    encoding = Encoding(chain.vqvae.description["resolution"], "png", quality=0)
+    with ThreadPoolExecutor(max(1, cores() // topology.local_world_size)) as pool:
+        for parts, drawn in blocks:
+            pictures = pool.map(partial(encode_image, encoding=encoding), drawn()["image"].numpy()[: len(parts)])
+            for (key, others), png in zip(parts.items(), pictures, strict=True):
+                yield key, {"png": png, **others}
 
 
 @torch.inference_mode()
 def draw(
     config: SampleConfig, chain: Chain, label: Tensor, sample_ids: Tensor, between: Callable[[], None] = lambda: None
 ) -> Tensor:
-    """Images uint8 [b, 3, R, R] of classes int64 [b]. `between` is called after each row of codes."""
+    """Images uint8 [b, 3, R, R] of classes int64 [b], on their device. `between` is called after each row of codes."""
     codes: list[Tensor] = []
     for level, prior in chain.priors.items():
         options = {option: getattr(config, option)[level] for option in PER_LEVEL if level in getattr(config, option)}
@@ -236,7 +265,7 @@ def draw(
                 **options,
             )
         )
-    return to_uint8(chain.vqvae.model.decode(codes)).cpu()
+    return to_uint8(chain.vqvae.model.decode(codes))
 
 
 def _write_manifest(config: SampleConfig, chain: Chain, paths: Sequence[Path]) -> None:
