@@ -141,13 +141,17 @@ def seconds_per_image(stage: str, path: Path, words: Sequence[str]) -> float:
 
 def _seconds(call: Callable[[], object], at_least: float) -> float:
     """Of one call, the first one not counted, from as many as take `at_least` seconds."""
-    call()
-    calls, start = 0, time.perf_counter()
-    while (passed := time.perf_counter() - start) < at_least:
+
+    def once() -> None:
         call()
-        calls += 1
         if torch.cuda.is_available():
             torch.cuda.synchronize()
+
+    once()
+    calls, start = 0, time.perf_counter()
+    while (passed := time.perf_counter() - start) < at_least:
+        once()
+        calls += 1
     return passed / calls
 
 
