@@ -80,7 +80,7 @@ class Stoppable:
 
     def stop_agreed(self) -> str:
         """The first reason of any rank, the same on all ranks; "" when none was asked. Collective."""
-        return next(filter(None, self.topology.gather(self.stop_requested())), "")
+        return self.topology.first_text(self.stop_requested())
 
     def stop(self, reason: str) -> None:
         """End the run as stopped: removes the STOP file and raises Stopped."""

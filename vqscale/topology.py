@@ -187,6 +187,13 @@ class Topology:
             dist.broadcast(tensor, source)
         return tensor
 
+    def shared(self, value: T) -> T:
+        """Rank 0's (picklable) value on every rank. Collective."""
+        values = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(values, 0, group=self.control)
+        return values[0]
+
     def gather(self, value: Any) -> list[Any]:
         """One (small, picklable) value per rank, in rank order, on every rank."""
         if self.world_size == 1:
@@ -195,8 +202,12 @@ class Topology:
         dist.all_gather_object(values, value, group=self.control)
         return values
 
+    def first_text(self, text: str) -> str:
+        """The first rank's text that is not empty, or "", the same on all ranks. Collective."""
+        return next(filter(None, self.gather(text)), "")
+
     def on_main(self, action: Callable[[], T]) -> T:
-        """What `action` gives on rank 0, which alone calls it, on every rank; small and picklable. Collective.
+        """What `action` gives on rank 0, which alone calls it, on every rank; picklable. Collective.
 
         Its ValueError or OSError is raised on every rank, as a ValueError.
         """
@@ -206,7 +217,7 @@ class Topology:
                 result = action()
             except (ValueError, OSError) as error:
                 result = ValueError(str(error))
-        result = self.gather(result)[0]
+        result = self.shared(result)
         if isinstance(result, ValueError):
             raise result
         return result

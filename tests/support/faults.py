@@ -20,8 +20,8 @@ from vqscale.topology import env_int
 
 # Point -> (holder of the function, its name, whether death comes after it, whether the commit passes it alone).
 POINTS: dict[str, tuple[Any, str, bool, bool]] = {
-    "nothing written": (checkpoints, "HuggingFaceStorageWriter", False, False),
-    "shard written": (checkpoints.HuggingFaceStorageWriter, "write_data", True, False),
+    "nothing written": (checkpoints, "HashingWriter", False, False),
+    "shard written": (checkpoints.HashingWriter, "write_data", True, False),
     "all shards written": (checkpoints, "sha256_of", False, True),
     "manifest written": (checkpoints, "fsync", False, True),
     "synced": (os, "rename", False, True),

@@ -3,6 +3,9 @@
 `<folder>/<images seen, 12 digits>/` holds safetensors shards written by torch's distributed checkpoint (any sharding
 reads any other), state.json, and manifest.json, written last, with the sha256 and size of every other file.  A folder
 without a manifest that verifies is not a checkpoint.  Nothing in it can run code.
+
+No rank reads or hashes all of it: a rank hashes the file that it wrote; of a checkpoint to resume from it hashes a
+share, opens a share of the headers, and reads its own parts of sharded tensors and a share of the replicated ones.
 """
 
 import concurrent.futures
@@ -14,8 +17,9 @@ import shutil
 import threading
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +29,9 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.tensor import DTensor
+from torch.futures import Future
 
 from vqscale.engine.tensors import Tensors, total_bytes
 from vqscale.files import fsync, sha256_of
@@ -35,6 +42,7 @@ FORMAT = 1
 _NAME = re.compile(r"\d{12}")
 _TEMPORARY = ".saving-"
 _SETTLE_SECONDS = 60  # a rank that hangs must not keep the others from ending
+Files = dict[str, dict[str, Any]]  # of a manifest: name -> sha256, bytes
 
 
 @dataclass(frozen=True)
@@ -73,6 +81,29 @@ class CheckpointState:
         return cls(**known, optimizer_steps=values.get("engine", {}).get("optimizer_steps", 0))
 
 
+class HashingWriter(HuggingFaceStorageWriter):
+    """Each rank writes one file, makes it durable and hashes what was written. Rank 0's `files` then names them all."""
+
+    def __init__(self, folder: Path):
+        super().__init__(str(folder), save_distributed=True)
+        self.folder = folder
+        self.files: Files = {}
+
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        """(name, manifest entry) of every file that this rank wrote, as a future."""
+        written = super().write_data(plan, planner).wait()
+        paths = [self.folder / name for name in sorted({result.storage_data.relative_path for result in written})]
+        for path in paths:
+            fsync(path)
+        hashed: Any = Future()
+        hashed.set_result([(path.name, _entry(path)) for path in paths])
+        return hashed
+
+    def finish(self, metadata: Any, results: Any) -> None:
+        """On rank 0. results: what `write_data` gave, per rank."""
+        self.files = {name: entry for rank in results for name, entry in rank}
+
+
 class Checkpointer:
     """Saves in the background, one save in flight, and finds the newest checkpoint that verifies.
 
@@ -102,12 +133,12 @@ class Checkpointer:
         if self._prepare(temporary, final, total_bytes(tensors.values())):
             return
         self._trial_over.clear()
-        writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
+        writer = HashingWriter(temporary)
         written: Any = dcp.async_save(tensors, storage_writer=writer, process_group=self._group)  # type: ignore[arg-type]
         self._in_flight = [written]
         if self._topology.is_main:
             text = json.dumps(state.to_json(tensors), indent=1) + "\n"  # now: training changes what `state` refers to
-            self._in_flight.append(self._committer.submit(self._commit, written, temporary, final, text))
+            self._in_flight.append(self._committer.submit(self._commit, written, writer, final, text))
 
     def _prepare(self, temporary: Path, final: Path, needed: int) -> bool:
         """Whether this checkpoint exists already; else there is an empty temporary folder for it afterwards.
@@ -129,13 +160,16 @@ class Checkpointer:
         except ValueError as error:
             raise OSError(f"a checkpoint could not be written to {self.folder}: {error}") from None
 
-    def _commit(self, written: Any, temporary: Path, final: Path, state: str) -> None:
+    def _commit(self, written: Any, writer: HashingWriter, final: Path, state: str) -> None:
         written.result()
+        temporary = writer.folder
         (temporary / "state.json").write_text(state)
-        files = {p.name: {"sha256": sha256_of(p), "bytes": p.stat().st_size} for p in sorted(temporary.iterdir())}
+        files = {**writer.files, "state.json": _entry(temporary / "state.json")}
+        if unseen := sorted(files.keys() - {path.name for path in temporary.iterdir()}):
+            raise OSError(f"{unseen[0]}, which another rank wrote, is not there: do all nodes see the same folder?")
         (temporary / "manifest.json").write_text(json.dumps({"files": files}, indent=1))
-        for path in temporary.iterdir():
-            fsync(path)
+        for name in ("state.json", "manifest.json"):
+            fsync(temporary / name)
         fsync(temporary)
         self._trial_over.wait()
         if self._discarded:
@@ -166,8 +200,8 @@ class Checkpointer:
                 future.result()
         except (Exception, CheckpointException) as error:  # the latter is a BaseException
             failure = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
-        if failures := [text for text in self._topology.gather(failure) if text]:
-            raise OSError(f"a checkpoint could not be written to {self.folder}: {failures[0]}")
+        if failure := self._topology.first_text(failure):
+            raise OSError(f"a checkpoint could not be written to {self.folder}: {failure}")
         self._in_flight = []
 
     def settle(self) -> None:
@@ -176,11 +210,11 @@ class Checkpointer:
         concurrent.futures.wait(self._in_flight, timeout=_SETTLE_SECONDS)
 
     def latest(self) -> "Checkpoint | None":
-        """The newest checkpoint that verifies, the same on all ranks; damaged ones are set aside and named.
+        """The newest checkpoint that verifies, the same on all ranks; damaged ones are set aside and named. Collective.
 
         Raises ValueError when there are checkpoints and none of them verifies.
         """
-        return self._topology.on_main(lambda: find_latest(self.folder))
+        return find_latest(self.folder, topology=self._topology)
 
 
 class Checkpoint:
@@ -202,19 +236,40 @@ class Checkpoint:
     def images_seen(self) -> int:
         return self.state.images_seen
 
-    def load_into(self, tensors: Tensors) -> None:
-        """Fill the tensors (plain or sharded) in place. Raises ValueError naming the first that does not fit."""
+    def load_into(self, tensors: Tensors, topology: Topology | None = None) -> None:
+        """Fill the tensors (plain or sharded) in place. Raises ValueError naming the first that does not fit.
+
+        Several ranks give their topology, and call it together: headers and replicated tensors are read once for all.
+        """
         self._check(tensors)
         with torch.no_grad():
-            self._fill(tensors)
+            if topology is None or topology.world_size == 1:
+                self._fill(tensors, HuggingFaceStorageReader(str(self.folder)))
+            else:
+                self._fill_together(tensors, topology)
+
+    def _fill_together(self, tensors: Tensors, topology: Topology) -> None:
+        plain = [name for name, tensor in tensors.items() if not isinstance(tensor, DTensor)]
+        replicated = sorted(plain, key=lambda name: (-total_bytes([tensors[name]]), name))  # equal shares for all ranks
+        owners = {name: number % topology.world_size for number, name in enumerate(replicated)}
+        mine = {name: one for name, one in tensors.items() if owners.get(name, topology.rank) == topology.rank}
+        reader, failure = _Reader(self.folder, _shared_headers(self.folder, topology)), ""
+        try:
+            self._fill(mine, reader)
+        except ValueError as error:
+            failure = str(error)
+        if failure := topology.first_text(failure):
+            raise ValueError(failure)
+        for name, owner in owners.items():
+            values = tensors[name].contiguous().clone()
+            topology.broadcast_(values.view(-1).view(torch.uint8), owner)
+            tensors[name].copy_(values)
 
     def read(self, prefix: str) -> Tensors:
         """All tensors whose names begin with `prefix`, whole, on the CPU, without the prefix."""
         tensors = {f"{prefix}{name}": torch.empty_like(one, device="cpu") for name, one in self.header(prefix).items()}
-        with warnings.catch_warnings():  # each rank reads for itself, on purpose
-            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-            if tensors:
-                self._fill(tensors, no_dist=True)
+        if tensors:
+            self._fill(tensors, HuggingFaceStorageReader(str(self.folder)))
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
     def header(self, prefix: str) -> Tensors:
@@ -225,9 +280,11 @@ class Checkpoint:
             if name.startswith(prefix)
         }
 
-    def _fill(self, tensors: Tensors, **options: Any) -> None:
+    def _fill(self, tensors: Tensors, reader: HuggingFaceStorageReader) -> None:
         try:
-            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(self.folder)), **options)
+            with warnings.catch_warnings():  # each rank reads for itself, on purpose
+                warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+                dcp.load(tensors, storage_reader=reader, no_dist=True)
         except CheckpointException as error:  # a BaseException
             cause = str(next(iter(error.failures.values()))[0])
             raise ValueError(f"{self.folder} cannot be read: {' '.join(cause.split())}") from None
@@ -245,37 +302,108 @@ def _dtype_and_shape(tensor: Tensor) -> list[Any]:
     return [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
 
 
-def find_latest(folder: Path, *, set_aside: bool = True) -> Checkpoint | None:
+class _Reader(HuggingFaceStorageReader):
+    """A reader that has been told what the files hold."""
+
+    def __init__(self, folder: Path, headers: Metadata):
+        super().__init__(str(folder))
+        self._headers = headers
+
+    def read_metadata(self) -> Metadata:
+        return self._headers
+
+
+def _shared_headers(folder: Path, topology: Topology) -> Metadata:
+    """What all files hold; each rank opens a share of them. Raises ValueError on all ranks. Collective."""
+    names = topology.on_main(lambda: sorted(path.name for path in folder.glob("*.safetensors")))
+    parts = topology.gather(_headers(folder, names[topology.rank :: topology.world_size]))
+    if failures := [part for part in parts if isinstance(part, str)]:
+        raise ValueError(f"{folder} cannot be read: {failures[0]}")
+    whole = parts[0]
+    for part in parts[1:]:
+        whole.storage_data.update(part.storage_data)
+        for name, other in part.state_dict_metadata.items():
+            if (one := whole.state_dict_metadata.setdefault(name, other)) is not other:
+                one.chunks.extend(other.chunks)
+                one.size = torch.Size(map(max, one.size, other.size))
+    return whole
+
+
+def _headers(folder: Path, names: list[str]) -> Metadata | str:
+    """What these files hold, or why they cannot be read."""
+    reader = HuggingFaceStorageReader(str(folder))
+    reader.fs.ls = lambda _folder: [str(folder / name) for name in names]  # type: ignore[method-assign, assignment]
+    try:
+        return reader.read_metadata()
+    except Exception as error:
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def find_latest(folder: Path, *, set_aside: bool = True, topology: Topology | None = None) -> Checkpoint | None:
     """The newest checkpoint in `folder` that verifies. Damaged ones are named loudly and renamed to `damaged-…`,
     unless the folder is another run's (`set_aside=False`).
 
+    With a topology it is collective: the ranks share the reading, and get the same answer.
     Raises ValueError when there are checkpoints and none of them verifies.
     """
-    damaged = []
-    for candidate in _committed_folders(folder):
-        if not (problem := verify(candidate)):
-            return Checkpoint(candidate)
-        log.error("CHECKPOINT %s IS DAMAGED (%s)%s", candidate, problem, ": set aside" if set_aside else "")
-        if set_aside:
-            os.rename(candidate, candidate.with_name(f"damaged-{candidate.name}-{int(time.time())}"))
-        damaged.append(candidate.name)
-    earlier = sorted(path.name for path in folder.glob("damaged-*")) if folder.is_dir() else []
-    if damaged or earlier:
-        raise ValueError(
-            f"{folder}: every checkpoint is damaged ({', '.join(damaged or earlier)}); not starting again from zero: "
-            "take the damaged-* folders away if that is what you want"
-        )
+    on_main: Callable[[Callable[[], Any]], Any] = topology.on_main if topology else lambda action: action()
+    damaged: list[Path] = []
+    for candidate in on_main(partial(_committed_folders, folder)):
+        if not (problem := verify(candidate, topology)):
+            return on_main(partial(Checkpoint, candidate))
+        on_main(partial(_set_aside, candidate, problem, set_aside))
+        damaged.append(candidate)
+    on_main(partial(_refuse_if_damaged, folder, damaged))
     return None
 
 
-def verify(folder: Path) -> str:
-    """What is wrong with a checkpoint folder, or "" if every file is as its manifest says."""
+def _set_aside(candidate: Path, problem: str, rename: bool) -> None:
+    log.error("CHECKPOINT %s IS DAMAGED (%s)%s", candidate, problem, ": set aside" if rename else "")
+    if rename:
+        os.rename(candidate, candidate.with_name(f"damaged-{candidate.name}-{int(time.time())}"))
+
+
+def _refuse_if_damaged(folder: Path, damaged: list[Path]) -> None:
+    earlier = sorted(folder.glob("damaged-*")) if folder.is_dir() else []
+    if damaged or earlier:
+        names = ", ".join(path.name for path in damaged or earlier)
+        raise ValueError(
+            f"{folder}: every checkpoint is damaged ({names}); not starting again from zero: "
+            "take the damaged-* folders away if that is what you want"
+        )
+
+
+def verify(folder: Path, topology: Topology | None = None) -> str:
+    """What is wrong with a checkpoint folder, or "" if every file is as its manifest says.
+
+    With a topology it is collective: each rank reads a share of the files, and all get the same answer.
+    """
+    if topology is None:
+        files = _listed(folder)
+        return files if isinstance(files, str) else _first_damaged(folder, files)
+    files = topology.on_main(lambda: _listed(folder))
+    if isinstance(files, str):
+        return files
+    share = dict(sorted(files.items())[topology.rank :: topology.world_size])
+    return topology.first_text(_first_damaged(folder, share))
+
+
+def _listed(folder: Path) -> Files | str:
+    """The manifest's entries, or what is wrong with it or with the names of the files."""
     try:
-        # Every byte of the manifest counts: whatever changes in it, a comparison below fails.
         files = json.loads((folder / "manifest.json").read_text())["files"]
         present = {path.name for path in folder.iterdir()} - {"manifest.json"}
         if present != files.keys():
             return f"files differ from the manifest: {', '.join(sorted(present ^ files.keys()))}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"manifest.json: {type(error).__name__}: {error}"
+    return files
+
+
+def _first_damaged(folder: Path, files: Files) -> str:
+    """The first of these files that is not as its entry says, and how, or ""."""
+    try:
+        # Every byte of the manifest counts: whatever changes in it, a comparison below fails.
         for name, entry in files.items():
             path = folder / name
             if path.stat().st_size != entry["bytes"]:
@@ -285,6 +413,10 @@ def verify(folder: Path) -> str:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"manifest.json: {type(error).__name__}: {error}"
     return ""
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    return {"sha256": sha256_of(path), "bytes": path.stat().st_size}
 
 
 def _committed_folders(folder: Path) -> list[Path]:

@@ -278,7 +278,7 @@ def _images_seen_before(run: Run) -> int:
 
 
 def _load(latest: Checkpoint, tensors: Tensors, topology: Topology) -> None:
-    latest.load_into(tensors)
+    latest.load_into(tensors, topology)
     if name := first_not_finite(tensors, topology):
         raise ValueError(f"{latest.folder}: {name} is not finite; remove this folder to go on from the one before")
 
