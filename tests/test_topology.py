@@ -392,3 +392,17 @@ def test_two_jobs_that_meet_on_one_port_do_not_mix() -> None:
     with started(_meet, 2, "one", variables=shared) as one, started(_meet, 2, "other", variables=shared) as other:
         assert one.results() == [one.pids] * 2
         assert other.results() == [other.pids] * 2
+
+
+def test_nccl_remembers_its_last_collectives_unless_the_user_said_otherwise(tmp_path: Path) -> None:
+    environment: dict[str, str] = {}
+    topology.record_flight(tmp_path, environment)
+    assert environment == {
+        "TORCH_FR_BUFFER_SIZE": "2000",
+        "TORCH_FR_DUMP_TEMP_FILE": f"{tmp_path}/log/nccl-",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+    }
+    mine = {"TORCH_NCCL_TRACE_BUFFER_SIZE": "0", "TORCH_FR_DUMP_TEMP_FILE": "/x", "TORCH_NCCL_DUMP_ON_TIMEOUT": "0"}
+    asked = dict(mine)
+    topology.record_flight(tmp_path, asked)
+    assert asked == mine

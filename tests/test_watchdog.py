@@ -3,6 +3,7 @@
 import itertools
 import os
 import signal
+import socket
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from support.training import TinyConfig, train
 
 from vqscale import rundir, runtime
 from vqscale.data.processes import made_progress
+from vqscale.rollcall import RollCall
 from vqscale.topology import bring_up
 from vqscale.watchdog import Watchdog
 
@@ -60,6 +62,9 @@ def test_ranks_that_stand_still_write_their_stacks_and_end(tmp_path: Path, how: 
     assert "in on_step" in logs[-1]
     status = rundir.read_status(tmp_path)
     assert status["state"] == "failed" and status["reason"].startswith(f"no progress for {SECONDS} s")
+    if world > 1:
+        missing = f"the others wait for rank 1 on {socket.gethostname()}: "
+        assert missing in status["reason"] and missing in ranks.output()
     results = run_ranks(train, world, replace(settings(tmp_path), watchdog_seconds=600))
     consumed = sorted(p for r in results for p in r["consumed"])
     assert consumed == list(range(consumed[0], 160)) and 8 <= consumed[0] <= 40
@@ -84,7 +89,7 @@ def _stand_still_together(folder: Path) -> None:
 
     Watchdog._tell_others = tell_slowly  # type: ignore[method-assign]
     counts = itertools.chain([0], itertools.repeat(1))  # some progress, then none
-    Watchdog(0.4, folder / f"{topology.rank}.log", topology, counts.__next__, meet)
+    Watchdog(0.4, folder / f"{topology.rank}.log", topology, counts.__next__, meet, RollCall(topology))
     _fall_asleep_here(60)
 
 

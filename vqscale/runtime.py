@@ -26,6 +26,7 @@ from vqscale.config import StageConfig
 from vqscale.files import open_to_append, read_json, sealed, write_json
 from vqscale.lock import FolderLock
 from vqscale.memory import memory_errors_explained
+from vqscale.rollcall import RollCall
 from vqscale.stopping import Stoppable, Stopped
 from vqscale.text import one_line, printable, redact_url
 from vqscale.topology import Topology, bring_up, env_int, slower_than_asked, take_down
@@ -33,6 +34,7 @@ from vqscale.versions import git_commit, versions
 from vqscale.watchdog import Watchdog
 
 log = logging.getLogger("vqscale")
+_ANSWERS_SECONDS = 2.0  # between the time-outs of ranks that wait in the same collective
 STATUS_SECONDS = 5.0  # status.json of a run that makes progress is at most this old
 
 
@@ -97,6 +99,7 @@ class Run(Stoppable):
         self.images_seen = 0
         self._lock = FolderLock(self.run_dir / ".lock")
         self._watchdog: Watchdog | None = None
+        self._roll_call: RollCall | None = None
         self._changes: list[tuple[int, str]] = []  # (level of the log, what), since the last start
         self._facts: dict[str, Any] = {}
         self.previous_status: dict[str, Any] = {}
@@ -132,10 +135,11 @@ class Run(Stoppable):
         for line in slower_than_asked(self.config, self.topology.device):
             log.warning(line)
         progress.share()
+        self._roll_call = roll_call = RollCall(self.topology)
         if seconds := self.config.watchdog_seconds:
             log_file = self.run_dir / "log" / f"{self.topology.rank}.log"
             report = partial(self._write_status, "failed")  # rank 0, which writes it else, may be the one that hangs
-            self._watchdog = Watchdog(seconds, log_file, self.topology, progress.total, report)
+            self._watchdog = Watchdog(seconds, log_file, self.topology, progress.total, report, roll_call)
         self.record_facts()
         self.write_status("running")
 
@@ -279,7 +283,15 @@ class Run(Stoppable):
         with contextlib.suppress(OSError):  # a full disk must not hide the error that is being reported
             write_json(self.run_dir / "status.json", sealed(status))
 
-    def _write_failure(self, error: BaseException) -> None:
+    def _name_missing(self, error: BaseException) -> str:
+        """Where a collective has timed out: a line, told already, that names the ranks which did not come."""
+        if self._roll_call is None or "timed out" not in str(error).lower():
+            return ""
+        self._roll_call.answer()
+        time.sleep(_ANSWERS_SECONDS)
+        return self._roll_call.tell_missing()
+
+    def _write_failure(self, error: BaseException, missing: str) -> None:
         """A finished run that is started again and cannot begin stays `done`, say where its data are away."""
         larger_total = any(change.startswith("total_images:") for _, change in self._changes)
         asked_for_more = self.config.recomputes or larger_total
@@ -287,7 +299,7 @@ class Run(Stoppable):
             self.images_seen = self.previous_status["images_seen"]
             self.write_status("done", self.previous_status.get("reason", ""))
         else:
-            self.write_status("failed", f"{type(error).__name__}: {error}")
+            self.write_status("failed", "; ".join(filter(None, [f"{type(error).__name__}: {error}", missing])))
         if self.topology.is_main and not self.resumed and not rundir.holds_outputs(self.run_dir):
             (self.run_dir / "config.yaml").unlink(missing_ok=True)  # nothing was made: a corrected config may be used
 
@@ -384,7 +396,7 @@ def run(config: StageConfig, stage: str) -> Iterator[Run]:
                 orderly = True
                 raise
             except BaseException as error:
-                current._write_failure(error)
+                current._write_failure(error, current._name_missing(error))
                 log.debug("failed", exc_info=True)  # the traceback, for the log file alone
                 raise
             current.write_status("done")

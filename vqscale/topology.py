@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +22,7 @@ from vqscale.config import STRATEGIES, StageConfig
 
 T = TypeVar("T")
 GROUP_TIMEOUT = datetime.timedelta(minutes=30)
+BACKGROUND = "background"  # what torch calls the group of collectives that run beside training's
 SLOW_SECONDS = 20.0  # after which a rank says that it waits for the others
 PARENT = "VQSCALE_PARENT"  # environment variable: the pid of the program with which a stage stops
 _PR_SET_PDEATHSIG = 1
@@ -165,6 +166,7 @@ class Topology:
     strategy: str
     device: torch.device
     control: Any = field(repr=False, default=None)
+    store: Any = field(repr=False, default=None)  # where the ranks met
 
     @property
     def is_main(self) -> bool:
@@ -187,13 +189,6 @@ class Topology:
             dist.broadcast(tensor, source)
         return tensor
 
-    def shared(self, value: T) -> T:
-        """Rank 0's (picklable) value on every rank. Collective."""
-        values = [value]
-        if self.world_size > 1:
-            dist.broadcast_object_list(values, 0, group=self.control)
-        return values[0]
-
     def gather(self, value: Any) -> list[Any]:
         """One (small, picklable) value per rank, in rank order, on every rank."""
         if self.world_size == 1:
@@ -211,20 +206,36 @@ class Topology:
 
         Its ValueError or OSError is raised on every rank, as a ValueError.
         """
-        result: Any = None
-        if self.is_main:
-            try:
-                result = action()
-            except (ValueError, OSError) as error:
-                result = ValueError(str(error))
-        result = self.shared(result)
-        if isinstance(result, ValueError):
-            raise result
-        return result
+        result = [_attempt(action) if self.is_main else None]
+        if self.world_size > 1:
+            dist.broadcast_object_list(result, 0, group=self.control)
+        return _raise_first(result)[0]
+
+    def on_each(self, action: Callable[[], T]) -> list[T]:
+        """What `action` gives on each rank, in rank order, on every rank; errors as in `on_main`. Collective."""
+        return _raise_first(self.gather(_attempt(action)))
 
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier(group=self.control)
+
+
+ALONE = Topology(0, 1, 0, 1, 1, "single", torch.device("cpu"))  # a process that shares its work with no other
+
+
+def _attempt(action: Callable[[], Any]) -> Any:
+    """What it gives, or its ValueError or OSError as a ValueError."""
+    try:
+        return action()
+    except (ValueError, OSError) as error:
+        return ValueError(str(error))
+
+
+def _raise_first(results: list[Any]) -> list[Any]:
+    for result in results:
+        if isinstance(result, ValueError):
+            raise result
+    return results
 
 
 def bring_up(config: StageConfig) -> Topology:
@@ -249,18 +260,38 @@ def bring_up(config: StageConfig) -> Topology:
     if under_launcher():
         die_with_parent()
     on_gpu = device.type == "cuda"
+    if on_gpu:
+        record_flight(Path(config.run_dir), os.environ)
+    store = _store(config.run_dir)
     with _said_if_slow(world, rank):
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
             timeout=GROUP_TIMEOUT,
-            store=_store(config.run_dir),
+            store=store,
             rank=rank,
             world_size=world,
             device_id=device if on_gpu else None,
         )
     # Two groups, because collectives of one group must be issued in the same order everywhere.
     control = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
-    return Topology(rank, world, local_rank, local_world, nodes, strategy, device, control)
+    return Topology(rank, world, local_rank, local_world, nodes, strategy, device, control, store)
+
+
+def background_group() -> Any:
+    """A gloo group for collectives that run beside training's. Collective."""
+    return dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT, group_desc=BACKGROUND)
+
+
+def record_flight(run_dir: Path, environment: MutableMapping[str, str]) -> None:
+    """Before the process group starts: NCCL remembers its last collectives, and writes them to `log/nccl-<rank>` of the
+    run when one times out (`torchfrtrace` reads them). What the user has set stays, under older names too."""
+    for name, older, value in (
+        ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE", "2000"),
+        ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE", f"{run_dir.absolute() / 'log' / 'nccl-'}"),
+        ("TORCH_NCCL_DUMP_ON_TIMEOUT", "", "1"),
+    ):
+        if older not in environment:
+            environment.setdefault(name, value)
 
 
 def _threads_of_user() -> int:

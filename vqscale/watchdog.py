@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vqscale.files import open_to_append
+from vqscale.rollcall import RollCall
 from vqscale.topology import Topology
 
 log = logging.getLogger("vqscale")
@@ -38,10 +39,12 @@ class Watchdog:
         topology: Topology,
         progress: Callable[[], int],
         report: Callable[[str], None],
+        roll_call: RollCall,
     ):
         """Collective. seconds: > 0, without progress; start-up may take ten minutes more."""
         self._seconds, self._progress, self._report = seconds, progress, report
         self._log_file, self._rank = log_file, topology.rank
+        self._roll_call = roll_call
         self._file = open_to_append(log_file)  # faulthandler writes to it until `close`
         faulthandler.register(signal.SIGQUIT, self._file)
         here = _ranks_here(topology)
@@ -83,14 +86,17 @@ class Watchdog:
         if self._rank:  # rank 0 logs to the screen, but may be the one that hangs
             print(f"vqscale: error on rank {self._rank}: {reason}", file=sys.stderr, flush=True)
         self._report(reason)
+        self._roll_call.answer()
         time.sleep(_GRACE)
         if self._is_first():  # it alone: two dumps at a time would mix in one file
+            if missing := self._roll_call.tell_missing():
+                self._report(f"{reason}; {missing}")
             self._tell_others(signal.SIGCONT)  # a process that was stopped writes nothing
             self._tell_others(signal.SIGQUIT)
             time.sleep(_TICK)
             self._tell_others(signal.SIGKILL)
             os._exit(1)  # at once, before a step fails for want of them and says that instead
-        time.sleep(2 * _TICK)  # until the first one ends this one
+        time.sleep(3 * _TICK)  # until the first one ends this one
         os._exit(1)
 
     def _is_first(self) -> bool:

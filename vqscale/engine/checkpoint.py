@@ -17,14 +17,13 @@ import shutil
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -35,7 +34,7 @@ from torch.futures import Future
 
 from vqscale.engine.tensors import Tensors, total_bytes
 from vqscale.files import fsync, sha256_of
-from vqscale.topology import GROUP_TIMEOUT, Topology
+from vqscale.topology import ALONE, Topology, background_group
 
 log = logging.getLogger("vqscale")
 FORMAT = 1
@@ -115,7 +114,7 @@ class Checkpointer:
         self._topology = topology
         self._keep = keep
         # The save's collectives run beside training's: they need a group of their own.
-        self._group = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
+        self._group = background_group()
         self._in_flight: list[concurrent.futures.Future[Any]] = []  # of one save: written, and on rank 0 committed
         self._trial_over, self._discarded = threading.Event(), False
         self._committer = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="commit")
@@ -236,40 +235,29 @@ class Checkpoint:
     def images_seen(self) -> int:
         return self.state.images_seen
 
-    def load_into(self, tensors: Tensors, topology: Topology | None = None) -> None:
+    def load_into(self, tensors: Tensors, topology: Topology = ALONE) -> None:
         """Fill the tensors (plain or sharded) in place. Raises ValueError naming the first that does not fit.
 
         Several ranks give their topology, and call it together: headers and replicated tensors are read once for all.
         """
         self._check(tensors)
-        with torch.no_grad():
-            if topology is None or topology.world_size == 1:
-                self._fill(tensors, HuggingFaceStorageReader(str(self.folder)))
-            else:
-                self._fill_together(tensors, topology)
-
-    def _fill_together(self, tensors: Tensors, topology: Topology) -> None:
         plain = [name for name, tensor in tensors.items() if not isinstance(tensor, DTensor)]
-        replicated = sorted(plain, key=lambda name: (-total_bytes([tensors[name]]), name))  # equal shares for all ranks
-        owners = {name: number % topology.world_size for number, name in enumerate(replicated)}
+        plain.sort(key=lambda name: (-total_bytes([tensors[name]]), name))  # so that the ranks' shares are equal
+        owners = {name: number % topology.world_size for number, name in enumerate(plain)}
         mine = {name: one for name, one in tensors.items() if owners.get(name, topology.rank) == topology.rank}
-        reader, failure = _Reader(self.folder, _shared_headers(self.folder, topology)), ""
-        try:
-            self._fill(mine, reader)
-        except ValueError as error:
-            failure = str(error)
-        if failure := topology.first_text(failure):
-            raise ValueError(failure)
-        for name, owner in owners.items():
-            values = tensors[name].contiguous().clone()
-            topology.broadcast_(values.view(-1).view(torch.uint8), owner)
-            tensors[name].copy_(values)
+        headers = _shared_headers(self.folder, topology)
+        with torch.no_grad():
+            topology.on_each(partial(self._fill, mine, headers))
+            for name, owner in owners.items() if topology.world_size > 1 else ():
+                values = tensors[name].contiguous().clone()
+                topology.broadcast_(values.view(-1).view(torch.uint8), owner)
+                tensors[name].copy_(values)
 
     def read(self, prefix: str) -> Tensors:
         """All tensors whose names begin with `prefix`, whole, on the CPU, without the prefix."""
         tensors = {f"{prefix}{name}": torch.empty_like(one, device="cpu") for name, one in self.header(prefix).items()}
         if tensors:
-            self._fill(tensors, HuggingFaceStorageReader(str(self.folder)))
+            self._fill(tensors, _headers(self.folder))
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
     def header(self, prefix: str) -> Tensors:
@@ -280,7 +268,9 @@ class Checkpoint:
             if name.startswith(prefix)
         }
 
-    def _fill(self, tensors: Tensors, reader: HuggingFaceStorageReader) -> None:
+    def _fill(self, tensors: Tensors, headers: Metadata) -> None:
+        reader = HuggingFaceStorageReader(str(self.folder))
+        reader.read_metadata = lambda: headers  # type: ignore[method-assign]
         try:
             with warnings.catch_warnings():  # each rank reads for itself, on purpose
                 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
@@ -302,25 +292,13 @@ def _dtype_and_shape(tensor: Tensor) -> list[Any]:
     return [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
 
 
-class _Reader(HuggingFaceStorageReader):
-    """A reader that has been told what the files hold."""
-
-    def __init__(self, folder: Path, headers: Metadata):
-        super().__init__(str(folder))
-        self._headers = headers
-
-    def read_metadata(self) -> Metadata:
-        return self._headers
-
-
 def _shared_headers(folder: Path, topology: Topology) -> Metadata:
     """What all files hold; each rank opens a share of them. Raises ValueError on all ranks. Collective."""
-    names = topology.on_main(lambda: sorted(path.name for path in folder.glob("*.safetensors")))
-    parts = topology.gather(_headers(folder, names[topology.rank :: topology.world_size]))
-    if failures := [part for part in parts if isinstance(part, str)]:
-        raise ValueError(f"{folder} cannot be read: {failures[0]}")
-    whole = parts[0]
-    for part in parts[1:]:
+    names = topology.on_main(lambda: sorted(str(path) for path in folder.glob("*.safetensors")))
+    share = names[topology.rank :: topology.world_size]
+    whole: Any
+    whole, *parts = topology.on_each(lambda: _headers(folder, share))
+    for part in parts:
         whole.storage_data.update(part.storage_data)
         for name, other in part.state_dict_metadata.items():
             if (one := whole.state_dict_metadata.setdefault(name, other)) is not other:
@@ -329,31 +307,31 @@ def _shared_headers(folder: Path, topology: Topology) -> Metadata:
     return whole
 
 
-def _headers(folder: Path, names: list[str]) -> Metadata | str:
-    """What these files hold, or why they cannot be read."""
+def _headers(folder: Path, paths: list[str] | None = None) -> Metadata:
+    """What these files hold, or all. Raises ValueError."""
     reader = HuggingFaceStorageReader(str(folder))
-    reader.fs.ls = lambda _folder: [str(folder / name) for name in names]  # type: ignore[method-assign, assignment]
+    if paths is not None:
+        reader.fs.ls = lambda _folder: paths  # type: ignore[method-assign, assignment, return-value]
     try:
         return reader.read_metadata()
-    except Exception as error:
-        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    except Exception as error:  # safetensors has its own
+        raise ValueError(f"{folder} cannot be read: {' '.join(str(error).split())}") from None
 
 
-def find_latest(folder: Path, *, set_aside: bool = True, topology: Topology | None = None) -> Checkpoint | None:
+def find_latest(folder: Path, *, set_aside: bool = True, topology: Topology = ALONE) -> Checkpoint | None:
     """The newest checkpoint in `folder` that verifies. Damaged ones are named loudly and renamed to `damaged-…`,
     unless the folder is another run's (`set_aside=False`).
 
     With a topology it is collective: the ranks share the reading, and get the same answer.
     Raises ValueError when there are checkpoints and none of them verifies.
     """
-    on_main: Callable[[Callable[[], Any]], Any] = topology.on_main if topology else lambda action: action()
     damaged: list[Path] = []
-    for candidate in on_main(partial(_committed_folders, folder)):
+    for candidate in topology.on_main(partial(_committed_folders, folder)):
         if not (problem := verify(candidate, topology)):
-            return on_main(partial(Checkpoint, candidate))
-        on_main(partial(_set_aside, candidate, problem, set_aside))
+            return topology.on_main(partial(Checkpoint, candidate))
+        topology.on_main(partial(_set_aside, candidate, problem, set_aside))
         damaged.append(candidate)
-    on_main(partial(_refuse_if_damaged, folder, damaged))
+    topology.on_main(partial(_refuse_if_damaged, folder, damaged))
     return None
 
 
@@ -373,15 +351,12 @@ def _refuse_if_damaged(folder: Path, damaged: list[Path]) -> None:
         )
 
 
-def verify(folder: Path, topology: Topology | None = None) -> str:
+def verify(folder: Path, topology: Topology = ALONE) -> str:
     """What is wrong with a checkpoint folder, or "" if every file is as its manifest says.
 
     With a topology it is collective: each rank reads a share of the files, and all get the same answer.
     """
-    if topology is None:
-        files = _listed(folder)
-        return files if isinstance(files, str) else _first_damaged(folder, files)
-    files = topology.on_main(lambda: _listed(folder))
+    files = topology.on_main(partial(_listed, folder))
     if isinstance(files, str):
         return files
     share = dict(sorted(files.items())[topology.rank :: topology.world_size])

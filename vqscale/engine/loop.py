@@ -22,6 +22,7 @@ from vqscale.engine.checkpoint import Checkpoint, Checkpointer, CheckpointState,
 from vqscale.engine.ema import WeightEMA
 from vqscale.engine.metric_log import MetricLog, drop_lines_beyond
 from vqscale.engine.optim import learning_rate_at
+from vqscale.engine.pace import OwnWork
 from vqscale.engine.parallel import Engine, autocast
 from vqscale.engine.skipped import SkippedSteps
 from vqscale.engine.tensors import Tensors, first_not_finite
@@ -153,6 +154,7 @@ def fit(
         drop_lines_beyond(run.run_dir / "metrics.jsonl", seen)
     metrics = MetricLog(run.run_dir / "metrics.jsonl", topology, run.start_trackers(config.trackers, seen))
     agreement, clock, stop, save_later = Agreement(topology, [*loader.bad_kinds, _SAVE]), _Clock(), False, False
+    own_work = OwnWork(engine.module, topology, micro_batches=accumulation, compiled=config.compile)
     save_seconds, saved_at = 60 * config.save_minutes or math.inf, time.monotonic()
     batches = _on_device(iter(loader) if seen < config.total_images else iter(()), topology.device)
     run.at_exit.callback(batches.close)
@@ -182,7 +184,7 @@ def fit(
                 batch = next(batches)
             counts[:-1] += torch.bincount(batch["bad"].cpu(), minlength=len(counts))[1:]
             engine.begin_micro_batch(last=index == accumulation - 1)
-            with autocast(topology, config.precision):
+            with autocast(topology, config.precision), own_work.forward():
                 loss, values = step_fn(engine.model, batch)
             engine.backward(loss)
             losses.append((loss.detach(), batch["position"]))
@@ -209,7 +211,9 @@ def fit(
         saving = seen >= config.total_images or stop or (save_later and applied)  # else after the next applied step
         evaluating = _due(config.evaluate_every, seen, batch_size)
         if saving or evaluating or _due(config.log_every, seen, batch_size):
-            line = metrics.flush(seen, clock.steps, {"learning_rate": learning_rate, **compute.extend(clock.take())})
+            own_seconds = own_work.seconds_per_step(clock.data_wait_seconds)
+            figures = {"learning_rate": learning_rate, **compute.extend(clock.take())}
+            line = metrics.flush(seen, clock.steps, figures, own_seconds)
             bar.set_postfix(loss=f"{line['loss']:.4f}")
             run.write_status("running")
         try:
@@ -379,6 +383,11 @@ class _Clock:
     def count_step(self, images: int) -> None:
         self._images += images
         self.steps += 1
+
+    @property
+    def data_wait_seconds(self) -> float:
+        """Per step."""
+        return self._waited / max(1, self.steps)
 
     def take(self) -> dict[str, float]:
         seconds = time.perf_counter() - self._since

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vqscale.engine.pace import SlowestRank
 from vqscale.files import read_jsonl, write_atomically
 from vqscale.topology import Topology
 
@@ -21,7 +22,7 @@ log = logging.getLogger("vqscale")
 
 
 class MetricLog:
-    """Accumulates on every rank; rank 0 writes."""
+    """Accumulates on every rank; rank 0 writes. Made by all ranks together."""
 
     def __init__(self, path: Path, topology: Topology, track: Callable[[dict[str, float], int], None]):
         self.path = path
@@ -29,6 +30,7 @@ class MetricLog:
         self._track = track
         self._precision = torch.float64 if topology.device.type == "cpu" else torch.float32
         self._sums: dict[str, Tensor] = {}
+        self._slowest = SlowestRank(topology)
 
     def add(self, values: Mapping[str, Tensor], micro_batches: int = 1) -> None:
         """Add one step's values, or those of one of its `micro_batches`."""
@@ -38,12 +40,20 @@ class MetricLog:
             share = value.detach().to(**where) / micro_batches
             self._sums[name] = self._sums[name] + share if name in self._sums else share
 
-    def flush(self, images_seen: int, steps: int, host_values: Mapping[str, float]) -> dict[str, float]:
-        """Means over `steps` steps and all ranks, written with `host_values` (already global) as one line."""
-        names = sorted(self._sums)
-        sums = self._topology.all_reduce_(torch.stack([self._sums[name].reshape(()) for name in names]))
-        means = (sums / (self._topology.world_size * steps)).tolist()
-        line = {**dict(zip(names, means, strict=True)), **host_values}
+    def flush(
+        self, images_seen: int, steps: int, host_values: Mapping[str, float], own_seconds: float = 0.0
+    ) -> dict[str, float]:
+        """Means over `steps` steps and all ranks, written with `host_values` (already global) and the slowest rank as
+        one line. own_seconds: this rank's own work per step."""
+        names, ranks = sorted(self._sums), self._topology.world_size
+        values = torch.stack([self._sums[name].reshape(()) for name in names])
+        work = values.new_zeros(ranks)
+        work[self._topology.rank] = own_seconds
+        sums = self._topology.all_reduce_(torch.cat([values, work]))
+        sums[: len(names)] /= ranks * steps
+        means = sums.tolist()
+        slowest = self._slowest.compare(means[len(names) :])
+        line = {**dict(zip(names, means[: len(names)], strict=True)), **host_values, **slowest}
         self._sums = {}
         self.write(images_seen, line)
         return line
