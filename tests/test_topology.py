@@ -21,6 +21,7 @@ from vqscale.topology import (
     check_launcher,
     cores,
     keep_freed_memory,
+    record_flight,
     resolve_strategy,
     set_arithmetic,
     slower_than_asked,
@@ -396,7 +397,7 @@ def test_two_jobs_that_meet_on_one_port_do_not_mix() -> None:
 
 def test_nccl_remembers_its_last_collectives_unless_the_user_said_otherwise(tmp_path: Path) -> None:
     environment: dict[str, str] = {}
-    topology.record_flight(tmp_path, environment)
+    record_flight(tmp_path, environment)
     assert environment == {
         "TORCH_FR_BUFFER_SIZE": "2000",
         "TORCH_FR_DUMP_TEMP_FILE": f"{tmp_path}/log/nccl-",
@@ -404,5 +405,5 @@ def test_nccl_remembers_its_last_collectives_unless_the_user_said_otherwise(tmp_
     }
     mine = {"TORCH_NCCL_TRACE_BUFFER_SIZE": "0", "TORCH_FR_DUMP_TEMP_FILE": "/x", "TORCH_NCCL_DUMP_ON_TIMEOUT": "0"}
     asked = dict(mine)
-    topology.record_flight(tmp_path, asked)
+    record_flight(tmp_path, asked)
     assert asked == mine

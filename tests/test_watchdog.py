@@ -55,7 +55,8 @@ def test_ranks_that_stand_still_write_their_stacks_and_end(tmp_path: Path, how: 
         took = time.monotonic() - hanging
         assert took < SECONDS + 10, ranks.output()
         assert set(codes) <= {1, -signal.SIGKILL} and 1 in codes
-        assert f"no progress for {SECONDS} s: the stacks of all ranks are in" in ranks.output()
+        printed = ranks.output()
+        assert f"no progress for {SECONDS} s: the stacks of all ranks are in" in printed
     logs = [(tmp_path / "log" / f"{rank}.log").read_text() for rank in range(world)]
     assert all("most recent call first" in text for text in logs)
     assert "_fall_asleep_here" in logs[-1] or how == "stopped"
@@ -64,7 +65,7 @@ def test_ranks_that_stand_still_write_their_stacks_and_end(tmp_path: Path, how: 
     assert status["state"] == "failed" and status["reason"].startswith(f"no progress for {SECONDS} s")
     if world > 1:
         missing = f"the others wait for rank 1 on {socket.gethostname()}: "
-        assert missing in status["reason"] and missing in ranks.output()
+        assert missing in status["reason"] and missing in printed
     results = run_ranks(train, world, replace(settings(tmp_path), watchdog_seconds=600))
     consumed = sorted(p for r in results for p in r["consumed"])
     assert consumed == list(range(consumed[0], 160)) and 8 <= consumed[0] <= 40

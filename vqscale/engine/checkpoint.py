@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
@@ -115,6 +116,8 @@ class Checkpointer:
         self._keep = keep
         # The save's collectives run beside training's: they need a group of their own.
         self._group = background_group()
+        # A GPU's tensors are copied to pinned buffers, which stay from save to save: pinning takes longer than copying.
+        self._stager = BlockingAsyncStager(cache_staged_state_dict=True) if topology.device.type == "cuda" else None
         self._in_flight: list[concurrent.futures.Future[Any]] = []  # of one save: written, and on rank 0 committed
         self._trial_over, self._discarded = threading.Event(), False
         self._committer = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="commit")
@@ -133,7 +136,8 @@ class Checkpointer:
             return
         self._trial_over.clear()
         writer = HashingWriter(temporary)
-        written: Any = dcp.async_save(tensors, storage_writer=writer, process_group=self._group)  # type: ignore[arg-type]
+        staging = {"process_group": self._group, "async_stager": self._stager}
+        written: Any = dcp.async_save(tensors, storage_writer=writer, **staging)  # type: ignore[arg-type]
         self._in_flight = [written]
         if self._topology.is_main:
             text = json.dumps(state.to_json(tensors), indent=1) + "\n"  # now: training changes what `state` refers to
@@ -296,7 +300,6 @@ def _shared_headers(folder: Path, topology: Topology) -> Metadata:
     """What all files hold; each rank opens a share of them. Raises ValueError on all ranks. Collective."""
     names = topology.on_main(lambda: sorted(str(path) for path in folder.glob("*.safetensors")))
     share = names[topology.rank :: topology.world_size]
-    whole: Any
     whole, *parts = topology.on_each(lambda: _headers(folder, share))
     for part in parts:
         whole.storage_data.update(part.storage_data)
@@ -307,8 +310,8 @@ def _shared_headers(folder: Path, topology: Topology) -> Metadata:
     return whole
 
 
-def _headers(folder: Path, paths: list[str] | None = None) -> Metadata:
-    """What these files hold, or all. Raises ValueError."""
+def _headers(folder: Path, paths: list[str] | None = None) -> Any:
+    """The Metadata of these files, or of all. Raises ValueError."""
     reader = HuggingFaceStorageReader(str(folder))
     if paths is not None:
         reader.fs.ls = lambda _folder: paths  # type: ignore[method-assign, assignment, return-value]
