@@ -2,10 +2,13 @@
 
     python benchmarks/checkpoint.py [--json FILE] [--quick] [--minutes M] [--folder DIR]
 
-In: nothing. Out, with --json {"blocked": …, "slowed": …, "blocked_steps": …}, each {"value", "goal", "limit"}:
+In: nothing. Out, with --json {"blocked": …, "slowed": …, "blocked_steps": …, "shared": …}, rows of {"value", "goal",
+"limit"}:
 `blocked` is the time until save() returns and training may go on, over the time of a save that is waited for (written,
 hashed, fsynced, renamed); `slowed` adds what the steps beside the writing lose, over the same. Rounds of plain steps,
 steps beside a save, and a synchronous save take turns. The state is a prior's: weights, both moments, EMA.
+`shared` is what 8 ranks gain by sharing the work of a save and of a resume (shared_saves.py); ranks beyond the cores of
+this machine gain no time, but each of them hashes and reads less.
 """
 
 import shutil
@@ -17,6 +20,7 @@ from typing import Any
 
 import torch.distributed as dist
 from measure import ALONE, Row, arguments, at_most, finish, median, timed
+from shared_saves import measure_shared
 from torch import Tensor
 from train_step import Trainer, Way
 
@@ -80,11 +84,14 @@ def measure(saves: Saves, minutes: float) -> dict[str, Row]:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = arguments(__doc__, minutes=3)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="the disk to write to")
+    parser.add_argument("--port", type=int, default=29_561)
     args = parser.parse_args(argv)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     folder = Path(tempfile.mkdtemp(prefix="checkpoint-", dir=args.folder))
     try:
-        rows = measure(Saves(folder, args.quick), args.minutes)
+        rows: dict[str, Any] = dict(measure(Saves(folder, args.quick), args.minutes))
+        megabytes, seconds = (8, 1) if args.quick else (400, 20 * args.minutes)
+        rows["shared"] = measure_shared(folder / "shared", args.port, megabytes, seconds)
     finally:
         shutil.rmtree(folder)
         dist.destroy_process_group()

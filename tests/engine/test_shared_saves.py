@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from support.distributed import run_ranks
+from support.file_calls import counted
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -212,3 +214,60 @@ def test_files_that_the_first_rank_does_not_see_make_no_checkpoint(tmp_path: Pat
     for told in run_ranks(_save_where_a_file_is_not_seen, 2, str(folder)):
         assert "shard-00002" in told and "do all nodes see the same folder?" in told
     assert not list(folder.glob("0*"))
+
+
+RANKS = 1024
+
+
+class OneOfMany(Topology):
+    """A rank of a job of which only this process exists: what rank 0 did before, the others are told."""
+
+    told: list[Any] = []
+
+    def on_main(self, action: Any) -> Any:
+        if self.rank == 0:
+            self.told.append(action())
+            return self.told[-1]
+        self.told.append(self.told.pop(0))  # as often as it is asked
+        return self.told[-1]
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+    def on_each(self, action: Any) -> list[Any]:
+        return [action()]
+
+
+def one_of_many(rank: int) -> Any:
+    return OneOfMany(rank, RANKS, rank % 8, 8, RANKS // 8, "fsdp", torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def of_many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of 1,024 ranks, each with rows of one tensor."""
+    folder = tmp_path_factory.mktemp("many") / f"{8:012d}"
+    folder.mkdir()
+    for rank in range(RANKS):
+        where = json.dumps({"sharded": {"saved_offsets": [rank, 0]}})
+        path = folder / f"shard-{rank + 1:05d}-model-00001-of-00001.safetensors"
+        save_file({"sharded": torch.full((1, 4), float(rank))}, path, {"DCP_SHARDING_INFO": where})
+    state = CheckpointState(8, data={}).to_json({"sharded": torch.empty(RANKS, 4)})
+    (folder / "state.json").write_text(json.dumps(state))
+    files = {path.name: checkpoints._entry(path) for path in folder.iterdir()}
+    (folder / "manifest.json").write_text(json.dumps({"files": files}))
+    return folder.parent
+
+
+def test_a_resume_of_a_thousand_ranks_takes_few_calls_of_each(of_many: Path) -> None:
+    total = sum(path.stat().st_size for path in of_many.rglob("*") if path.is_file())
+    for rank in (0, 1, RANKS - 1):
+        hashed = hashed_files()
+        with counted(of_many) as calls:
+            topology = one_of_many(rank)
+            latest = checkpoints.find_latest(of_many, topology=topology)
+            assert latest is not None
+            headers = checkpoints._shared_headers(latest.folder, topology)
+        assert len(headers.storage_data) == 1
+        assert sum((latest.folder / name).stat().st_size for name in hashed) < 0.01 * total
+        assert calls.of("open") <= 6 and calls.of("list") <= 3 * (rank == 0), calls.by_kind()
+        assert calls.total <= 20, calls.by_kind()
