@@ -19,6 +19,7 @@ BASE = {
     "topology",
     "lock",
     "memory",
+    "rollcall",
     "watchdog",
     "versions",
     "runtime",
@@ -46,7 +47,8 @@ MAY_IMPORT |= {
     "memory": {"config", "topology"},
     "lock": {"files", "text", "rundir"},
     "versions": set(),
-    "watchdog": {"topology", "files"},
+    "rollcall": {"topology"},
+    "watchdog": {"topology", "files", "rollcall"},
 }
 MAY_IMPORT |= {"runtime": BASE - {"seeding"}}
 MAY_IMPORT |= {"cli": BASE | {"stages"}, "__main__": {"cli"}, "__init__": {"api"}}

@@ -262,8 +262,8 @@ def bring_up(config: StageConfig) -> Topology:
     on_gpu = device.type == "cuda"
     if on_gpu:
         record_flight(Path(config.run_dir), os.environ)
-    store = _store(config.run_dir)
     with _said_if_slow(world, rank):
+        store = _store(config.run_dir)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
             timeout=GROUP_TIMEOUT,
