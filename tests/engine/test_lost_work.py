@@ -166,8 +166,8 @@ def test_a_checkpoint_that_holds_nan_is_refused_by_name(tmp_path: Path) -> None:
 def _load_nan(settings: TinyConfig) -> str:
     real = loop.Checkpoint.load_into
 
-    def load_into(self: Any, tensors: dict[str, torch.Tensor]) -> None:
-        real(self, tensors)
+    def load_into(self: Any, tensors: dict[str, torch.Tensor], *topology: Any) -> None:
+        real(self, tensors, *topology)
         tensors["model.head.bias"][0] = math.nan
 
     loop.Checkpoint.load_into = load_into  # type: ignore[method-assign]
