@@ -47,9 +47,7 @@ def level_seconds(case: Case, prior: Any, weights: Any, batch: int, graphs: bool
     temperatures = torch.ones(width, dtype=torch.float64, device=device)
     uniforms = torch.rand(width, batch, dtype=torch.float64, device=device)
     state = weights.state(batch)
-    sampler = RowSampler(state, AS_IT_IS)
-    if not graphs:
-        sampler._captures = False
+    sampler = RowSampler(state, AS_IT_IS._replace(graphs=graphs))
     state.codes.random_(K)
     start = timed(lambda: state.reset(label, upper))
     rows = evenly(height, 4 if graphs else 2)

@@ -312,3 +312,25 @@ def test_the_layout_of_other_devices_draws_the_same(kind, options, grid, monkeyp
 def test_attention_reads_all_rows_above_and_has_few_lengths(height):
     read = [causal.attended_rows(row, height) for row in range(height)]
     assert all(row <= n < height or n == row == 0 for row, n in enumerate(read)) and len(set(read)) <= 5
+
+
+def test_what_cannot_be_captured_is_told_once_and_drawn_eagerly(monkeypatch, caplog):
+    model, (label, above, ids) = build((3, 4)), inputs(3, [])
+    expected = sample_codes(model, label, above, seed=2, sample_ids=ids)
+
+    def refuse(self: Any) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(sampling.RowSampler, "_capture", refuse)
+    init = sampling.RowSampler.__init__
+
+    def on_a_gpu(self: Any, state: Any, options: Any) -> None:
+        init(self, state, options)
+        self._captures = options.graphs
+
+    monkeypatch.setattr(sampling.RowSampler, "__init__", on_a_gpu)
+    assert torch.equal(sample_codes(model, label, above, seed=2, sample_ids=ids, graphs=False), expected)
+    assert not caplog.records
+    assert torch.equal(sample_codes(model, label, above, seed=2, sample_ids=ids), expected)
+    (record,) = caplog.records
+    assert record.getMessage().endswith("which is slower: operation not permitted when stream is capturing")

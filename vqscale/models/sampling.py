@@ -26,12 +26,14 @@ _WARM_UPS = 3  # rows that run eagerly before a graph is captured, as libraries 
 
 
 class Options(NamedTuple):
-    """How codes are chosen from logits. heat: the temperature of all codes if it is 0 or 1, else None."""
+    """How codes are chosen from logits. heat: the temperature of all codes if it is 0 or 1, else None. graphs: a GPU
+    replays rows."""
 
     heat: float | None
     top_k: int
     top_p: float
     guidance: float
+    graphs: bool = True
 
 
 class State(Protocol):
@@ -104,7 +106,7 @@ class RowSampler:
         self._uniforms = torch.zeros(self._width, self._batch, dtype=torch.float64, device=device)
         self._temperatures = torch.zeros(self._width, dtype=torch.float64, device=device)
         self._graphs: dict[tuple[int, ...], tuple[Any, Tensor]] = {}  # with the last logits, which each leaves behind
-        self._captures = device.type == "cuda" and not isinstance(state, Reference)
+        self._captures = options.graphs and device.type == "cuda" and not isinstance(state, Reference)
 
     def draw(self, row: int, uniforms: Float[Tensor, "w b"], temperatures: Float[Tensor, " w"]) -> None:
         """Choose the codes of a row, given those of the rows above.
@@ -121,7 +123,7 @@ class RowSampler:
 
     def _choose(self) -> Float[Tensor, "b k"]:
         """Fill `state.row`. Returns the last column's logits. To do it twice changes nothing."""
-        heat, top_k, top_p, guidance = self._options
+        heat, top_k, top_p, guidance, _ = self._options
         for column in range(self._width):
             logits = self._state.next_logits(column)
             if guidance:
@@ -174,6 +176,7 @@ def sample_codes(
     cached: bool = True,
     dtype: torch.dtype | None = None,
     weights: Weights | None = None,
+    graphs: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> Int[Tensor, "b h w"]:
     """Codes drawn from the prior, on its device.
@@ -185,6 +188,7 @@ def sample_codes(
     unconditional (Ho and Salimans 2022, equation 6, on logits), at twice the cost; needs a prior trained with
     class_dropout. cached=False runs a full forward per code. dtype: of cached arithmetic; default that of the weights.
     weights: of this prior, from `sampling_weights`; saves their rearranging, and memory and graphs are used again.
+    graphs=False: a GPU runs every row kernel by kernel, which is slower and draws the same.
     progress(rows done, rows) is called after each row.
 
     Raises ValueError for labels, ids, codes above or options that do not fit.
@@ -203,7 +207,7 @@ def sample_codes(
     else:
         state = Reference(prior, len(label), weight.device)
     heat = temperature if temperature == end and temperature in (0, 1) else None
-    options = Options(heat, top_k, top_p, guidance)
+    options = Options(heat, top_k, top_p, guidance, graphs)
     if options not in state.samplers:
         state.samplers[options] = RowSampler(state, options)
     temperatures = torch.linspace(temperature, end, height * width, dtype=torch.float64).view(height, width)

@@ -67,6 +67,7 @@ class SampleConfig(StageConfig):
     top_p: dict[str, PositiveFraction] = field(default_factory=dict)  # among the likeliest of this mass; 1 = all
     guidance: dict[str, NonNegativeFloat] = field(default_factory=dict)  # classifier-free guidance weight; 0 = off
     precision: Annotated[str, Choice("fp32", "bf16")] = "fp32"  # of the priors; decoding is in fp32
+    graphs: bool = True  # a GPU replays each row of codes as a CUDA graph; false = kernel by kernel, for debugging
     batch: PositiveInt = 32  # samples drawn at a time, one block of consecutive ids
     blocks_per_shard: PositiveInt = 8  # blocks in one shard
     grid_columns: PositiveInt = 10  # samples per class in grid.png
@@ -261,6 +262,7 @@ def draw(
                 seed=config.seed,
                 sample_ids=sample_ids,
                 weights=chain.weights[level],
+                graphs=config.graphs,
                 progress=lambda done, rows: between(),
                 **options,
             )
