@@ -1,3 +1,4 @@
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -6,6 +7,7 @@ import pytest
 import torch
 from support.distributed import run_ranks
 from support.training import WIDTH, MemoryLoader, TinyConfig, TinyModel, losses, sample, train, whole
+from torch import Tensor, nn
 
 from vqscale.config import StageConfig
 from vqscale.engine.parallel import TorchEngine, assert_same_everywhere, autocast, compile_units, make_engine
@@ -243,3 +245,43 @@ def test_the_memory_loader_of_these_tests_keeps_the_rules() -> None:
         batches = iter(MemoryLoader(8, 2, rank, 2, 0, set()))
         seen += [p for _ in range(4) for p in next(batches)["position"].tolist()]
     assert sorted(seen) == list(range(16))
+
+
+class Convolutions(nn.Module):
+    """Kernels of 3x3 and of 1x1, as a residual block has them, and one of a single channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spatial = nn.Conv2d(3, 8, 3, padding=1)
+        self.pointwise = nn.Conv2d(8, 4, 1)
+        self.single = nn.Conv2d(4, 1, 3)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.single(torch.relu(self.pointwise(torch.relu(self.spatial(image)))))
+
+
+def _ddp_warnings(channels_last: bool) -> list[str]:
+    """What two DDP steps warn of."""
+    topology = bring_up(StageConfig(strategy="ddp", device="cpu", threads=1))
+    torch.manual_seed(0)
+    engine = TorchEngine(Convolutions(), topology, precision="fp32", accumulation=1, optimizer=OPTIMIZER)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    image = torch.randn(2, 3, 8, 8).to(memory_format=layout)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            engine.begin_micro_batch(last=True)
+            with autocast(topology, "bf16"):
+                loss = engine.model(image).square().mean()
+            engine.backward(loss)
+            engine.step(1e-2, 1.0)
+    take_down(orderly=True)
+    assert all(p.is_contiguous() for p in engine.module.parameters())
+    return [str(warning.message) for warning in caught]
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_ddp_takes_gradients_as_they_are(channels_last: bool) -> None:
+    """It warns of a copy where a gradient's strides are not its bucket's, those of dimensions of size 1 included."""
+    for warned in run_ranks(_ddp_warnings, 2, channels_last):
+        assert [line for line in warned if "strides" in line] == []

@@ -10,6 +10,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -173,10 +174,19 @@ def _distribute(module: nn.Module, topology: Topology, precision: str, initialis
     materialise(module, topology, initialise)
     if topology.strategy != "ddp":
         return module
+    for parameter in module.parameters():
+        if 1 in parameter.shape:
+            parameter.register_hook(partial(_with_strides, parameter.stride()))
     on_gpu = [topology.local_rank] if topology.device.type == "cuda" else None
     with warnings.catch_warnings():  # its successor does not exist in every torch that we support
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         return DistributedDataParallel(module, device_ids=on_gpu, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def _with_strides(strides: tuple[int, ...], gradient: Tensor) -> Tensor:
+    """A view of the gradient. DDP compares even the strides of dimensions of size 1, such as a 1x1 kernel's in
+    channels_last, and warns of a slow copy where they differ."""
+    return gradient.as_strided(gradient.shape, strides) if gradient.is_contiguous() else gradient
 
 
 def _shard(module: Any, topology: Topology, precision: str) -> None:

@@ -30,9 +30,9 @@ _POOL = 256  # vectors of the global batch that a step draws from, and the most 
 def search_rows(num_codes: int, device: torch.device) -> int:
     """How many vectors are compared with all K codes at once, so that the block of distances stays bounded.
 
-    About 2^20 elements on a CPU, to stay in its cache, and 2^25 elsewhere.
+    It stays in the cache: 2^20 elements on a CPU; on a GPU 2^23, 32 MiB of the 40 (A100) or 50 (H100) of its L2.
     """
-    return max(1, 2 ** (20 if device.type == "cpu" else 25) // num_codes)
+    return max(1, 2 ** (20 if device.type == "cpu" else 23) // num_codes)
 
 
 @torch.compiler.disable
@@ -75,7 +75,10 @@ def weighted_order(weights: Float[Tensor, " n"], key: int) -> Int[Tensor, " n"]:
     The smallest exponential / weight are such a draw: Efraimidis & Spirakis 2006.
     """
     waits = -np.log1p(-uniform_array(key, np.arange(len(weights), dtype=np.uint64)))
-    return (torch.from_numpy(waits).to(weights) / weights).argsort()
+    # Pinned, so that the copy does not wait for the GPU
+    on_host = torch.empty(len(weights), dtype=weights.dtype, device="cpu", pin_memory=weights.is_cuda)
+    on_host.copy_(torch.from_numpy(waits))
+    return (on_host.to(weights.device, non_blocking=True) / weights).argsort()
 
 
 # --- a codebook from data ---------------------------------------------------------------------------------------------
