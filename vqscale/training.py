@@ -73,6 +73,7 @@ def train(
         pin_memory=topology.device.type == "cuda",
         bad_path=run.run_dir / "bad.jsonl",
         cache=Cache.of(config),
+        gather=topology.gather,
     )
     with torch.device("cpu" if prepare else "meta"):
         model: Any = build(description)

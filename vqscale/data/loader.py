@@ -7,7 +7,6 @@ Ranks, workers, accumulation and restarts do not change what is in a global batc
 
 import json
 import logging
-import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
@@ -21,9 +20,10 @@ from torch.utils.data import Dataset, get_worker_info
 
 from vqscale.batch import Batch
 from vqscale.config import local_batching
-from vqscale.data.cache import Cache, RemoteTar
+from vqscale.data.cache import Cache
 from vqscale.data.order import NAME, ShuffleOrder
 from vqscale.data.parts import BAD_KINDS, DECODE, PartReader, RawSample
+from vqscale.data.shardcheck import ShardCheck
 from vqscale.data.shards import Manifest
 from vqscale.data.workers import run_workers
 from vqscale.seeding import key_of, mix
@@ -210,10 +210,13 @@ class Loader:
     bad_path: Path | None
     workers: int
     pin_memory: bool
+    check: ShardCheck | None = None
     bad_kinds: ClassVar[tuple[str, ...]] = BAD_KINDS
 
     def __iter__(self) -> Generator[Batch, None, None]:
-        return self.dataset.batches(self.positions(), self.bad_path, self.workers, self.pin_memory)
+        batches = self.dataset.batches(self.positions(), self.bad_path, self.workers, self.pin_memory)
+        with closing(batches):
+            yield from self.check.beside(batches) if self.check else batches
 
     def positions(self) -> Iterator[range]:
         """Endless: those of each micro-batch of this rank."""
@@ -285,12 +288,14 @@ def build_loader(
     max_bad_fraction: float = 0.001,
     bad_path: Path | None = None,
     cache: Cache | None = None,
+    gather: Callable[[Any], list[Any]] | None = None,
 ) -> Loader:
     """The training batches of one rank.
 
     read: decodes one sample (see `Read`). shuffle_window: shards shuffled together, 0 = stored order.
     max_bad_fraction: share of an epoch's samples that may be bad; 0 = none, else at least one per epoch. bad_path: a
-    JSONL file that lists the bad ones. cache: where remote shards are kept.
+    JSONL file that lists the bad ones. cache: where remote shards are kept. gather: one value per rank on every rank, a
+    collective; with it the ranks share the check of the shards, and an error of one is raised on all.
 
     Raises ValueError before the first batch when global_batch does not fit the ranks, when the shards have already
     lost more than allowed, or when `state` belongs to other data.
@@ -301,38 +306,18 @@ def build_loader(
     loader = Loader(dataset, start, rank, global_batch, *batching, max_bad_fraction, bad_path, workers, pin_memory)
     if state is not None:
         loader.load_state_dict(state)
-    check_shards(dataset, max_bad_fraction)
+    loader.check = ShardCheck(
+        dataset.folder,
+        dataset.files,
+        dataset.order,
+        position=loader.state.consumed_samples,
+        allowed=allowed_bad(len(dataset), max_bad_fraction),
+        share=(rank, world_size) if gather else (0, 1),
+        gather=gather or (lambda problems: [problems]),
+    )
     return loader
 
 
 def allowed_bad(num_samples: int, max_bad_fraction: float) -> float:
     """How many samples of an epoch may be bad: the fraction, but at least one unless the fraction is 0."""
     return max(max_bad_fraction * num_samples, 1.0) if max_bad_fraction else 0.0
-
-
-def check_shards(dataset: TarDataset, max_bad_fraction: float) -> None:
-    """Raises FileNotFoundError or ValueError when shards are missing, foreign, or cut short beyond the budget.
-
-    Remote ones are checked when they are fetched, against their sha256.
-    """
-    lost = 0
-    for number, (path, shard) in enumerate(zip(dataset.files.tars, dataset.manifest.shards, strict=True)):
-        if isinstance(path, RemoteTar):
-            continue
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"shard {path} is missing; {dataset.folder} lists it with {shard.num_samples} samples"
-            )
-        if (size := os.stat(path).st_size) == shard.bytes:
-            continue
-        if size > shard.bytes:
-            raise ValueError(f"shard {path} has {size} bytes, not the {shard.bytes} that were indexed: another file")
-        index = dataset.files.index(number)
-        ends = [np.where(index.offset[n] < 0, 0, index.offset[n] + index.size[n]) for n in index.part_names]
-        lost += int(np.count_nonzero(np.max(ends, axis=0) > size))
-        if lost > allowed_bad(len(dataset), max_bad_fraction) or not max_bad_fraction:
-            raise ValueError(
-                f"shard {path} is cut short: {size} of {shard.bytes} bytes; {lost} samples are lost so far, more than "
-                f"max_bad_fraction={max_bad_fraction} of {len(dataset)} allows"
-            )
-        log.warning("shard %s is cut short (%d of %d bytes); lost samples will be replaced", path, size, shard.bytes)

@@ -92,6 +92,13 @@ class ShuffleOrder:
         width = self.window or 1
         return number * count + window, self._epoch(number).shards[window * width : (window + 1) * width]
 
+    def shards_from(self, position: int) -> Int[np.ndarray, "shards"]:
+        """Every shard, in the order in which this position's epoch reads them from its window on, and then before."""
+        number, offset = divmod(position, self.num_samples)
+        epoch = self._epoch(number)
+        window = int(np.searchsorted(epoch.window_starts, offset, side="right")) - 1
+        return np.roll(epoch.shards, -window * (self.window or 1))
+
     def _locate_in(self, number: int, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         epoch = self._epoch(number)
         if self.window:

@@ -100,9 +100,10 @@ class ShardIndex:
     @classmethod
     def load(cls, path: str | Path) -> "ShardIndex":
         """Read an index file. Raises FileNotFoundError, or ValueError when it is damaged."""
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"{path}: this shard's index is missing")
-        data = Path(path).read_bytes()
+        try:
+            data = Path(path).read_bytes()
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{path}: this shard's index is missing") from None
         try:
             table = safetensors.numpy.load(data)
             header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])

@@ -69,9 +69,14 @@ class ShardTable(Sequence[ShardInfo]):
 
     @classmethod
     def of_rows(cls, rows: np.ndarray, names: Sequence[str], indexes: Sequence[str] = ()) -> "ShardTable":
-        """The columns of `rows`, as `survey` returns them, with the names of tars and indexes (none: "" for all)."""
-        columns = {field: np.ascontiguousarray(rows[field]) for field in _ROW.names or ()}
-        texts = {field: _store(list(values), field, columns) for field, values in (("name", names), ("index", indexes))}
+        """The columns of `rows`, as `survey` returns them, with the names of tars and indexes (none: "" for all).
+
+        Shards that are not there are left out.
+        """
+        whole = np.flatnonzero(rows["num_samples"] >= 0).tolist()
+        columns = {field: rows[field][whole] for field in _ROW.names or ()}
+        columns_of_texts = {"name": [names[n] for n in whole], "index": [indexes[n] for n in whole] if indexes else []}
+        texts = {field: _store(values, field, columns) for field, values in columns_of_texts.items()}
         return cls(safetensors_bytes(columns, {"texts": json.dumps(texts)}))
 
     @classmethod
@@ -122,11 +127,6 @@ class ShardTable(Sequence[ShardInfo]):
         sizes = int(self._columns["num_samples"][n]), int(self._columns["bytes"][n])
         sha256, index_sha256 = (_hexadecimal(self._columns[field][n]) for field in ("sha256", "index_sha256"))
         return ShardInfo(self.name(n), *sizes, sha256, self._index(n), index_sha256)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, ShardTable) and bytes(self.data) == bytes(other.data)
-
-    __hash__ = None  # type: ignore[assignment]
 
 
 def remove_tables(folder: Path, keep: str = "") -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
 
+import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -21,10 +22,12 @@ from vqscale.data.images import ImageReader, to_float
 from vqscale.data.loader import allowed_bad
 from vqscale.data.sequential import read_runs
 from vqscale.data.shards import MANIFEST, Manifest, ShardIndex, ShardInfo, ShardWriter, resolve, shard_info
+from vqscale.data.shardtable import ShardTable, survey
 from vqscale.fields import Choice, Fraction, NonNegativeInt, PathText, PositiveInt
 from vqscale.files import read_json
 from vqscale.models.codebook import perplexity
 from vqscale.sources import Source, load_model
+from vqscale.topology import Topology
 
 
 @dataclass(frozen=True)
@@ -86,26 +89,32 @@ def _load_manifest(folder: Path) -> Manifest | None:
     return manifest if "usage" in manifest.extra else None
 
 
-def _finished_shards(out: Path, names: Sequence[str]) -> list[ShardInfo | None]:
-    """The code shards of an earlier run; None for one that is missing, or not what dataset.json says it is."""
+def _finished_shards(topology: Topology, out: Path, names: Sequence[str]) -> np.ndarray:
+    """The code shards of an earlier run, as `survey` has them: none where one is missing, or not what dataset.json says
+    it is. Collective."""
     manifest = _load_manifest(out)
-    recorded = {shard.name: shard.index_sha256 for shard in manifest.shards} if manifest else {}
-    infos = [shard_info(out / name) for name in names]
-    return [info if info and recorded.get(info.name, "") in ("", info.index_sha256) else None for info in infos]
+    recorded = manifest.shards if manifest and len(manifest.shards) == len(names) else None
+
+    def look(n: int) -> ShardInfo | None:
+        info = shard_info(out / names[n])
+        known = recorded[n].index_sha256 if recorded else ""
+        return info if info and known in ("", info.index_sha256) else None
+
+    return survey(topology, len(names), look)
 
 
 def _extract_split(config: ExtractCodesConfig, run: runtime.Run, source: Source, split: str, images: Manifest) -> bool:
     """Make what is missing of a split. Returns whether anything was."""
     folder, out, topology = resolve(config.data, split), run.run_dir / split, run.topology
     names = images.names_of_results()
-    finished = _finished_shards(out, names)
-    if None not in finished and _load_manifest(out) is not None:
+    rows = _finished_shards(topology, out, names)
+    finished = rows["num_samples"] >= 0
+    if finished.all() and _load_manifest(out) is not None:
         return False
     if topology.is_main:
         out.mkdir(parents=True, exist_ok=True)
-    topology.barrier()  # all ranks listed the same shards before any of them writes one
-    unfinished = [n for n, info in enumerate(finished) if info is None]
-    numbers = unfinished[topology.rank :: topology.world_size]
+    topology.barrier()
+    numbers = np.flatnonzero(~finished)[topology.rank :: topology.world_size].tolist()
     # One loader for all shards: its workers read on into the next one while this one is written.
     blocks = read_runs(
         folder,
@@ -117,8 +126,9 @@ def _extract_split(config: ExtractCodesConfig, run: runtime.Run, source: Source,
         cache=Cache.of(config),
         pin_memory=topology.device.type == "cuda",
     )
-    bad = sum(shard.num_samples - info.num_samples for shard, info in zip(images.shards, finished, strict=True) if info)
-    total = sum(images.shards[n].num_samples for n in numbers)
+    sizes = np.asarray(images.column("num_samples"), np.int64)
+    bad = int((sizes - rows["num_samples"])[finished].sum())
+    total = int(sizes[numbers].sum())
     bar = tqdm(total=total, unit="img", disable=not topology.is_main, desc=split)
 
     def write(encoded: Iterator[_Block]) -> None:
@@ -137,8 +147,8 @@ def _extract_split(config: ExtractCodesConfig, run: runtime.Run, source: Source,
     with run.stoppable(), bar, closing(iter(blocks)) as batches:
         use_beside(_encoded(config, source, batches, run), write, _WAITING)
     topology.barrier()
-    shards = [info for info in _finished_shards(out, names) if info]
-    bad = images.num_samples - sum(info.num_samples for info in shards)
+    shards = ShardTable.of_rows(_finished_shards(topology, out, names), names)
+    bad = images.num_samples - int(shards.column("num_samples").sum())
     _check_budget(config, bad, images.num_samples)
     if bad:
         where = run.run_dir / "bad.jsonl"
@@ -211,7 +221,7 @@ def _samples(
 
 
 def _write_manifest(
-    config: ExtractCodesConfig, run: runtime.Run, source: Source, out: Path, images: Manifest, shards: list[ShardInfo]
+    config: ExtractCodesConfig, run: runtime.Run, source: Source, out: Path, images: Manifest, shards: ShardTable
 ) -> None:
     """Count the codes of all shards, shared among the ranks, and write dataset.json, the last file of the data set."""
     topology, model = run.topology, source.model
@@ -223,7 +233,7 @@ def _write_manifest(
         "levels": levels,
         "views": 2 if config.flips else 1,
         "source": images.fingerprint,
-        "bad_images": images.num_samples - sum(shard.num_samples for shard in shards),
+        "bad_images": images.num_samples - int(shards.column("num_samples").sum()),
         "resolution": source.description["resolution"],
     }
     manifest = Manifest.of("codes", shards, images.classes, images.transform, extra)

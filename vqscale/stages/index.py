@@ -8,7 +8,7 @@ every byte is read again and compared; then `source` may also be a data set, whi
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -21,12 +21,14 @@ from vqscale.data.images import SUFFIXES
 from vqscale.data.processes import run_jobs
 from vqscale.data.remote import is_url
 from vqscale.data.shards import INDEX_SUFFIX, MANIFEST, Manifest, ShardIndex, ShardInfo, resolve
+from vqscale.data.shardtable import ShardTable, survey
 from vqscale.data.specs import expand_spec
 from vqscale.data.tarindex import index_tar
 from vqscale.data.verify import verify_shard
 from vqscale.fields import Choice, NonNegativeInt, PathText
 from vqscale.files import prepare_folder, sha256_of
 from vqscale.text import redact_url
+from vqscale.topology import Topology
 
 log = logging.getLogger("vqscale")
 _MAX_UNNAMED_CLASSES = 100_000  # without class names, a larger label is a mistake
@@ -71,17 +73,23 @@ def main(config: IndexConfig) -> None:
     tars = _tars(config)
     classes = Manifest.load(resolve(config.classes_from)).classes if config.classes_from else ()
     with runtime.run(config, stage="index") as run:
-        if run.topology.is_main:
-            _clean(run.run_dir, tars)
+        for split in tars:
+            if run.topology.is_main:
+                prepare_folder(run.run_dir / split)
+            run.topology.barrier()
+            _remove_damaged(run.run_dir / split, run.topology)
         run.topology.barrier()
-        jobs = {split: _jobs(config, run.run_dir / split, paths, len(classes)) for split, paths in tars.items()}
+        jobs = _Jobs(config, run.run_dir, tars, len(classes))
         with run.stoppable():
-            _work(config, [job for split in jobs.values() for job in split], run)
+            _work(config, jobs, run)
+        contents = _Contents()
+        rows = survey(run.topology, len(jobs), lambda n: contents.look(n, jobs[n]))
+        everywhere = run.topology.gather(contents)
         if run.topology.is_main:
-            _finish(config, jobs, classes, run.run_dir)
+            _finish(config, jobs, rows, everywhere, classes)
         run.topology.barrier()
         if config.verify:
-            _verify(config, [run.run_dir / split for split in jobs], run)
+            _verify(config, [run.run_dir / split for split in tars], run)
 
 
 def _tars(config: IndexConfig) -> dict[str, list[str]]:
@@ -105,18 +113,22 @@ def _data_sets(folder: Path) -> list[Path]:
     return [f for f in (folder, folder / "train", folder / "holdout") if (f / MANIFEST).is_file()]
 
 
-def _clean(run_dir: Path, tars: dict[str, list[str]]) -> None:
-    for split in tars:
-        prepare_folder(run_dir / split)
-        _remove_damaged(run_dir / split)
+class _Jobs(Sequence[_Job]):
+    """One per tar, those of all splits; each is made when it is asked for."""
 
+    def __init__(self, config: IndexConfig, run_dir: Path, tars: dict[str, list[str]], num_classes: int):
+        self.tars, self.run_dir = tars, run_dir
+        self._rest = (num_classes or _MAX_UNNAMED_CLASSES, config.labels, config.allow_pipe)
 
-def _jobs(config: IndexConfig, folder: Path, tars: Sequence[str], num_classes: int) -> list[_Job]:
-    limit = num_classes or _MAX_UNNAMED_CLASSES
-    return [
-        _Job(tar, folder / f"{n:06d}{INDEX_SUFFIX}", limit, config.labels, config.allow_pipe)
-        for n, tar in enumerate(tars)
-    ]
+    def __len__(self) -> int:
+        return sum(len(tars) for tars in self.tars.values())
+
+    def __getitem__(self, number: Any) -> Any:
+        for split, tars in self.tars.items():
+            if number < len(tars):
+                return _Job(tars[number], self.run_dir / split / f"{number:06d}{INDEX_SUFFIX}", *self._rest)
+            number -= len(tars)
+        raise IndexError(number)
 
 
 def index_one(job: _Job) -> None:
@@ -125,7 +137,7 @@ def index_one(job: _Job) -> None:
     rows.save(job.index, info)
 
 
-def _finished(job: _Job) -> ShardInfo | None:
+def _finished(job: _Job) -> ShardIndex | None:
     """The result of an earlier run, if it is whole and the tar still has its size; a remote one is not checked."""
     try:
         index = ShardIndex.load(job.index)
@@ -133,22 +145,42 @@ def _finished(job: _Job) -> ShardInfo | None:
         return None
     if index.name != Path(job.tar).name or (not is_url(job.tar) and index.bytes != Path(job.tar).stat().st_size):
         return None
-    return ShardInfo(job.tar, len(index), index.bytes, index.sha256, job.index.name, index.index_sha256)
+    return index
 
 
-def _remove_damaged(folder: Path) -> None:
-    """Remove indexes that dataset.json does not describe, so that they are made again."""
+@dataclass
+class _Contents:
+    """What the indexes that a rank has looked at hold: labels, and samples that have no picture by the tar's number."""
+
+    labels: set[int] = field(default_factory=set)
+    without_picture: dict[int, tuple[int, str]] = field(default_factory=dict)  # how many, and the first one's key
+
+    def look(self, number: int, job: _Job) -> ShardInfo | None:
+        """The shard of a job that is done."""
+        if (index := _finished(job)) is None:
+            return None
+        self.labels.update(np.unique(index.labels).tolist())
+        columns = [index.offset[name] >= 0 for name in SUFFIXES if name in index.offset]
+        without = np.flatnonzero(~np.any(columns, axis=0)).tolist()
+        if without:
+            self.without_picture[number] = (len(without), index.key(without[0]))
+        return ShardInfo(job.tar, len(index), index.bytes, index.sha256, job.index.name, index.index_sha256)
+
+
+def _remove_damaged(folder: Path, topology: Topology) -> None:
+    """Remove indexes that dataset.json does not describe, so that they are made again; each rank looks at its share."""
     if not (folder / MANIFEST).is_file():
         return
-    for shard in Manifest.load(folder).shards:
-        path = folder / shard.index_name
+    shards = Manifest.load(folder).shards
+    for number in range(topology.rank, len(shards), topology.world_size):
+        shard, path = shards[number], folder / shards[number].index_name
         if shard.index_sha256 and path.is_file() and sha256_of(path) != shard.index_sha256:
             log.warning("%s was damaged or changed: it is made again", path)
             path.unlink()
 
 
-def _work(config: IndexConfig, jobs: Sequence[_Job], run: Any) -> None:
-    mine = jobs[run.topology.rank :: run.topology.world_size]
+def _work(config: IndexConfig, jobs: _Jobs, run: Any) -> None:
+    mine = [jobs[n] for n in range(run.topology.rank, len(jobs), run.topology.world_size)]
     unfinished = [job for job in mine if _finished(job) is None]
     options: dict[str, Any] = {"unit": "tar", "desc": "index", "disable": not run.topology.is_main}
     with tqdm(total=len(mine), initial=len(mine) - len(unfinished), **options) as bar:
@@ -157,18 +189,23 @@ def _work(config: IndexConfig, jobs: Sequence[_Job], run: Any) -> None:
     run.poll()
 
 
-def _finish(config: IndexConfig, jobs: dict[str, list[_Job]], classes: Sequence[str], run_dir: Path) -> None:
-    if not classes:
-        classes = _numbered([job for split in jobs.values() for job in split], config.labels)
-    infos = {split: [info for job in part if (info := _finished(job))] for split, part in jobs.items()}
-    _refuse_same_content(infos)
-    for split, part in jobs.items():
-        assert len(infos[split]) == len(part), "a rank did not finish a tar"
+def _finish(
+    config: IndexConfig, jobs: _Jobs, rows: np.ndarray, contents: Sequence[_Contents], classes: Sequence[str]
+) -> None:
+    assert (rows["num_samples"] >= 0).all(), "a rank did not finish a tar"
+    classes = classes or _numbered(set().union(*(part.labels for part in contents)), config.labels)
+    without = {n: what for part in contents for n, what in part.without_picture.items()}
+    tables, first = {}, 0
+    for split, tars in jobs.tars.items():
+        names = [f"{n:06d}{INDEX_SUFFIX}" for n in range(len(tars))]
+        tables[split] = ShardTable.of_rows(rows[first : first + len(tars)], tars, names)
+        first += len(tars)
+    _refuse_same_content(tables)
+    first = 0
+    for split, table in tables.items():
         transform = {"resolution": config.resolution} if config.resolution else {}
-        new = Manifest.of(
-            "images", infos[split], classes, transform, {"split": split, "source": redact_url(config.source)}
-        )
-        folder = run_dir / split
+        new = Manifest.of("images", table, classes, transform, {"split": split, "source": redact_url(config.source)})
+        folder = jobs.run_dir / split
         if (folder / MANIFEST).is_file() and (old := Manifest.load(folder)).fingerprint != new.fingerprint:
             raise ValueError(
                 f"the tars have changed since {folder} was indexed: {len(old.shards)} with {old.num_samples} samples "
@@ -176,40 +213,37 @@ def _finish(config: IndexConfig, jobs: dict[str, list[_Job]], classes: Sequence[
             )
         new.save(folder)
         log.info("%s: %d samples of %d classes in %d tars", folder, new.num_samples, len(classes), len(new.shards))
-        _warn_of_missing_pictures(part)
+        _warn_of_missing_pictures(new, {n - first: without[n] for n in sorted(without) if 0 <= n - first < len(table)})
+        first += len(table)
 
 
-def _refuse_same_content(infos: dict[str, list[ShardInfo]]) -> None:
-    train = {info.sha256: info.name for info in infos["train"]}
-    for info in infos.get("holdout", []):
-        if info.sha256 in train:
+def _refuse_same_content(tables: dict[str, ShardTable]) -> None:
+    if "holdout" not in tables:
+        return
+    train, holdout = tables["train"], tables["holdout"]
+    numbers = {sha256: n for n, sha256 in enumerate(train.column("sha256"))}
+    for n, sha256 in enumerate(holdout.column("sha256")):
+        if sha256 in numbers:
             raise ValueError(
-                f"holdout: {redact_url(info.name)} has the same bytes as {redact_url(train[info.sha256])} in train"
+                f"holdout: {redact_url(holdout.name(n))} has the same bytes as "
+                f"{redact_url(train.name(numbers[sha256]))} in train"
             )
 
 
-def _warn_of_missing_pictures(jobs: Sequence[_Job]) -> None:
-    """Samples without a part that is read as a picture are bad samples later; say so now."""
-    total, missing, example = 0, 0, ""
-    for job in jobs:
-        index = ShardIndex.load(job.index)
-        columns = [index.offset[name] >= 0 for name in SUFFIXES if name in index.offset]
-        without = np.flatnonzero(~np.any(columns, axis=0)).tolist()
-        if without and not missing:
-            example = f"{redact_url(job.tar)}: key {index.key(without[0])!r}"
-        total, missing = total + len(index), missing + len(without)
-    if missing:
+def _warn_of_missing_pictures(manifest: Manifest, without: dict[int, tuple[int, str]]) -> None:
+    """Samples without a part that is read as a picture are bad samples later; say so now. `without`: by tar."""
+    for number, (_, key) in list(without.items())[:1]:
         log.warning(
-            "%d of %d samples have no picture (%s), the first is %s; a part's name begins at the first dot of the file "
-            "name",
-            *(missing, total, ", ".join(SUFFIXES), example),
+            "%d of %d samples have no picture (%s), the first is %s: key %r; a part's name begins at the first dot of "
+            "the file name",
+            *(sum(count for count, _ in without.values()), manifest.num_samples, ", ".join(SUFFIXES)),
+            *(redact_url(manifest.shards[number].name), key),
         )
 
 
-def _numbered(jobs: Sequence[_Job], labels: str) -> list[str]:
+def _numbered(occurring: set[int], labels: str) -> list[str]:
     if labels == "none":
         return ["all"]
-    occurring = {label for job in jobs for label in np.unique(ShardIndex.load(job.index).labels).tolist()}
     if missing := set(range(max(occurring))) - occurring:
         log.warning(
             "%d of the labels 0 to %d do not occur, the first is %d; labels number the classes from 0",

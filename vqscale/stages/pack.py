@@ -24,7 +24,8 @@ from vqscale.data.listing import Item, Listing, is_flat, list_arrays, list_folde
 from vqscale.data.loader import allowed_bad
 from vqscale.data.packing import Encoding, ShardJob, finished, pack_shard, write_bad
 from vqscale.data.processes import run_jobs
-from vqscale.data.shards import Manifest, ShardInfo, missing_file, resolve
+from vqscale.data.shards import Manifest, missing_file, resolve
+from vqscale.data.shardtable import ShardTable, survey
 from vqscale.fields import Choice, Fraction, NonNegativeInt, PathText, PositiveInt, Range
 from vqscale.files import prepare_folder, read_json, read_jsonl, write_json
 from vqscale.text import printable
@@ -195,8 +196,9 @@ def _pack(config: PackConfig, listings: dict[str, Listing], run: runtime.Run) ->
     own_jobs = all_jobs[run.topology.rank :: run.topology.world_size]
     with run.stoppable():
         _work(config, own_jobs, sum(len(job.items) for job in all_jobs), run)
+    rows = survey(run.topology, len(all_jobs), lambda n: finished(all_jobs[n]))
     if run.topology.is_main:
-        _finish(config, listings, jobs, run.run_dir)
+        _finish(config, listings, jobs, rows, run.run_dir)
 
 
 def _jobs(config: PackConfig, listing: Listing, run_dir: Path, split: str) -> list[ShardJob]:
@@ -259,30 +261,35 @@ def _check_budget(bad: Sequence[dict[str, str]], total: int, fraction: float) ->
         )
 
 
-def _finish(config: PackConfig, listings: dict[str, Listing], jobs: dict[str, list[ShardJob]], run_dir: Path) -> None:
+def _finish(
+    config: PackConfig, listings: dict[str, Listing], jobs: dict[str, list[ShardJob]], rows: np.ndarray, run_dir: Path
+) -> None:
     bad = []
     for split, listing in listings.items():
-        infos = [info for job in jobs[split] if (info := finished(job))]
-        assert len(infos) == len(jobs[split]), "a rank did not finish a shard"
-        skipped = [line for job in jobs[split] for line in read_jsonl(job.bad_path)]
+        counts, of_split = rows["num_samples"][: len(jobs[split])], rows[: len(jobs[split])]
+        rows = rows[len(jobs[split]) :]
+        assert (counts >= 0).all(), "a rank did not finish a shard"
+        incomplete = [job for job, count in zip(jobs[split], counts, strict=True) if count < len(job.items)]
+        skipped = [line for job in incomplete for line in read_jsonl(job.bad_path)]
         bad += skipped
-        _save_manifest(run_dir / split, _encoding(config), listing, infos, len(skipped))
+        shards = ShardTable.of_rows(of_split, [job.tar.name for job in jobs[split]])
+        _save_manifest(run_dir / split, _encoding(config), listing, shards, len(skipped))
     if bad:
         path, example = run_dir / "bad.jsonl", printable(bad[0]["file"])
         write_bad(path, bad)
         log.warning("%d images do not decode and were left out, e.g. %s; see %s", len(bad), example, path)
 
 
-def _save_manifest(folder: Path, encoding: Encoding, listing: Listing, infos: list[ShardInfo], bad: int) -> None:
+def _save_manifest(folder: Path, encoding: Encoding, listing: Listing, shards: ShardTable, bad: int) -> None:
     transform = {"resolution": encoding.resolution, "format": encoding.format}
     transform |= {"resize": "bilinear, antialiased", "crop": "center"}
     if encoding.format == "jpg":
         transform["quality"] = encoding.quality
     extra = {"split": folder.name, "source": printable(Path(listing.folder).name) or "drawn", "bad_images": bad}
-    manifest = Manifest.of("images", infos, listing.classes, transform, extra)
+    manifest = Manifest.of("images", shards, listing.classes, transform, extra)
     if manifest.num_samples:
         manifest.save(folder)
-        log.info("%s: %d images in %d shards", folder, manifest.num_samples, len(infos))
+        log.info("%s: %d images in %d shards", folder, manifest.num_samples, len(shards))
     elif folder.name == "train":
         raise ValueError("no image is left to train on: all are held out or do not decode")
     elif not any(folder.iterdir()):

@@ -29,6 +29,7 @@ from vqscale.data.images import decode_image, to_uint8
 from vqscale.data.packing import Encoding, encode_image
 from vqscale.data.parts import read_samples
 from vqscale.data.shards import Manifest, ShardWriter, missing_file, shard_info
+from vqscale.data.shardtable import ShardTable, survey
 from vqscale.evaluation.classify import CLASS_PROBABILITY, ImageClassifier
 from vqscale.evaluation.features import NEED_A_PATH
 from vqscale.evaluation.figures import grid_png, label_of_class, upscale_for
@@ -127,7 +128,7 @@ def _draw_missing(config: SampleConfig, chain: Chain, run: runtime.Run) -> None:
         raise ValueError(f"nothing to sample: {config.samples_per_class} samples of {len(chain.classes)} classes")
     size, topology = config.batch * config.blocks_per_shard, run.topology
     paths = [run.run_dir / f"{number:06d}.tar" for number in range(-(-len(labels) // size))]
-    if topology.gather(run.was_done and not missing_file(run.run_dir))[0]:
+    if topology.on_main(lambda: run.was_done and not missing_file(run.run_dir)):
         runtime.log.info("nothing left to do: the samples are in %s", run.run_dir)
         return
     mine = [(path, range(n * size, min(len(labels), (n + 1) * size))) for n, path in enumerate(paths)]
@@ -147,9 +148,10 @@ def _draw_missing(config: SampleConfig, chain: Chain, run: runtime.Run) -> None:
 
     with run.stoppable(), bar:
         use_beside(_drawn(config, chain, labels, [ids for _, ids in missing], run), write, waiting=1)
-    topology.barrier()
+    rows = survey(topology, len(paths), lambda n: shard_info(paths[n]))
     if topology.is_main:
-        _write_manifest(config, chain, paths)
+        shards = ShardTable.of_rows(rows, [path.name for path in paths])
+        _write_manifest(config, chain, run.run_dir, shards)
 
 
 def load_chain(config: SampleConfig, device: torch.device) -> Chain:
@@ -270,7 +272,7 @@ def draw(
     return to_uint8(chain.vqvae.model.decode(codes))
 
 
-def _write_manifest(config: SampleConfig, chain: Chain, paths: Sequence[Path]) -> None:
+def _write_manifest(config: SampleConfig, chain: Chain, folder: Path, shards: ShardTable) -> None:
     provenance = {
         "vqvae": chain.vqvae.fingerprint,
         "priors": {level: prior.fingerprint for level, prior in chain.priors.items()},
@@ -282,8 +284,7 @@ def _write_manifest(config: SampleConfig, chain: Chain, paths: Sequence[Path]) -
         "rejection": chain.judge.identity() if chain.judge else {},
     }
     transform = {"resolution": chain.vqvae.description["resolution"], "format": "png"}
-    shards = [info for path in paths if (info := shard_info(path)) is not None]
-    Manifest.of("samples", shards, chain.classes, transform, provenance).save(paths[0].parent)
+    Manifest.of("samples", shards, chain.classes, transform, provenance).save(folder)
 
 
 # --- pictures beside the shards ---------------------------------------------------------------------------------------
