@@ -1,30 +1,46 @@
-"""What more ranks cost: training steps at 1, 2 and 4 ranks with the same batch per rank, one thread each.
+"""What more ranks and shards cost: training steps at 1, 2 and 4 ranks, file-system calls at 1,024.
 
     python benchmarks/scale.py [--json FILE] [--quick] [--minutes M] [--worlds 2 4] [--strategies ddp fsdp]
+                               [--shards 10000 500000] [--ranks 8 64 1024]
 
-In: nothing. Out: seconds per step, and rows `<strategy>/<ranks>`: images per second of all ranks over
-`min(ranks, cores)` times those of one rank. Ranks beyond the cores share them, so 4 ranks
+In: nothing. Out: seconds per step with the same batch per rank, one thread each, and rows `<strategy>/<ranks>`: images
+per second of all ranks over `min(ranks, cores)` times those of one rank. Ranks beyond the cores share them, so 4 ranks
 on 2 cores can reach 1.0 at best by taking twice as long; what is lost below 1.0 is communication and waiting. Ranks of
 one machine talk through gloo and memory: this says nothing about a network. The worlds take turns.
+
+Rows `load/<shards>`: seconds to read a description of so many shards, and the memory that no other process shares. Rows
+`calls/<before step 1, or evaluation>/<shards>/<ranks>/<workers>`: what one of so many simulated ranks asks of the data
+set's folder; the most of the first and the last one. `--worlds` without a number leaves the steps out, `--shards` the
+rest.
 """
 
 import itertools
 import os
+import sys
+import tempfile
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.multiprocessing as multiprocessing
-from measure import arguments, at_least, finish, median, timed
+from measure import arguments, at_least, at_most, finish, median, timed
 from train_step import VQVAESteps, Way
 
-from vqscale.config import StageConfig
-from vqscale.engine.parallel import TorchEngine
-from vqscale.topology import bring_up, take_down
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+
+from support.many_shards import calls_before_step_1, calls_of_an_evaluation, make_many_shards  # noqa: E402
+
+from vqscale.config import StageConfig  # noqa: E402
+from vqscale.data.shards import Manifest  # noqa: E402
+from vqscale.engine.parallel import TorchEngine  # noqa: E402
+from vqscale.topology import bring_up, take_down  # noqa: E402
 
 WARM_UP = 1
 MOST = 24  # measured steps of each
+MOST_CALLS = 2000  # of a rank before step 1
+MEASURED = {"before step 1": calls_before_step_1, "evaluation": calls_of_an_evaluation}
 
 
 def _rank(rank: int, world: int, strategy: str, port: int, steps: int, quick: bool, answers: Any) -> None:
@@ -66,17 +82,62 @@ def run_world(strategy: str, world: int, port: int, args: Any) -> list[float]:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = arguments(__doc__, minutes=8)
     parser.add_argument("--steps", type=int, default=4, help="measured steps of each start")
-    parser.add_argument("--worlds", nargs="+", type=int, default=[2, 4])
+    parser.add_argument("--worlds", nargs="*", type=int, default=[2, 4])
     parser.add_argument("--strategies", nargs="+", default=["ddp", "fsdp"])
+    parser.add_argument("--shards", nargs="*", type=int, default=[10_000, 500_000])
+    parser.add_argument("--ranks", nargs="+", type=int, default=[8, 64, 1024])
+    parser.add_argument("--workers", nargs="+", type=int, default=[0, 4])
     parser.add_argument("--port", type=int, default=29_541)
     args = parser.parse_args(argv)
+    found: dict[str, Any] = {}
+    for shards in args.shards[: 1 if args.quick else None]:
+        with tempfile.TemporaryDirectory() as folder:
+            merge(found, calls_of_ranks(Path(folder) / "set", shards, args))
+    if args.worlds:
+        found |= steps_of_ranks(args)
+    return finish(args, found)
+
+
+def steps_of_ranks(args: Any) -> dict[str, Any]:
+    """The rows of training steps."""
     cells = [("single", 1), *itertools.product(args.strategies, args.worlds)]
     seconds: dict[tuple[str, int], list[float]] = {cell: [] for cell in cells}
     ports, end = itertools.count(args.port), time.perf_counter() + 60 * args.minutes
     while not seconds[cells[0]] or (time.perf_counter() < end and len(seconds[cells[0]]) < MOST):
         for strategy, world in cells:
             seconds[strategy, world] += run_world(strategy, world, next(ports), args)
-    return finish(args, rows(seconds))
+    return rows(seconds)
+
+
+def calls_of_ranks(folder: Path, shards: int, args: Any) -> dict[str, Any]:
+    """The rows of a made-up data set of so many shards."""
+    make_many_shards(folder, shards, max(args.ranks))
+    before = private_megabytes()
+    loaded: list[Manifest] = []
+    seconds = timed(lambda: loaded.append(Manifest.load(folder)))
+    memory = private_megabytes() - before
+    tree: dict[str, Any] = {"load": {f"{shards}": at_most(0.3, seconds, private_megabytes=memory)}, "calls": {}}
+    for (name, measure), ranks, workers in itertools.product(MEASURED.items(), args.ranks, args.workers):
+        most = max((measure(folder, rank, ranks, workers) for rank in (0, ranks - 1)), key=lambda calls: calls.total)
+        details = {"seconds": most.seconds, "megabytes": most.bytes_read / 1e6, **most.by_kind()}
+        row = at_most(MOST_CALLS if ranks >= 64 else None, most.total, **details)
+        tree["calls"].setdefault(name, {}).setdefault(f"{shards}", {}).setdefault(f"{ranks}", {})[f"{workers}"] = row
+    return tree
+
+
+def private_megabytes() -> float:
+    """Memory of this process that it shares with no other."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Private")) / 1e3
+
+
+def merge(tree: dict[str, Any], more: dict[str, Any]) -> None:
+    """Add the leaves of another tree."""
+    for key, node in more.items():
+        if isinstance(tree.get(key), dict):
+            merge(tree[key], node)
+        else:
+            tree[key] = node
 
 
 def rows(seconds: dict[tuple[str, int], list[float]]) -> dict[str, Any]:

@@ -14,7 +14,11 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))  # scripts, not a package
 measure, runner = importlib.import_module("measure"), importlib.import_module("run")
 KINDS = ["top", "bottom", "transformer_top", "transformer_bottom"]
-SHORT = {"scale": ["--steps", "1", "--worlds", "2", "--strategies", "fsdp"], "sampling": ["--levels", *KINDS]}
+FEW_RANKS = ["--shards", "3000", "--ranks", "8", "--workers", "0"]
+SHORT = {
+    "scale": ["--steps", "1", "--worlds", "2", "--strategies", "fsdp", *FEW_RANKS],
+    "sampling": ["--levels", *KINDS],
+}
 # No rows: not of the table.
 EXPERIMENTS = {"paper_step": ["--ranks", "2"], "priors": ["--images", "128"], "simulate": []}
 

@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.file_calls import FileCalls, counted
-from support.many_shards import FACTS, SAMPLES, make_many_shards, pretending
+from support.file_calls import counted
+from support.many_shards import calls_before_step_1, calls_of_an_evaluation, make_many_shards
 
 from vqscale.data import shardcheck
-from vqscale.data.codes import CodeReader
 from vqscale.data.images import ImageReader
 from vqscale.data.loader import Loader, build_loader
-from vqscale.data.shards import Manifest
 
 BUDGET = 2000  # file-system calls of a rank before the first step
 
@@ -114,28 +112,20 @@ def test_the_order_of_the_check_is_that_of_reading(images: Path) -> None:
             assert numbers[len(window) : len(window) + len(following[1])] == following[1].tolist()
 
 
-def calls_before_step_1(folder: Path, rank: int, ranks: int, workers: int) -> FileCalls:
-    """What a trainer's rank asks of the data set's folder until its first batch is there."""
-    with pretending(folder), counted(folder) as calls:
-        manifest = Manifest.load(folder)
-        reader = CodeReader(manifest.extra["levels"], num_codes=FACTS["num_codes"])
-        options = {"rank": rank, "world_size": ranks, "workers": workers}
-        loader = build_loader(
-            folder, read=reader, global_batch=8 * ranks, shuffle_window=64, gather=lambda value: [value], **options
-        )
-        stream = iter(loader)
-        batch = next(stream)
-        stream.close()
-    assert len(batch["label"]) == 8 and not batch["bad"].any()
-    return calls
+def test_no_rank_of_1024_makes_more_than_2000_calls_before_step_1_with_half_a_million_shards(tmp_path: Path) -> None:
+    make_many_shards(folder := tmp_path / "many", count := 500_000, ranks := 1024)
+    for rank, workers in ((0, 4), (ranks - 1, 0)):
+        calls = calls_before_step_1(folder, rank, ranks, workers)
+        assert count // ranks < calls.total < BUDGET, calls.by_kind()
 
 
-@pytest.mark.parametrize("workers", [0, 4])
-def test_no_rank_of_1024_makes_more_than_2000_calls_before_step_1_with_half_a_million_shards(
-    tmp_path: Path, workers: int
+def test_calls_before_step_1_do_not_grow_with_the_shards_of_other_ranks_nor_an_evaluation_s_with_any(
+    tmp_path: Path,
 ) -> None:
-    folder = tmp_path / "many"
-    make_many_shards(folder, count := 500_000, window=64, ahead=1024 * 8 // (64 * SAMPLES) + 40)
-    for rank in (0, 1023):
-        calls = calls_before_step_1(folder, rank, 1024, workers)
-        assert count // 1024 < calls.total < BUDGET, calls.by_kind()
+    totals = []
+    for count in (6_000, 12_000):
+        make_many_shards(folder := tmp_path / str(count), count, ranks=64)
+        calls = [measure(folder, 5, 64, 0) for measure in (calls_before_step_1, calls_of_an_evaluation)]
+        totals.append([each.total for each in calls])
+    grown = totals[1][0] - totals[0][0]
+    assert abs(grown - 6_000 // 64) < 5 and totals[1][1] == totals[0][1] < 100, totals

@@ -5,35 +5,50 @@ file. While `pretending` is on, `os.stat` answers for the others too: half a mil
 """
 
 import contextlib
+import itertools
 import os
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from support.file_calls import FileCalls, counted
 
-from vqscale.data.codes import pack_codes
+from vqscale.data.codes import CodeReader, pack_codes
+from vqscale.data.loader import build_loader
 from vqscale.data.order import ShuffleOrder
-from vqscale.data.shards import Manifest, ShardInfo, ShardWriter
+from vqscale.data.sequential import sequential_batches
+from vqscale.data.shards import Manifest, ShardWriter
+from vqscale.data.shardtable import ShardTable, survey
+from vqscale.topology import Topology
 
 SAMPLES = 20  # in each shard
 FACTS = {"levels": {"top": [2, 2]}, "views": 1, "num_codes": 4096}
 
 
-def make_many_shards(folder: Path, count: int, window: int, ahead: int = 3) -> None:
-    """A data set of `count` shards of codes; those of the first `ahead` windows of seed 0 exist."""
+WINDOW = 64  # shards shuffled together
+BATCH = 8  # samples of a rank
+_ALONE = Topology(0, 1, 0, 1, 1, "single", torch.device("cpu"))
+_ROUNDS = 4  # batches of an evaluation, and of what workers read ahead
+
+
+def make_many_shards(folder: Path, count: int, ranks: int) -> None:
+    """A data set of `count` shards of codes; those exist that the first batches of so many ranks are read from."""
     folder.mkdir()
     with ShardWriter(folder / "one.tar") as writer:
         for n in range(SAMPLES):
             writer.write(f"k{n:02d}", {**pack_codes({"top": np.full((1, 2, 2), n, np.uint16)}), "cls": b"0"})
-    assert (one := writer.info) is not None
-    shards = [
-        ShardInfo(f"{n:06d}.tar", SAMPLES, one.bytes, one.sha256, "one.index.safetensors", one.index_sha256)
-        for n in range(count)
-    ]
-    Manifest.of("codes", shards, ["a"], {"resolution": 8}, FACTS).save(folder)
-    order = ShuffleOrder([SAMPLES] * count, 0, window)
-    for n in {int(n) for later in range(ahead) for n in order.window_shards(0, later)[1]}:
+    rows = np.repeat(survey(_ALONE, 1, lambda _: writer.info), count)
+    names = [f"{n:06d}.tar" for n in range(count)]
+    table = ShardTable.of_rows(rows, names, ["one.index.safetensors"] * count)
+    Manifest.of("codes", table, ["a"], {"resolution": 8}, FACTS).save(folder)
+    needed = min(count, ranks * BATCH * 8 * _ROUNDS // SAMPLES + 2 * WINDOW)
+    shuffled = ShuffleOrder([SAMPLES] * count, 0, WINDOW)
+    windows = [shuffled.window_shards(0, ahead)[1].tolist() for ahead in range(-(-needed // WINDOW))]
+    for n in {*itertools.chain(*windows), *range(needed)}:
         os.link(folder / "one.tar", folder / f"{n:06d}.tar")
 
 
@@ -49,3 +64,50 @@ def pretending(folder: Path) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "stat", of_any)
         yield
+
+
+def calls_before_step_1(folder: Path, rank: int, ranks: int, workers: int) -> FileCalls:
+    """What a trainer's rank asks of the data set's folder until its first batch is there."""
+    with pretending(folder), counted(folder) as calls:
+        loader = build_loader(
+            folder,
+            read=_reader(folder),
+            global_batch=BATCH * ranks,
+            rank=rank,
+            world_size=ranks,
+            shuffle_window=WINDOW,
+            workers=workers,
+            gather=lambda value: [value],
+        )
+        stream = iter(loader)
+        batch = next(stream)
+        time.sleep(0.2 * bool(workers))  # the workers, too, fill the page cache in the background
+        stream.close()
+        for thread in threading.enumerate():
+            if thread.daemon:
+                thread.join(5)
+    assert len(batch["label"]) == BATCH and not batch["bad"].any()
+    return calls
+
+
+def calls_of_an_evaluation(folder: Path, rank: int, ranks: int, workers: int) -> FileCalls:
+    """What a rank asks of the data set's folder to read its four batches of an evaluation."""
+    with pretending(folder), counted(folder) as calls:
+        batches = sequential_batches(
+            folder,
+            read=_reader(folder),
+            batch=BATCH,
+            rank=rank,
+            world_size=ranks,
+            workers=workers,
+            limit=BATCH * ranks * _ROUNDS,
+        )
+        for batch in batches:
+            assert not batch["bad"].any()
+    return calls
+
+
+def _reader(folder: Path) -> CodeReader:
+    """As a stage makes it: of the data set's description."""
+    extra = Manifest.load(folder).extra
+    return CodeReader(extra["levels"], num_codes=extra["num_codes"])
