@@ -211,9 +211,9 @@ def fit(
         saving = seen >= config.total_images or stop or (save_later and applied)  # else after the next applied step
         evaluating = _due(config.evaluate_every, seen, batch_size)
         if saving or evaluating or _due(config.log_every, seen, batch_size):
-            own_seconds = own_work.seconds_per_step(clock.data_wait_seconds)
+            own_seconds, steps = own_work.seconds_per_step(clock.data_wait_seconds), clock.steps
             figures = {"learning_rate": learning_rate, **compute.extend(clock.take())}
-            line = metrics.flush(seen, clock.steps, figures, own_seconds)
+            line = metrics.flush(seen, steps, figures, own_seconds)
             bar.set_postfix(loss=f"{line['loss']:.4f}")
             run.write_status("running")
         try:
