@@ -189,6 +189,18 @@ def test_sampled_codes_are_the_reference_s_and_the_cpu_s(
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_replayed_rows_are_those_drawn_kernel_by_kernel(device: str, kind: str, dtype: torch.dtype) -> None:
+    """In the precisions in which people sample, where another kernel would draw other codes now and then."""
+    model, label, upper, ids = inputs(kind, torch.float32, device)
+    for seed in range(4):
+        options: dict[str, Any] = {"seed": seed, "sample_ids": ids, "dtype": dtype}
+        replayed, eager = (sample_codes(model, label, upper, graphs=graphs, **options) for graphs in (True, False))
+        assert torch.equal(replayed, eager)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_cached_logits_are_those_of_a_forward_pass(device: str, kind: str, dtype: torch.dtype, limit: float) -> None:
