@@ -72,7 +72,7 @@ def measure(work: str, quick: bool, seconds: float) -> dict[str, Row]:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    args = arguments(__doc__, minutes=1.5).parse_args(argv)
+    args = arguments(__doc__, minutes=1.5, devices=("cpu",)).parse_args(argv)
     tree: dict[str, Any] = {}
     for work in WORK:
         tree |= measure(work, args.quick, 60 * args.minutes / len(WORK))

@@ -1,6 +1,6 @@
 """How long a checkpoint keeps training waiting, in units of a synchronous save and of training steps.
 
-    python benchmarks/checkpoint.py [--json FILE] [--quick] [--minutes M] [--folder DIR]
+    python benchmarks/checkpoint.py [--json FILE] [--quick] [--minutes M] [--device cuda] [--folder DIR]
 
 In: nothing. Out, with --json {"blocked": …, "slowed": …, "blocked_steps": …, "shared": …}, rows of {"value", "goal",
 "limit"}:
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from measure import ALONE, Row, arguments, at_most, finish, median, timed
+from measure import Row, alone, arguments, at_most, finish, median, timed
 from shared_saves import measure_shared
 from torch import Tensor
 from train_step import Trainer, Way
@@ -34,12 +34,12 @@ MOST = 12  # rounds
 class Saves:
     """A trainer and its checkpoints, the next one always under a new number."""
 
-    def __init__(self, folder: Path, quick: bool):
-        self.trainer = Trainer("prior", Way("fp32"), quick)
+    def __init__(self, folder: Path, quick: bool, device: str):
+        self.trainer = Trainer("prior", Way("fp32"), quick, device)
         self.trainer()  # Adam's state
         averages = WeightEMA(self.trainer.engine.local_weights(), halflife=1, rampup=0).averages
         self.tensors: Mapping[str, Tensor] = self.trainer.engine.as_checkpoint_tensors(averages)
-        self.checkpoints = Checkpointer(folder, ALONE, keep=1)
+        self.checkpoints = Checkpointer(folder, alone(device), keep=1)
         self.count = 0
 
     @property
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     folder = Path(tempfile.mkdtemp(prefix="checkpoint-", dir=args.folder))
     try:
-        rows: dict[str, Any] = dict(measure(Saves(folder, args.quick), args.minutes))
+        rows: dict[str, Any] = dict(measure(Saves(folder, args.quick, args.device), args.minutes))
         megabytes, seconds = (8, 1) if args.quick else (400, 20 * args.minutes)
         rows["shared"] = measure_shared(folder / "shared", args.port, megabytes, seconds)
     finally:

@@ -52,7 +52,7 @@ def samples_per_core_second(action: Callable[[], Any], samples: int) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    parser = arguments(__doc__, minutes=1)
+    parser = arguments(__doc__, minutes=1, devices=("cpu",))
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where the shards are written")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)

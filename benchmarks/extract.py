@@ -1,6 +1,6 @@
 """Extraction against the encoder alone: images per second of the whole stage over those of its forward passes.
 
-    python benchmarks/extract.py [--json FILE] [--quick] [--minutes M] [--worlds 1 2] [--port P]
+    python benchmarks/extract.py [--json FILE] [--quick] [--minutes M] [--device cuda] [--worlds 1 2] [--port P]
 
 In: nothing; the pictures are made here (`photos.py`), the VQ-VAE is the 256 px one of two levels with random weights.
 Rows: `<ranks> ranks`. The stage is all that `vqscale extract_codes` does after its imports: reading, decoding, both
@@ -42,13 +42,14 @@ def make_tokenizer(folder: Path, side: int, hidden: int) -> None:
     save_pretrained(folder, model, kind="vqvae", config=as_dict(config), extra={"resolution": side, "classes": []})
 
 
-def encode_alone(folder: Path, side: int, count: int, go_on: bool) -> float | None:
+def encode_alone(folder: Path, side: int, count: int, device: str, go_on: bool) -> float | None:
     """Seconds of all ranks together for both views of `count` images; None if rank 0 does not want to go on."""
-    topology = bring_up(StageConfig(run_dir="", device="cpu"))
+    topology = bring_up(StageConfig(run_dir="", device=device))
     if not topology.gather(go_on)[0]:
         take_down(orderly=True)
         return None
-    model, image = load_model(folder / "vqvae", "vqvae").model, torch.rand(BLOCK, 3, side, side) * 2 - 1
+    model = load_model(folder / "vqvae", "vqvae", device=topology.device).model
+    image = torch.rand(BLOCK, 3, side, side, device=topology.device) * 2 - 1
 
     def passes() -> None:
         with torch.inference_mode():
@@ -62,13 +63,13 @@ def encode_alone(folder: Path, side: int, count: int, go_on: bool) -> float | No
     return seconds
 
 
-def extract(folder: Path, name: str) -> float:
+def extract(folder: Path, name: str, device: str) -> float:
     """Seconds of the stage over the data set, into a new run directory."""
     config = extract_codes.Config(
         run_dir=str(folder / name),
         data=str(folder / "photos" / "shards"),
         vqvae=str(folder / "vqvae"),
-        device="cpu",
+        device=device,
         block=BLOCK,
     )
     return timed(lambda: extract_codes.main(config))
@@ -82,12 +83,12 @@ def _rank(rank: int, world: int, folder: Path, side: int, count: int, args: Any,
     whole: list[float] = []
     while len(whole) < MOST:
         os.environ["MASTER_PORT"] = str(next(ports))
-        seconds = encode_alone(folder, side, count, not whole or time.time() < end)
+        seconds = encode_alone(folder, side, count, args.device, not whole or time.time() < end)
         if seconds is None:
             break
         alone.append(seconds)
         os.environ["MASTER_PORT"] = str(next(ports))
-        whole.append(extract(folder, f"codes-{world}-{len(whole)}"))
+        whole.append(extract(folder, f"codes-{world}-{len(whole)}", args.device))
     if rank == 0:
         answers.put((alone, whole))
 
@@ -105,7 +106,7 @@ def run_world(world: int, folder: Path, photos: Photos, side: int, args: Any) ->
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = arguments(__doc__, minutes=6)
-    parser.add_argument("--worlds", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--worlds", nargs="+", type=int, default=[1, 2], help="one GPU takes one rank")
     parser.add_argument("--port", type=int, default=29_600)
     args = parser.parse_args(argv)
     side, hidden, count = (32, 16, 256) if args.quick else (256, 128, 256)

@@ -1,6 +1,6 @@
 """How the cost of a VQ-VAE's training step grows with batch, levels, codes and resolution.
 
-    python benchmarks/growth.py [--json FILE] [--quick] [--minutes M] [--page docs/benchmarks.md]
+    python benchmarks/growth.py [--json FILE] [--quick] [--minutes M] [--device cuda] [--page docs/benchmarks.md]
 
 In: nothing. Out: rows `<what>/<value>`: images per second over those of the base, each point in turns with it, and
 `by_flops`, what the arithmetic alone would give: the base's FLOPs per image over the point's. With --page, the section
@@ -34,11 +34,12 @@ HEIGHTS = [0.2, 0.3, 0.5, 0.7, 0.8, 0.9, 1, 1.2, 1.5, 2, 3, 5]  # marked on the 
 PLOT = "images/growth.png"
 
 
-def trainer_of(point: dict[str, int], quick: bool) -> Trainer:
+def trainer_of(point: dict[str, int], quick: bool, device: str) -> Trainer:
     return Trainer(
         "vqvae",
         Way("fp32"),
         quick,
+        device,
         batch=point["batch"],
         side=point["resolution"] // (4 if quick else 1),
         downsample=STRIDES[point["levels"]],
@@ -53,9 +54,9 @@ def flops_per_image(trainer: Trainer) -> float:
     return counter.get_total_flops() / trainer.steps.batch
 
 
-def measure(what: str, place: int, base: Trainer, seconds: float, quick: bool) -> Row:
+def measure(what: str, place: int, base: Trainer, seconds: float, args: Any) -> Row:
     """One point in turns with the base."""
-    batch, other = BASE["batch"], trainer_of(BASE | {what: place}, quick)
+    batch, other = BASE["batch"], trainer_of(BASE | {what: place}, args.quick, args.device)
     by_flops = flops_per_image(base) / flops_per_image(other)
     taken = in_turns({"base": base, "other": other}, 40, seconds)
     rate = other.steps.batch / median(taken["other"])
@@ -103,9 +104,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--page", type=Path, help="write the section `growth` of this page, and the plot beside it")
     args = parser.parse_args(argv)
     keep_freed_memory()
-    base, seconds = trainer_of(BASE, args.quick), 60 * args.minutes / sum(map(len, POINTS.values()))
+    base, seconds = trainer_of(BASE, args.quick, args.device), 60 * args.minutes / sum(map(len, POINTS.values()))
     tree = {
-        what: {str(value): measure(what, value, base, 0.7 * seconds, args.quick) for value in values}
+        what: {str(value): measure(what, value, base, 0.7 * seconds, args) for value in values}
         for what, values in POINTS.items()
     }
     if args.page:

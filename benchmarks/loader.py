@@ -201,7 +201,7 @@ def orders_memory() -> Row:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    parser = arguments(__doc__, minutes=8)
+    parser = arguments(__doc__, minutes=8, devices=("cpu",))
     parser.add_argument("--workers", type=int, default=0, help="loader processes; 0 = this one")
     args = parser.parse_args(argv)
     warnings.simplefilter("ignore")  # torch's and PIL's about our rivals' ways

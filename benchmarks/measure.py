@@ -28,14 +28,24 @@ def alone(device: str = "cpu") -> Topology:
 ALONE = alone()
 
 
-def arguments(description: str | None, minutes: float = 0) -> argparse.ArgumentParser:
-    """The options of every benchmark; `minutes`: about how long this one takes when nothing is said, 0 = no say."""
+def arguments(
+    description: str | None, minutes: float = 0, devices: Sequence[str] = ("cpu", "cuda")
+) -> argparse.ArgumentParser:
+    """The options of every benchmark; `minutes`: about how long this one takes when nothing is said, 0 = no say.
+    devices: where it can be run."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--quick", action="store_true", help="small sizes: seconds instead of minutes")
+    parser.add_argument("--device", choices=devices, type=_device, default="cpu", help="where models compute")
     if minutes:
         parser.add_argument("--minutes", type=float, default=minutes, help="about how long: fewer turns when short")
     return parser
+
+
+def _device(name: str) -> str:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("cuda: torch sees no GPU here")
+    return name
 
 
 def at_least(goal: float | None, value: float | None, *, limit: float | None = None, **details: Any) -> Row:

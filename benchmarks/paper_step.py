@@ -1,6 +1,7 @@
 """Optimizer steps of a paper-size prior on this machine: do they fit, is the loss what it must be, does it move?
 
-    python benchmarks/paper_step.py [--json FILE] [--quick] [--ranks N] [--steps N] [--config FILE] [key=value ...]
+    python benchmarks/paper_step.py [--json FILE] [--quick] [--device cuda] [--ranks N] [--steps N] [--config FILE]
+                                    [key=value ...]
 
 In: a prior's config, by default the paper's top prior (configs/imagenet256), and its overrides. Out: the losses, and
 the peak memory of each rank beside what `vqscale plan` expects; with --json the same numbers. One sample of random
@@ -47,6 +48,9 @@ def request_of(args: Any) -> plan.Request:
 
 
 def peak_bytes() -> int:
+    """The most that the process has held, on the GPU where there is one in use."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -57,7 +61,8 @@ def random_batch(model: Any, level: str, topology: Topology) -> dict[str, torch.
     grids = zip(names, [*model.upper_grids, model.grid], strict=True)
     batch = {name: torch.randint(model.num_codes, (1, *grid), generator=rng) for name, grid in grids}
     label = torch.randint(model.num_classes, (1,), generator=rng)
-    return batch | {"label": label, "position": torch.tensor([topology.rank])}
+    batch |= {"label": label, "position": torch.tensor([topology.rank])}
+    return {name: value.to(topology.device) for name, value in batch.items()}
 
 
 def train(request: plan.Request, description: dict[str, Any], steps: int, topology: Topology) -> dict[str, Any]:
@@ -91,7 +96,7 @@ def _rank(rank: int, args: Any, answers: Any) -> None:
         os.environ |= {name: str(value) for name, value in variables.items()}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(args.port)}
     request = request_of(args)
-    topology = bring_up(StageConfig(device="cpu", strategy=request.plan.strategy))
+    topology = bring_up(StageConfig(device=args.device, strategy=request.plan.strategy))
     found = train(request, plan.describe(request)[0], args.steps, topology)
     if topology.is_main:
         answers.put(found)
@@ -110,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     description, _ = plan.describe(request)
     with torch.device("meta"):
         model: Any = build(description)
-    expected = plan.column(request, description, model, args.ranks, flops=0)["total, checkpointed"]
+    expected = plan.column(request, description, model, args.ranks, flops=1)["total, checkpointed"]
     parameters = sum(parameter.numel() for parameter in model.parameters())
     context = multiprocessing.get_context("spawn")
     answers = context.SimpleQueue()

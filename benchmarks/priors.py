@@ -1,6 +1,7 @@
 """What a prior is worth: both kinds, and the PixelCNN without class and without attention, at equal parameters.
 
     python benchmarks/priors.py [--codes DIR] [--level top] [--images N] [--parameters N] [--json FILE] [--png FILE]
+                                [--device cuda]
 
 In: a run of extract_codes. Out: held-out nats per code along training, beside the order-0 entropy; with --json
 {"curves": {name: [[images, nats], ...]}, ...}, with --png a plot. All models see the same batches in turn, with one
@@ -19,8 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 from codes import make_shards
-from measure import ALONE, arguments, write
+from measure import alone, arguments, write
 
+from vqscale.batch import to_device
 from vqscale.data.codes import CodeReader
 from vqscale.data.loader import build_loader
 from vqscale.data.shards import Manifest, resolve
@@ -64,10 +66,11 @@ def build(config: PriorConfig, parameters: int, shape: Mapping[str, Any]) -> Any
 class Variant:
     """One model in training."""
 
-    def __init__(self, name: str, model: Any):
+    def __init__(self, name: str, model: Any, device: str):
+        self.topology = alone(device)
         self.name, self.model, self.seconds = name, model, 0.0
         optimizer = {"betas": (0.9, 0.999), "weight_decay": 0.0}
-        self.engine = TorchEngine(model, ALONE, precision="fp32", accumulation=1, optimizer=optimizer)
+        self.engine = TorchEngine(model, self.topology, precision="fp32", accumulation=1, optimizer=optimizer)
         self.curve: list[tuple[int, float]] = []
 
     def labels(self, label: torch.Tensor) -> torch.Tensor:
@@ -84,7 +87,7 @@ class Variant:
     def evaluate(self, codes: Codes, level: str, images: int) -> None:
         self.model.eval()
         given = dataclasses.replace(codes, labels=self.labels(codes.labels))
-        self.curve.append((images, likelihood(self.model, given, level, ALONE, batch=64).per_code()))
+        self.curve.append((images, likelihood(self.model, given, level, self.topology, batch=64).per_code()))
         print(f"{images:>9,} images  {self.name:28} {self.curve[-1][1]:.4f} nats per code", flush=True)
 
 
@@ -94,7 +97,7 @@ def run(folder: Path, held_out: Path, args: Any) -> dict[str, Any]:
     names = list(levels)[: list(levels).index(args.level) + 1]
     grids = [tuple(levels[name]) for name in names]
     shape = {"num_codes": num_codes, "num_classes": len(manifest.classes), "grid": grids[-1], "upper_grids": grids[:-1]}
-    variants = [Variant(name, build(config, args.parameters, shape)) for name, config in VARIANTS.items()]
+    variants = [Variant(name, build(config, args.parameters, shape), args.device) for name, config in VARIANTS.items()]
     views = manifest.extra["views"]
     reader = CodeReader({name: levels[name] for name in names}, views=views, flip=True, num_codes=num_codes)
     batches = iter(build_loader(folder, read=reader, global_batch=args.batch, seed=0))
@@ -102,7 +105,7 @@ def run(folder: Path, held_out: Path, args: Any) -> dict[str, Any]:
     steps = max(1, args.images // args.batch)
     evaluations = {steps * n // args.points for n in range(1, args.points + 1)}
     for step in range(steps):
-        batch = next(batches)
+        batch = to_device(next(batches), torch.device(args.device))
         target, upper = batch[args.level].long(), [batch[name].long() for name in names[:-1]]
         rate = learning_rate_at(
             step, peak=args.learning_rate, warmup=steps // 20, schedule="cosine", total=steps, final=0.05

@@ -1,6 +1,7 @@
 """Cached sampling of a prior, in units of one teacher-forced forward over the same batch.
 
     python benchmarks/sampling.py [--json FILE] [--quick] [--levels top bottom] [--batches 8 32] [--dtype fp32|bf16]
+                                  [--device cuda]
 
 In: nothing. Out: a table, and with --json {"top": {"8": {"value", "cost_in_forwards", "prefix_cost_in_forwards", ...}},
 ...}: `value` is `cost_in_forwards`, its limit what the floor (below) would cost.
@@ -50,7 +51,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GOALS = {8: 2.0, 32: 1.3}  # forwards, by batch
 
 
-def build(level: str, quick: bool) -> Any:
+def build(level: str, quick: bool, device: str) -> Any:
     """The level's prior with random weights."""
     lower = level.endswith("bottom")
     side = (16 if quick else 64) if lower else (8 if quick else 32)
@@ -60,7 +61,7 @@ def build(level: str, quick: bool) -> Any:
     upper = [(side // 2, side // 2)] if lower else []
     prior = PRIORS[config.kind](config, num_codes=K, grid=(side, side), num_classes=CLASSES, upper_grids=upper).eval()
     initialise(prior, seed=0)
-    return prior
+    return prior.to(device)
 
 
 class Case:
@@ -70,13 +71,15 @@ class Case:
         rng = torch.Generator().manual_seed(0)
         self.prior, self.batch, self.dtype = prior, batch, dtype
         self.height, self.width = prior.grid
-        self.codes = torch.randint(K, (batch, *prior.grid), generator=rng)
-        self.label = torch.randint(CLASSES, (batch,), generator=rng)
-        self.upper = [torch.randint(K, (batch, *grid), generator=rng) for grid in prior.upper_grids]
+        self.device = next(prior.parameters()).device
+        self.codes = torch.randint(K, (batch, *prior.grid), generator=rng).to(self.device)
+        self.label = torch.randint(CLASSES, (batch,), generator=rng).to(self.device)
+        self.upper = [torch.randint(K, (batch, *grid), generator=rng).to(self.device) for grid in prior.upper_grids]
 
     def forward(self, rows: int | None = None) -> float:
         """Seconds of one teacher-forced forward over the first `rows` rows."""
-        with torch.inference_mode(), torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
+        low = self.dtype != torch.float32
+        with torch.inference_mode(), torch.autocast(self.device.type, self.dtype, enabled=low):
             return timed(lambda: self.prior(self.codes[:, :rows], self.label, self.upper))
 
     def prefix(self) -> float:
@@ -89,7 +92,7 @@ class Case:
 
         A row left out keeps its random codes: later rows do the same arithmetic on them.
         """
-        uniforms = draw_uniforms(0, len(self.upper), torch.arange(self.batch), self.height * self.width)
+        uniforms = draw_uniforms(0, len(self.upper), torch.arange(self.batch), self.height * self.width).to(self.device)
         with torch.inference_mode():
             start = time.perf_counter()
             state = self.prior.sampling_weights(self.dtype).state(self.batch)
@@ -101,7 +104,7 @@ class Case:
         return prepared + drawn * self.height / len(rows)
 
     def _draw(self, sampler: RowSampler, uniforms: Tensor, rows: Sequence[int]) -> None:
-        temperatures = torch.ones(self.width, dtype=torch.float64)
+        temperatures = torch.ones(self.width, dtype=torch.float64, device=self.device)
         for row in rows:
             sampler.draw(row, uniforms[row * self.width : (row + 1) * self.width], temperatures)
 
@@ -178,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="arithmetic; bf16 pays on hardware that has it")
     args = parser.parse_args(argv)
     keep_freed_memory()
-    rates = product_rate(torch.float32), memory_rate()
+    rates = product_rate(torch.float32, args.device), memory_rate(args.device)
     print(f"matrix product {rates[0] / 1e9:.0f} GFLOP/s, memory {rates[1] / 1e9:.1f} GB/s, {args.dtype}")
     results: dict[str, Any] = {level: {} for level in args.levels}
     # a bottom cell has four times the codes of a top one, and a batch of 32 four times the work of 8
@@ -188,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         for batch in args.batches
     }
     for (level, batch), share in shares.items():
-        case = Case(build(level, args.quick), batch, DTYPES[args.dtype])
+        case = Case(build(level, args.quick, args.device), batch, DTYPES[args.dtype])
         results[level][str(batch)] = measure(case, args.minutes * 60 * share / sum(shares.values()), rates)
         show(level, str(batch), results[level][str(batch)])
     return finish(args, results)

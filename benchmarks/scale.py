@@ -43,7 +43,7 @@ MOST_CALLS = 2000  # of a rank before step 1
 MEASURED = {"before step 1": calls_before_step_1, "evaluation": calls_of_an_evaluation}
 
 
-def _rank(rank: int, world: int, strategy: str, port: int, steps: int, quick: bool, answers: Any) -> None:
+def _rank(rank: int, world: int, strategy: str, port: int, args: Any, answers: Any) -> None:
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -52,8 +52,8 @@ def _rank(rank: int, world: int, strategy: str, port: int, steps: int, quick: bo
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    topology = bring_up(StageConfig(run_dir="", strategy=strategy, device="cpu", threads=1))
-    task = VQVAESteps(Way("fp32"), quick)
+    topology = bring_up(StageConfig(run_dir="", strategy=strategy, device=args.device, threads=1))
+    task = VQVAESteps(Way("fp32"), args.quick, args.device)
     task.model.train()
     optimizer = {"betas": (0.9, 0.999), "weight_decay": 0.0}
     engine = TorchEngine(task.model, topology, precision="fp32", accumulation=1, optimizer=optimizer)
@@ -62,9 +62,9 @@ def _rank(rank: int, world: int, strategy: str, port: int, steps: int, quick: bo
         engine.begin_micro_batch(last=True)
         engine.backward(task.loss(engine.model, number))
         engine.step(3e-4, 1.0)
-        topology.all_reduce_(torch.zeros(1))  # the step ends when the last rank's ends
+        topology.all_reduce_(torch.zeros(1, device=topology.device))  # the step ends when the last rank's ends
 
-    seconds = [timed(lambda number=number: step(number)) for number in range(WARM_UP + steps)]  # type: ignore[misc]
+    seconds = [timed(lambda number=number: step(number)) for number in range(WARM_UP + args.steps)]  # type: ignore[misc]
     if topology.is_main:
         answers.put(seconds[WARM_UP:])
     take_down(orderly=True)
@@ -73,9 +73,7 @@ def _rank(rank: int, world: int, strategy: str, port: int, steps: int, quick: bo
 def run_world(strategy: str, world: int, port: int, args: Any) -> list[float]:
     """Seconds of each measured step."""
     answers = multiprocessing.get_context("spawn").SimpleQueue()
-    multiprocessing.start_processes(
-        _rank, (world, strategy, port, args.steps, args.quick, answers), nprocs=world, start_method="spawn"
-    )
+    multiprocessing.start_processes(_rank, (world, strategy, port, args, answers), nprocs=world, start_method="spawn")
     return list(answers.get())
 
 

@@ -78,10 +78,20 @@ def test_the_runner_makes_one_table_one_file_and_the_page(tmp_path: Path) -> Non
 
 
 def test_every_script_has_a_share_of_the_time() -> None:
-    shared = {"measure", "photos", "run"}
+    shared = {"measure", "photos", "run", "shared_saves"}
     scripts = {path.stem for path in BENCHMARKS.glob("*.py") if not path.stem.startswith("gpu")}
     assert set(runner.MINUTES) == scripts - shared - set(EXPERIMENTS)
     assert sum(runner.MINUTES.values()) < 38  # of 40, with two for starting the programs
+
+
+def test_every_benchmark_takes_a_device_and_refuses_one_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    scripts = [BENCHMARKS / f"{name}.py" for name in (*runner.MINUTES, *EXPERIMENTS)]
+    assert all("arguments(" in script.read_text() for script in scripts)
+    assert measure.arguments("").parse_args([]).device == "cpu"
+    if not measure.torch.cuda.is_available():
+        with pytest.raises(SystemExit):
+            measure.arguments("").parse_args(["--device", "cuda"])
+        assert "argument --device: cuda: torch sees no GPU here" in capsys.readouterr().err
 
 
 def test_a_row_is_judged_by_its_goal() -> None:
