@@ -26,6 +26,13 @@ def test_the_chaos_campaign_is_within_two_points_of_its_share() -> None:
     assert goodput(simulate.campaign(figures)) == pytest.approx(figures["share"], abs=0.02)
 
 
+def test_the_run_that_the_campaign_kills_again_and_again_is_within_two_points_of_what_was_measured() -> None:
+    row = simulate.killed_row()
+    spent = simulate.killed_run(row).run()
+    assert spent.failures == len(row["kills"]) > 10
+    assert spent.share("useful") == pytest.approx(row["value"], abs=0.02)
+
+
 def test_restarts_and_stalls_weigh_in_the_campaigns_share_as_they_should() -> None:
     """Its two formulas, at costs at which an error would show."""
     costly = {"restart": 60.0, "stall": 0.5}

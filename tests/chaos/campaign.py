@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -26,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 
 import torch  # noqa: E402
-from chaos.journey import RANKS, Tally, Work, all_stalls, read_journal, travel  # noqa: E402
+from chaos.journey import RANKS, Tally, Work, all_stalls, read_journal, timing, travel  # noqa: E402
 from support import faults  # noqa: E402
 from support.stages import run_stage  # noqa: E402
 
@@ -45,6 +46,7 @@ WORKS = [
     Work("train_vqvae", "train_vqvae", "zero2", SMALL),
     Work("train_prior", "train_prior_top", "fsdp", SMALL),
 ]
+LONGER = ("total_images=6400", "save_every=64", "log_every=32", "evaluate_every=0")
 INSIDE = ["nothing written@2@1", "shard written@3@0", "shard written@2", "all shards written@2", "manifest written@1"]
 INSIDE += ["synced@2", "renamed@2", "before retention@3", "in retention@1", "shard written@2@1"]
 
@@ -222,7 +224,7 @@ def _damage_a_tar(folder: Path, chance: random.Random) -> str:
 # --- the whole --------------------------------------------------------------------------------------------------------
 
 
-PARTS = ("kills", "restart", "corruptions")
+PARTS = ("kills", "share", "restart", "corruptions")
 Rows = dict[str, dict[str, Any]]
 
 
@@ -236,6 +238,8 @@ def campaign(quick: bool, seed: int, parts: Sequence[str] = PARTS) -> Rows:
             inside = INSIDE[number : number + 1] if quick else INSIDE[number::2]
             kill_runs(work, 1 if quick else 9, inside, chance, tally)
         found |= rows_of_kills(tally)
+    if "share" in parts and not quick:
+        found |= rows_of_share(replace(works[0], overrides=LONGER), chance)
     if "restart" in parts and not quick:
         found |= rows_of_restarts(restart_seconds(works[0], 3))
     if "corruptions" in parts:
@@ -260,6 +264,14 @@ def rows_of_kills(tally: Tally) -> Rows:
         "chaos/save_stall_seconds": row(median(all_stalls(Path().glob("*.jsonl")))),
         "chaos/seconds_to_train_again_forked": row(median(tally.seconds_to_train_again)),
     }
+
+
+def rows_of_share(work: Work, chance: random.Random) -> Rows:
+    """What of the time of one run through many kills its steps took; beside it, all that it takes to simulate that."""
+    run_dir = Path(f"{work.label}-share").absolute()
+    travel(work, run_dir, [""] * 15, chance, Tally())
+    measured = timing(run_dir.with_suffix(".jsonl")) | {"steps_between_saves": 2}
+    return {"chaos/share_under_constant_kills": row(measured["work"] / measured["seconds"]) | measured}
 
 
 def rows_of_restarts(seconds: Sequence[float]) -> Rows:

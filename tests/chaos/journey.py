@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from support import faults
@@ -124,7 +125,37 @@ def _kill_at_random(ranks: Ranks, journal: Path, chance: random.Random) -> bool:
     time.sleep(chance.uniform(0.0, 2.0))
     alive = ranks.alive()
     ranks.signal(signal.SIGKILL, chance.choice([[0], [1], None]))
+    if alive:
+        with open(journal, "a") as file:
+            file.write(json.dumps({"time": time.time(), "pid": pid, "killed": True}) + "\n")
     return alive
+
+
+def timing(journal: Path) -> dict[str, Any]:
+    """What a run with kills took, in seconds: `seconds` from its first batch to its last step, of which its steps alone
+    would take `work`; `step`; `stall`, what a save adds to the steps around it; `restart`, from a kill to the next
+    batch; `kills`, after the first batch. All but the kills are means.
+    """
+    lines = read_journal(journal)
+    steps = [line for line in lines if "seen" in line]
+    batch = steps[1]["seen"] - steps[0]["seen"]
+    after_step, after_save = [], []
+    for before, line, after in zip(lines, lines[1:], lines[2:], strict=False):
+        if "seen" in before and "stall" in line and "seen" in after:
+            after_save.append(after["time"] - before["time"])
+        elif "seen" in line and "seen" in after:
+            after_step.append(after["time"] - line["time"])
+    step = mean(after_step)
+    start, kills = steps[0]["time"] - step, [line["time"] for line in lines if "killed" in line]
+    again = [min(line["time"] for line in steps if line["time"] > kill) - step - kill for kill in kills]
+    return {
+        "seconds": steps[-1]["time"] - start,
+        "work": steps[-1]["seen"] / batch * step,
+        "step": step,
+        "stall": mean(after_save) - step,
+        "restart": mean(again),
+        "kills": [kill - start for kill in kills],
+    }
 
 
 def _count_resume(journal: Path, died_at: float, tally: Tally) -> None:
