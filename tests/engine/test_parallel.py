@@ -195,7 +195,7 @@ def test_precisions(topology: Topology, precision: str, parameters: torch.dtype,
 
 
 def test_what_cannot_be_had_is_refused(topology: Topology) -> None:
-    with pytest.raises(ValueError, match="precision=fp16: choose fp32, bf16, fp64"):
+    with pytest.raises(ValueError, match="precision=fp16: choose fp32, tf32, bf16, fp64"):
         TorchEngine(TinyModel(), topology, precision="fp16", accumulation=1, optimizer=OPTIMIZER)
 
 
