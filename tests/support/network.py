@@ -3,7 +3,7 @@
 A node is a thread in Linux namespaces of its own, from which its processes are started. Its one interface is a TAP
 device, and the switch, another thread, carries Ethernet frames between these. The namespaces live as long as what is in
 them, and nothing has to be cleaned up: they, the devices and the addresses are gone with this process at the latest.
-Needs root, /dev/net/tun and `ip` (iproute2), but no netem.
+Needs root, /dev/net/tun, `ip` (iproute2) and `setpriv` (util-linux), but no netem.
 """
 
 import contextlib
@@ -66,8 +66,9 @@ class Node:
         return tap
 
     def start(self, command: Sequence[str], **options: Any) -> "subprocess.Popen[bytes]":
-        """As `subprocess.Popen`."""
-        process = self._inside.submit(subprocess.Popen, command, **options).result()
+        """As `subprocess.Popen`; it dies with this process, however that ends."""
+        mortal = ["setpriv", "--pdeathsig", "KILL", *command]
+        process = self._inside.submit(subprocess.Popen, mortal, **options).result()
         self._started.append(process)
         return process
 
