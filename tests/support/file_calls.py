@@ -91,8 +91,9 @@ def _functions() -> Iterator[tuple[Any, str, str]]:
     """(holder, name, kind) of the functions that raise no audit event."""
     yield from ((os, name, "stat") for name in ("stat", "lstat", "access", "readlink", "statvfs"))
     yield os, "pread", "read"
+    safe_open = safetensors.safe_open  # which is replaced while this goes on
     for module in list(sys.modules.values()):
-        if vars(module).get("safe_open") is safetensors.safe_open:
+        if vars(module).get("safe_open") is safe_open:
             yield module, "safe_open", "open"
 
 

@@ -217,14 +217,13 @@ class Tars(Sequence[Path | RemoteTar]):
         """Raises ValueError for a URL that would not be opened, or a cache that cannot be written; nothing is fetched
         yet."""
         self._folder, self._manifest, self._cache = folder, manifest, cache
-        names, digests = manifest.column("name"), manifest.column("sha256")
+        names = manifest.column("name")
         self.remote = np.flatnonzero([is_url(name) for name in names])
         for url in {names[n].rpartition("/")[0]: names[n] for n in self.remote}.values():  # one of each host and folder
             check_url(url, cache.allow_pipe)
-        for n in self.remote:
-            if not _SHA256.fullmatch(digests[n]):
-                raise ValueError(f"{folder}: {digests[n]!r} is not a sha256 in hexadecimal")  # it becomes a file's name
         if len(self.remote):
+            if wrong := [digest for digest in manifest.column("sha256") if not _SHA256.fullmatch(digest)]:
+                raise ValueError(f"{folder}: {wrong[0]!r} is not a sha256 in hexadecimal")  # it becomes a file's name
             cache.make_folder()
 
     def __len__(self) -> int:
