@@ -38,14 +38,14 @@ from vqscale.topology import die_with_parent
 
 HERE = Path(__file__).parent
 SECONDS = {  # of each part at most; nine minutes in all
-    "ceilings": 30,
+    "ceilings": 25,
     "tests": 90,
     "chain": 100,
     "vqvae": 60,
     "priors": 110,
     "sampling": 70,
-    "data": 60,
-    "graphs": 20,
+    "data": 55,
+    "graphs": 30,
 }
 SLOWER = 6  # a CPU's core may take so much longer
 MODULES = {

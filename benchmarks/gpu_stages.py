@@ -5,6 +5,7 @@ In: a `Case`.  Out: its rows. Both run programs of their own, whose output is in
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,7 +13,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from xml.etree import ElementTree
 
 from gpu_rows import Case
 
@@ -28,23 +28,27 @@ NAME = "gpu"  # of the experiment
 
 
 def tests(case: Case) -> None:
-    """`pytest -m gpu`: the share that passed, and the names of the others."""
+    """`pytest -m gpu`: the share of the selected tests that passed so far, and the names of those that did not."""
     if not case.on_gpu:
         raise ValueError("it needs a GPU")
-    with tempfile.TemporaryDirectory(prefix="gpu-tests-") as folder:
-        report = Path(folder) / "report.xml"
-        options = ["-m", "gpu", "-v", "-W", "default", "-o", "timeout=60", "-p", "no:cacheprovider"]
-        subprocess.run([sys.executable, "-m", "pytest", *options, f"--junitxml={report}", "tests/gpu"], cwd=ROOT)
-        passed, others = outcomes(report)
-    case.rows.put("tests/passed", len(passed) / max(1, len(passed) + len(others)), passed=len(passed), others=others)
+    options = ["-m", "gpu", "-vv", "-W", "default", "-o", "timeout=60", "-p", "no:cacheprovider", "tests/gpu"]
+    command, lines = [sys.executable, "-m", "pytest", *options], list[str]()
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, bufsize=1) as process:
+        for line in process.stdout or ():
+            print(line, end="", flush=True)
+            lines.append(line)
+            selected, passed, others = outcomes(lines)
+            if passed or others:
+                case.rows.put("tests/passed", passed / selected, selected=selected, passed=passed, others=others)
 
 
-def outcomes(report: Path) -> tuple[list[str], list[str]]:
-    """Tests of a JUnit report that passed, and those that failed or were skipped. Raises OSError without a report."""
-    passed, others = [], []
-    for test in ElementTree.parse(report).iter("testcase"):
-        (others if len(test) and test[0].tag in ("failure", "error", "skipped") else passed).append(test.attrib["name"])
-    return passed, others
+def outcomes(lines: list[str]) -> tuple[int, int, list[str]]:
+    """(tests selected, tests that passed, names of those that failed or were skipped) in the output of `pytest -vv`."""
+    text = "".join(lines)
+    counts = re.search(r"collected (\d+) items?(?:.* (\d+) selected)?", text)
+    found = re.findall(r"^\S+::(\S+) (PASSED|FAILED|ERROR|SKIPPED)", text, re.MULTILINE)
+    others = [f"{name} {word}" for name, word in found if word != "PASSED"]
+    return int(counts[2] or counts[1]) if counts else len(found), len(found) - len(others), others
 
 
 def chain(case: Case) -> None:

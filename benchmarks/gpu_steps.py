@@ -8,6 +8,7 @@ of one step on random tensors of the same shapes, types and strides, one after t
 import dataclasses
 import gc
 import importlib
+import math
 import sys
 import warnings
 from collections import Counter
@@ -183,8 +184,10 @@ def layout(value: Any) -> Any:
 def random_like(value: Any, device: str, contiguous: bool) -> Any:
     """The argument again: a tensor of this layout with random values, anything else as it was."""
     if isinstance(value, Like):
-        empty = torch.empty_strided(value.shape, value.strides, dtype=value.dtype, device=device).normal_()
-        return empty.contiguous() if contiguous else empty
+        if 0 in value.strides:  # an expanded tensor, which cannot be filled
+            return torch.randn(value.shape, device=device).to(value.dtype)
+        filled = torch.empty_strided(value.shape, value.strides, dtype=value.dtype, device=device).normal_()
+        return filled.contiguous() if contiguous else filled
     return [random_like(item, device, contiguous) for item in value] if isinstance(value, tuple) else value
 
 
@@ -307,48 +310,61 @@ def port_step(case: Case, batch: int) -> Callable[[], None]:
 
 
 def priors(case: Case) -> None:
-    rate = product_rate(torch.bfloat16, case.device, (256,))
+    """Both eagerly first: compiling takes longest."""
+    rate, measured = product_rate(torch.bfloat16, case.device, (256,)), dict[str, PriorSteps]()
     for level, batch in {"top": 48, "bottom": 16}.items():
         with case.rows.attempt(*(name for name in case.rows.rows if name.startswith(level))):
-            measure_prior(case, level, batch if case.full else 2, rate)
+            measured[level] = PriorSteps(case, level, batch if case.full else 2, rate)
+            measured[level].eagerly()
+    for level, steps in measured.items():
+        with case.rows.attempt(f"{level}/compiled over eager"):
+            steps.compiled()
+
+
+class PriorSteps:
+    """One level's prior in training, one way after the other: two of them do not fit into a card's memory."""
+
+    def __init__(self, case: Case, level: str, batch: int, rate: float):
+        """batch: halved until it fits. rate: FLOP/s of a bf16 product."""
+        self.case, self.level, self.batch, self.rate = case, level, batch, rate
+        self.seconds = self.products = math.inf
+        self.flops = 0
+
+    def step(self, batch: int, compiled: bool = False, recompute: bool = False) -> Stepper:
+        """Its first step done."""
         release()
-
-
-def measure_prior(case: Case, level: str, batch: int, rate: float) -> None:
-    rows, config = case.rows, train_prior.TrainPriorConfig(level=level)
-
-    def stepper(batch: int, compiled: bool = False, recompute: bool = False) -> Stepper:
-        model = prior_of(case, level, activation_checkpointing=recompute)
+        case, model = self.case, prior_of(self.case, self.level, activation_checkpointing=recompute)
         grids = dict(zip(("top", "bottom"), [*model.upper_grids, model.grid], strict=False))
         given = {name: torch.randint(K, (batch, *grid), device=case.device) for name, grid in grids.items()}
         given["label"] = torch.randint(CLASSES, (batch,), device=case.device)
         given["position"] = torch.arange(batch, device=case.device)
-        step = Stepper(case, model, train_prior.training_step(config), given, compiled)
+        step_fn = train_prior.training_step(train_prior.TrainPriorConfig(level=self.level))
+        step = Stepper(case, model, step_fn, given, compiled)
         step()
         return step
 
-    batch, step = largest(batch, stepper)
-    eager = best = seconds_of(case, step)
-    with FlopCounterMode(display=False) as counter:
-        step()
-    flops, products = counter.get_total_flops(), seconds_alone(record(step), case.device)
+    def put(self, seconds: float, way: str) -> None:
+        details = {"images_per_second": self.batch / seconds, "batch": self.batch, "way": way}
+        self.case.rows.put(f"{self.level}/share of product rate", self.flops / seconds / self.rate, **details)
+        self.case.rows.put(f"{self.level}/step over its products", seconds / self.products, **details)
 
-    def put(seconds: float, way: str) -> None:
-        details = {"images_per_second": batch / seconds, "batch": batch, "way": way}
-        rows.put(f"{level}/share of product rate", flops / seconds / rate, **details)
-        rows.put(f"{level}/step over its products", seconds / products, **details)
+    def eagerly(self) -> None:
+        rows, level, case = self.case.rows, self.level, self.case
+        self.batch, step = largest(self.batch, self.step)
+        self.seconds = seconds_of(case, step)
+        with FlopCounterMode(display=False) as counter:
+            step()
+        self.flops, self.products = counter.get_total_flops(), seconds_alone(record(step), case.device)
+        self.put(self.seconds, "eager")
+        with rows.attempt(f"{level}/host synchronisations"):
+            rows.put(f"{level}/host synchronisations", synchronisations(step))
+        with rows.attempt(f"{level}/activations kept over recomputed"):
+            del step
+            recomputed = seconds_of(case, self.step(self.batch, recompute=True))
+            rows.put(f"{level}/activations kept over recomputed", recomputed / self.seconds)
 
-    put(eager, "eager")
-    with rows.attempt(f"{level}/host synchronisations"):
-        rows.put(f"{level}/host synchronisations", synchronisations(step))
-    with rows.attempt(f"{level}/compiled over eager"):
-        del step
-        release()
-        compiled = seconds_of(case, stepper(batch, compiled=True))
-        rows.put(f"{level}/compiled over eager", eager / compiled)
-        if compiled < best:
-            put(compiled, "compiled")
-    with rows.attempt(f"{level}/activations kept over recomputed"):
-        release()
-        recomputed = seconds_of(case, stepper(batch, recompute=True))
-        rows.put(f"{level}/activations kept over recomputed", recomputed / eager)
+    def compiled(self) -> None:
+        seconds = seconds_of(self.case, self.step(self.batch, compiled=True))
+        self.case.rows.put(f"{self.level}/compiled over eager", self.seconds / seconds)
+        if seconds < self.seconds:
+            self.put(seconds, "compiled")

@@ -95,6 +95,18 @@ def test_a_row_keeps_the_value_that_it_had_before_its_part_failed(tmp_path: Path
     assert written["vqvae/over the port"]["reason"] == gpu_rows.NOT_REACHED
 
 
+def test_outcomes_are_read_from_pytest_while_it_runs() -> None:
+    stages = importlib.import_module("gpu_stages")
+    lines = [
+        "collecting ... collected 9 items / 5 deselected / 4 selected\n",
+        "tests/gpu/test_models.py::test_a[cuda] PASSED          [ 25%]\n",
+        "tests/gpu/test_models.py::test_b[x-cuda] FAILED        [ 50%]\n",
+        "tests/gpu/test_training.py::test_c[cuda-y] ERROR       [ 75%]\n",
+    ]
+    assert stages.outcomes(lines) == (4, 1, ["test_b[x-cuda] FAILED", "test_c[cuda-y] ERROR"])
+    assert stages.outcomes(["collected 2 items\n"]) == (2, 0, [])
+
+
 def test_nine_minutes_are_enough_for_all_parts() -> None:
     assert gpu.SECONDS.keys() == gpu_rows.ROWS.keys() and sum(gpu.SECONDS.values()) <= 540
 
