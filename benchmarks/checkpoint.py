@@ -7,8 +7,8 @@ In: nothing. Out, with --json {"blocked": …, "slowed": …, "blocked_steps": �
 `blocked` is the time until save() returns and training may go on, over the time of a save that is waited for (written,
 hashed, fsynced, renamed); `slowed` adds what the steps beside the writing lose, over the same. Rounds of plain steps,
 steps beside a save, and a synchronous save take turns. The state is a prior's: weights, both moments, EMA.
-`shared` is what 8 ranks gain by sharing the work of a save and of a resume (shared_saves.py); ranks beyond the cores of
-this machine gain no time, but each of them hashes and reads less.
+`shared` is what 8 ranks gain by sharing the work of a save and of a resume, each at the rate of a node's own link
+(shared_saves.py).
 """
 
 import shutil
