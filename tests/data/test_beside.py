@@ -16,6 +16,7 @@ def test_all_items_are_used_in_order_in_another_thread() -> None:
 
     assert use_beside(range(100), use, waiting=3) == (list(range(100)), False)
     assert use_beside([], use, waiting=1) == ([], False)
+    assert use_beside(range(100), use, waiting=0) == (list(range(100)), True)
 
 
 def test_the_next_item_is_made_while_one_is_used() -> None:

@@ -19,9 +19,14 @@ _END = object()
 def use_beside(items: Iterable[Item], use: Callable[[Iterator[Item]], Result], waiting: int) -> Result:
     """`use(items)` in a thread of its own, while this thread makes the items, of which at most `waiting` wait.
 
+    waiting=0: in turns, in this thread. That is faster where the items are made on a CPU: torch's threads wait for each
+    other, and one that must share its core holds up all.
+
     An error of the items is raised inside `use` too, after all items before it, and here once `use` has ended. An error
     of `use` is raised here when the item that is being made is there.
     """
+    if not waiting:
+        return use(iter(items))
     room, queue = Semaphore(waiting), SimpleQueue[Any]()
 
     def received() -> Iterator[Item]:

@@ -145,7 +145,8 @@ def _extract_split(config: ExtractCodesConfig, run: runtime.Run, source: Source,
             run.images_seen += images.shards[number].num_samples
 
     with run.stoppable(), bar, closing(iter(blocks)) as batches:
-        use_beside(_encoded(config, source, batches, run), write, _WAITING)
+        waiting = _WAITING if topology.device.type == "cuda" else 0
+        use_beside(_encoded(config, source, batches, run), write, waiting)
     topology.barrier()
     shards = ShardTable.of_rows(_finished_shards(topology, out, names), names)
     bad = images.num_samples - int(shards.column("num_samples").sum())

@@ -147,7 +147,8 @@ def _draw_missing(config: SampleConfig, chain: Chain, run: runtime.Run) -> None:
                 run.images_seen += len(ids)
 
     with run.stoppable(), bar:
-        use_beside(_drawn(config, chain, labels, [ids for _, ids in missing], run), write, waiting=1)
+        drawn = _drawn(config, chain, labels, [ids for _, ids in missing], run)
+        use_beside(drawn, write, waiting=int(topology.device.type == "cuda"))
     rows = survey(topology, len(paths), lambda n: shard_info(paths[n]))
     if topology.is_main:
         shards = ShardTable.of_rows(rows, [path.name for path in paths])
