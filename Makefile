@@ -30,7 +30,7 @@ lint: setup
 	$(BIN)/mypy
 	shellcheck $(SCRIPTS)
 
-# Damages of every file format by the thousand, then kills and corruptions by the hundred (some 9 minutes).
+# Damages of every file format by the thousand, then kills and corruptions by the hundred (some 11 minutes).
 chaos: setup
 	$(BIN)/python tests/chaos/fuzz.py
 	$(BIN)/python tests/chaos/campaign.py --json benchmarks/results/chaos-$(shell date +%F).json
