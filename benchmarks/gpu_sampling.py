@@ -16,7 +16,7 @@ from sampling import evenly
 from vqscale.models.sampling import Options, RowSampler
 
 BATCHES = (64, 8, 1, 256)
-AS_IT_IS = Options(1.0, 0, 1.0, 0.0)  # temperature 1, nothing left out, no guidance
+AS_IT_IS = Options(1.0, 0, 1.0, False)  # temperature 1, nothing left out, no guidance
 
 
 @torch.inference_mode()

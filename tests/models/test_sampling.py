@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vqscale.models import causal, sampling
-from vqscale.models.sampling import choose, draw_uniforms, sample_codes
+from vqscale.models.sampling import choose, draw_uniforms, guidance_weights, sample_codes
 from vqscale.seeding import key_of, uniform
 
 KINDS = ("pixelcnn", "transformer")
@@ -80,6 +80,8 @@ def test_cached_equals_reference(grid, upper, changes, dtype):
         {"top_p": 0.6},
         {"temperature": 1.3, "top_k": 9, "top_p": 0.8},
         {"guidance": 1.5},
+        {"guidance": 2.0, "guidance_schedule": "linear"},
+        {"guidance": 2.0, "guidance_schedule": "cosine", "guidance_interval": [0.2, 0.8]},
     ],
 )
 @pytest.mark.parametrize("kind", KINDS)
@@ -192,6 +194,37 @@ def test_temperature_changes_linearly_from_the_first_code_to_the_last(monkeypatc
     assert temperatures == pytest.approx([0.7] * 4)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "interval", "expected"),
+    [
+        ("constant", (0, 1), [2, 2, 2, 2, 2]),
+        ("linear", (0, 1), [0, 0.5, 1, 1.5, 2]),
+        ("cosine", (0, 1), [0, 0.2929, 1, 1.7071, 2]),
+        ("constant", (0.25, 0.6), [0, 2, 2, 0, 0]),
+        ("linear", (0.5, 1), [0, 0, 1, 1.5, 2]),
+    ],
+)
+def test_the_guidance_weight_changes_along_the_codes(schedule, interval, expected):
+    assert guidance_weights(2.0, schedule, interval, 5).tolist() == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_codes_before_the_interval_are_those_without_guidance(kind):
+    """And a batch drawn with other weights before leaves nothing of them behind."""
+    model = build((5, 4), kind=kind)
+    label, _, ids = inputs(6, [])
+    weights = model.sampling_weights(torch.float64)
+    given: dict[str, Any] = {"seed": 1, "sample_ids": ids, "weights": weights}
+    plain = sample_codes(model, label, **given)
+    whole = sample_codes(model, label, guidance=5.0, **given)
+    late = sample_codes(model, label, guidance=5.0, guidance_interval=[0.5, 1], **given)
+    assert torch.equal(late.flatten(1)[:, :10], plain.flatten(1)[:, :10]) and not torch.equal(late, plain)
+    assert not torch.equal(late, whole)
+    assert torch.equal(sample_codes(model, label, guidance=5.0, **given), whole)
+    nowhere = sample_codes(model, label, guidance=5.0, guidance_interval=[0.01, 0.02], **given)
+    assert torch.equal(nowhere, plain)  # no code stands there
+
+
 def test_progress_is_reported_row_by_row():
     model, seen = build((4, 3)), []
     label, ids = torch.tensor([0]), torch.tensor([0])
@@ -230,6 +263,9 @@ def test_memory_per_sample_counts_what_is_held(kind, blocks):
         ({"top_p": float("nan")}, r"top_p=nan in \(0, 1\]"),
         ({"top_k": -1}, "top_k=-1 must be >= 0"),
         ({"guidance": float("nan")}, "guidance=nan finite"),
+        ({"guidance_schedule": "step"}, "guidance_schedule=step: choose from constant, linear, cosine"),
+        ({"guidance_interval": [0.8, 0.2]}, r"guidance_interval=\[0.8, 0.2\]: takes \[first, last\]"),
+        ({"guidance_interval": [0.5]}, r"guidance_interval=\[0.5\]"),
     ],
 )
 def test_refuses_what_does_not_fit(change, message):
@@ -249,7 +285,8 @@ def test_logits_that_are_not_finite_end_sampling(kind):
         sample_codes(model, torch.tensor([0]), seed=0, sample_ids=torch.tensor([0]))
 
 
-CASES = [("pixelcnn", {}), ("pixelcnn", {"guidance": 0.7}), ("transformer", {}), ("transformer", {"top_p": 0.8})]
+RISING = {"guidance": 0.7, "guidance_schedule": "linear"}
+CASES = [("pixelcnn", {}), ("pixelcnn", RISING), ("transformer", {}), ("transformer", {"top_p": 0.8})]
 
 
 def _memory(state: Any) -> list[int]:

@@ -25,14 +25,27 @@ log = logging.getLogger("vqscale")
 _WARM_UPS = 3  # rows that run eagerly before a graph is captured, as libraries choose their kernels then
 
 
+def _linear(s: Tensor) -> Tensor:
+    return s
+
+
+def _cosine(s: Tensor) -> Tensor:
+    return (1 - torch.cos(math.pi * s)) / 2
+
+
+# The share of the guidance weight that a code has, by its place s in raster order: 0 at the first, 1 at the last.
+SCHEDULES: dict[str, Callable[[Tensor], Tensor]] = {"constant": torch.ones_like, "linear": _linear, "cosine": _cosine}
+WHOLE = (0.0, 1.0)  # the interval of all codes
+
+
 class Options(NamedTuple):
-    """How codes are chosen from logits. heat: the temperature of all codes if it is 0 or 1, else None. graphs: a GPU
-    replays rows."""
+    """How codes are chosen from logits. heat: the temperature of all codes if it is 0 or 1, else None. guided: whether
+    the batch has its samples a second time, without class. graphs: a GPU replays rows."""
 
     heat: float | None
     top_k: int
     top_p: float
-    guidance: float
+    guided: bool
     graphs: bool = True
 
 
@@ -95,27 +108,36 @@ class Reference:
 class RowSampler:
     """Draws the codes of a batch row by row. On a GPU a row is captured once as a graph, and replayed.
 
-    What depends on the row, the samples or the temperature is copied to fixed memory first. What remains is the same
-    work for every row from which its attentions read equally far.
+    What depends on the row, the samples, the temperature or the guidance weight is copied to fixed memory first. What
+    remains is the same work for every row from which its attentions read equally far.
     """
 
     def __init__(self, state: State, options: Options):
         self._state, self._options = state, options
         (rows, self._width), device = state.codes[:, 0].shape, state.codes.device
-        self._batch = rows // 2 if options.guidance else rows
+        self._batch = rows // 2 if options.guided else rows
         self._uniforms = torch.zeros(self._width, self._batch, dtype=torch.float64, device=device)
         self._temperatures = torch.zeros(self._width, dtype=torch.float64, device=device)
+        self._guidance = torch.zeros(self._width, dtype=torch.float64, device=device)
         self._graphs: dict[tuple[int, ...], tuple[Any, Tensor]] = {}  # with the last logits, which each leaves behind
         self._captures = options.graphs and device.type == "cuda" and not isinstance(state, Reference)
 
-    def draw(self, row: int, uniforms: Float[Tensor, "w b"], temperatures: Float[Tensor, " w"]) -> None:
-        """Choose the codes of a row, given those of the rows above.
+    def draw(
+        self,
+        row: int,
+        uniforms: Float[Tensor, "w b"],
+        temperatures: Float[Tensor, " w"],
+        guidance: Float[Tensor, " w"] | None = None,
+    ) -> None:
+        """Choose the codes of a row, given those of the rows above. guidance: weights, which guided batches need.
 
         Raises ValueError for logits that are not finite.
         """
         self._state.begin_row(row)
         self._uniforms.copy_(uniforms)
         self._temperatures.copy_(temperatures)
+        if guidance is not None:
+            self._guidance.copy_(guidance)
         logits = self._replay() if self._captures else self._choose()
         self._state.end_row(row)
         if not logits.isfinite().all():  # once a row: each look waits for the device
@@ -123,14 +145,15 @@ class RowSampler:
 
     def _choose(self) -> Float[Tensor, "b k"]:
         """Fill `state.row`. Returns the last column's logits. To do it twice changes nothing."""
-        heat, top_k, top_p, guidance, _ = self._options
+        heat, top_k, top_p, guided, _ = self._options
         for column in range(self._width):
             logits = self._state.next_logits(column)
-            if guidance:
-                logits = torch.lerp(logits[self._batch :], logits[: self._batch], 1 + guidance)
+            if guided:
+                scale = (1 + self._guidance[column]).to(logits.dtype)
+                logits = torch.lerp(logits[self._batch :], logits[: self._batch], scale)
             temperature = self._temperatures[column] if heat is None else heat
             chosen = choose(logits, self._uniforms[column], temperature=temperature, top_k=top_k, top_p=top_p)
-            self._state.row[:, column] = chosen.repeat(2) if guidance else chosen
+            self._state.row[:, column] = chosen.repeat(2) if guided else chosen
         return logits
 
     def _replay(self) -> Float[Tensor, "b k"]:
@@ -173,6 +196,8 @@ def sample_codes(
     top_k: int = 0,
     top_p: float = 1.0,
     guidance: float = 0.0,
+    guidance_schedule: str = "constant",
+    guidance_interval: Sequence[float] = WHOLE,
     cached: bool = True,
     dtype: torch.dtype | None = None,
     weights: Weights | None = None,
@@ -186,7 +211,8 @@ def sample_codes(
     in between linear in raster order, None = the same. top_k: keep the k likeliest codes (0 = all); top_p in (0, 1]:
     keep the likeliest codes up to that mass (nucleus, Holtzman et al. 2020). guidance w: logits (1 + w) conditional - w
     unconditional (Ho and Salimans 2022, equation 6, on logits), at twice the cost; needs a prior trained with
-    class_dropout. cached=False runs a full forward per code. dtype: of cached arithmetic; default that of the weights.
+    class_dropout. guidance_schedule, guidance_interval: how w changes along the codes, see `guidance_weights`.
+    cached=False runs a full forward per code. dtype: of cached arithmetic; default that of the weights.
     weights: of this prior, from `sampling_weights`; saves their rearranging, and memory and graphs are used again.
     graphs=False: a GPU runs every row kernel by kernel, which is slower and draws the same.
     progress(rows done, rows) is called after each row.
@@ -196,10 +222,12 @@ def sample_codes(
     end = temperature if temperature_end is None else temperature_end
     _check(prior, label, upper, sample_ids)
     _check_options(temperature, end, top_k, top_p, guidance)
+    check_guidance(guidance_schedule, guidance_interval)
     weight = next(prior.parameters())
     label, upper = label.to(weight.device), [codes.to(weight.device) for codes in upper]
     (height, width), batch = prior.grid, len(label)
-    if guidance:
+    along = guidance_weights(guidance, guidance_schedule, guidance_interval, height * width).view(height, width)
+    if guided := bool(along.any()):
         label = torch.cat((label, torch.full_like(label, prior.num_classes)))
         upper = [codes.repeat(2, 1, 1) for codes in upper]
     if cached:
@@ -207,15 +235,15 @@ def sample_codes(
     else:
         state = Reference(prior, len(label), weight.device)
     heat = temperature if temperature == end and temperature in (0, 1) else None
-    options = Options(heat, top_k, top_p, guidance, graphs)
+    options = Options(heat, top_k, top_p, guided, graphs)
     if options not in state.samplers:
         state.samplers[options] = RowSampler(state, options)
     temperatures = torch.linspace(temperature, end, height * width, dtype=torch.float64).view(height, width)
     uniforms = draw_uniforms(seed, len(prior.upper_grids), sample_ids, height * width).unflatten(0, (height, width))
-    temperatures, uniforms = temperatures.to(weight.device), uniforms.to(weight.device)
+    temperatures, uniforms, along = (rows.to(weight.device) for rows in (temperatures, uniforms, along))
     state.reset(label, upper)
     for row in range(height):
-        state.samplers[options].draw(row, uniforms[row], temperatures[row])
+        state.samplers[options].draw(row, uniforms[row], temperatures[row], along[row])
         if progress is not None:
             progress(row + 1, height)
     return state.codes[:batch].clone()
@@ -240,6 +268,27 @@ def _check_options(temperature: float, end: float, top_k: int, top_p: float, gui
             raise ValueError(f"{name}={value} must be >= 0")
     if top_k < 0 or not 0 < top_p <= 1 or not math.isfinite(guidance):
         raise ValueError(f"top_k={top_k} must be >= 0, top_p={top_p} in (0, 1], guidance={guidance} finite")
+
+
+def check_guidance(schedule: str, interval: Sequence[float]) -> None:
+    """Raises ValueError for a schedule that there is not, or an interval that is none."""
+    if schedule not in SCHEDULES:
+        raise ValueError(f"guidance_schedule={schedule}: choose from {', '.join(SCHEDULES)}")
+    if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
+        raise ValueError(f"guidance_interval={list(interval)}: takes [first, last], 0 <= first <= last <= 1")
+
+
+def guidance_weights(weight: float, schedule: str, interval: Sequence[float], positions: int) -> Float[Tensor, " t"]:
+    """The guidance weight of each code, float64; at 0 a code is drawn as without guidance.
+
+    With s = position / (positions - 1) in raster order: constant: w; linear: s w (Chang et al. 2023, Muse, arXiv
+    2301.00704: the scale rises linearly while tokens are drawn); cosine: (1 - cos(pi s)) / 2 w (Gao et al. 2023, MDT,
+    arXiv 2303.14389, at power 1). Outside interval[0] <= s <= interval[1] it is 0 (after Kynkäänniemi et al. 2024,
+    arXiv 2404.07724, who limit guidance to an interval of a diffusion's noise levels).
+    """
+    place = torch.linspace(0, 1, positions, dtype=torch.float64)
+    inside = (place >= interval[0]) & (place <= interval[1])
+    return weight * SCHEDULES[schedule](place) * inside
 
 
 def draw_uniforms(seed: int, level: int, sample_ids: Int[Tensor, " b"], positions: int) -> Float[Tensor, "t b"]:

@@ -33,9 +33,10 @@ from vqscale.data.shardtable import ShardTable, survey
 from vqscale.evaluation.classify import CLASS_PROBABILITY, ImageClassifier
 from vqscale.evaluation.features import NEED_A_PATH
 from vqscale.evaluation.figures import grid_png, label_of_class, upscale_for
-from vqscale.fields import Choice, NonNegativeFloat, NonNegativeInt, PathText, PositiveFraction, PositiveInt
-from vqscale.models.sampling import sample_codes
+from vqscale.fields import Choice, Fraction, NonNegativeFloat, NonNegativeInt, PathText, PositiveFraction, PositiveInt
+from vqscale.models.sampling import SCHEDULES, check_guidance, sample_codes
 from vqscale.sources import Source, build, load_model
+from vqscale.text import error_prefix
 from vqscale.topology import Topology, cores
 
 
@@ -67,6 +68,8 @@ class SampleConfig(StageConfig):
     top_k: dict[str, NonNegativeInt] = field(default_factory=dict)  # among the k likeliest codes; 0 = all
     top_p: dict[str, PositiveFraction] = field(default_factory=dict)  # among the likeliest of this mass; 1 = all
     guidance: dict[str, NonNegativeFloat] = field(default_factory=dict)  # classifier-free guidance weight; 0 = off
+    guidance_schedule: dict[str, Annotated[str, Choice(*SCHEDULES)]] = field(default_factory=dict)  # along the codes
+    guidance_interval: dict[str, list[Fraction]] = field(default_factory=dict)  # guide only there; [0, 1] = all codes
     precision: Annotated[str, Choice("fp32", "bf16")] = "fp32"  # of the priors; decoding is in fp32
     graphs: bool = True  # a GPU replays each row of codes as a CUDA graph; false = kernel by kernel, for debugging
     batch: PositiveInt = 32  # samples drawn at a time, one block of consecutive ids
@@ -74,13 +77,21 @@ class SampleConfig(StageConfig):
     grid_columns: PositiveInt = 10  # samples per class in grid.png
     images: bool = False  # also write each sample as images/<class>/<id>.png
 
+    def __post_init__(self) -> None:
+        for level, interval in self.guidance_interval.items():
+            with error_prefix(level):
+                check_guidance(self.guidance_schedule.get(level, "constant"), interval)
+
 
 Config = SampleConfig
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # By key all parts of a block's samples but their pictures; and those, uint8 [b, 3, R, R], perhaps with padding behind.
 _Block = tuple[dict[str, dict[str, bytes]], Callable[[], dict[str, Tensor]]]
 _GRID_PIXELS = 100_000_000  # of grid.png, at most
-PER_LEVEL = ("temperature", "temperature_end", "top_k", "top_p", "guidance")  # options of `sample_codes`
+# Options of `sample_codes`.
+PER_LEVEL = (
+    *("temperature", "temperature_end", "top_k", "top_p", "guidance", "guidance_schedule", "guidance_interval"),
+)
 
 
 @dataclass(frozen=True)
@@ -253,24 +264,36 @@ def draw(
 ) -> Tensor:
     """Images uint8 [b, 3, R, R] of classes int64 [b], on their device. `between` is called after each row of codes."""
     codes: list[Tensor] = []
-    for level, prior in chain.priors.items():
-        options = {option: getattr(config, option)[level] for option in PER_LEVEL if level in getattr(config, option)}
-        if level not in chain.weights:
-            chain.weights[level] = prior.model.sampling_weights(_DTYPES[config.precision])
-        codes.append(
-            sample_codes(
-                prior.model,
-                label,
-                codes,
-                seed=config.seed,
-                sample_ids=sample_ids,
-                weights=chain.weights[level],
-                graphs=config.graphs,
-                progress=lambda done, rows: between(),
-                **options,
-            )
-        )
+    for level in chain.priors:
+        codes.append(draw_level(config, chain, level, label, codes, sample_ids, between))
     return to_uint8(chain.vqvae.model.decode(codes))
+
+
+def draw_level(
+    config: SampleConfig,
+    chain: Chain,
+    level: str,
+    label: Tensor,
+    upper: Sequence[Tensor],
+    sample_ids: Tensor,
+    between: Callable[[], None],
+) -> Tensor:
+    """Codes int64 [b, h, w] of one level, given those of the levels above, top first."""
+    prior = chain.priors[level].model
+    options = {option: getattr(config, option)[level] for option in PER_LEVEL if level in getattr(config, option)}
+    if level not in chain.weights:
+        chain.weights[level] = prior.sampling_weights(_DTYPES[config.precision])
+    return sample_codes(
+        prior,
+        label,
+        upper,
+        seed=config.seed,
+        sample_ids=sample_ids,
+        weights=chain.weights[level],
+        graphs=config.graphs,
+        progress=lambda done, rows: between(),
+        **options,
+    )
 
 
 def _write_manifest(config: SampleConfig, chain: Chain, folder: Path, shards: ShardTable) -> None:
