@@ -1,5 +1,6 @@
 """A small finished pipeline on disk: images, a VQ-VAE, codes, priors and samples, none of them trained."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,6 +56,11 @@ def write_images(
     manifest = Manifest.of(kind, shards, CLASSES, {"resolution": images.shape[-1], "format": "png"})
     manifest.save(folder)
     return manifest
+
+
+@pytest.fixture(name="write_images")
+def _write_images() -> Callable[..., Manifest]:
+    return write_images
 
 
 @dataclass(frozen=True)

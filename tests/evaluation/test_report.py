@@ -26,9 +26,9 @@ from vqscale.evaluation.figures import (
     png_bytes,
     usage_svg,
 )
+from vqscale.evaluation.protocols import benchmark_of
 from vqscale.evaluation.reconstructions import Examples
 from vqscale.evaluation.report import PAPERS, Report, format_value, render
-from vqscale.evaluation.results import benchmark_of
 from vqscale.evaluation.scores import Score
 
 CSS = Path(report_module.__file__).with_name("report.css").read_text()

@@ -7,9 +7,13 @@ import pytest
 
 from vqscale.evaluation.features import Extractor, Features
 from vqscale.evaluation.metrics import TooFew
-from vqscale.evaluation.scores import METRICS, Score, Scores, metric_of, score_or_null, why_not_comparable
+from vqscale.evaluation.protocols import Standing
+from vqscale.evaluation.scores import METRICS, Score, Scores, metric_of, score_or_null
 
-FIELDS = ["value", "n", "reference", "extractor", "weights_sha256", "resize", "comparable_with_papers", "reason"]
+FIELDS = [
+    *("value", "n", "reference", "extractor", "weights_sha256", "resize", "comparable_with_papers", "reason"),
+    *("protocol", "preparation"),
+]
 
 
 def extractor(name: str, verified: bool = True) -> Extractor:
@@ -68,17 +72,14 @@ def test_too_few_images_give_null_and_the_reason() -> None:
     def fails() -> float:
         raise TooFew("KID needs at least 1000 images, there are 3 samples")
 
-    score = score_or_null(fails, 3, "real", extractor("inception"), "")
+    score = score_or_null(fails, 3, "real", extractor("inception"), Standing())
     assert score.value is None and not score.comparable_with_papers and "1000" in score.reason
     assert score.extractor == "inception" and score.weights_sha256 == "ab" * 32
 
 
-def test_comparable_means_published_weights_enough_images_and_a_published_reference() -> None:
-    good = {"n": 50_000, "published_reference": True}
-    assert why_not_comparable(extractor("inception"), **good) == ""
-    assert "EfficientNet-Lite0" in why_not_comparable(extractor("lite0"), **good)
-    assert "unknown origin" in why_not_comparable(extractor("inception", verified=False), **good)
-    assert "100 images" in why_not_comparable(extractor("inception"), n=100, published_reference=True)
-    assert "reference" in why_not_comparable(extractor("inception"), n=50_000, published_reference=False)
-    assert "protocol" in why_not_comparable(extractor("inception"), **good, standard=False)
-    assert score_or_null(lambda: 2.0, 50_000, "real", extractor("inception"), "").comparable_with_papers
+def test_a_score_says_by_which_protocol_it_is_comparable() -> None:
+    stands = Standing("adm_gfid", "ADM's own", "")
+    score = score_or_null(lambda: 2.0, 50_000, "real", extractor("inception"), stands)
+    assert score.comparable_with_papers and (score.protocol, score.preparation) == ("adm_gfid", "ADM's own")
+    other = score_or_null(lambda: 2.0, 400, "real", extractor("inception"), Standing("adm_gfid", None, "too few"))
+    assert not other.comparable_with_papers and other.reason == "too few"

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from vqscale import cli
+from vqscale.data.shards import Manifest
 from vqscale.evaluation import passes, samples
 from vqscale.evaluation.features import Extractor
 
@@ -55,6 +57,9 @@ def test_everything_that_can_be_had(world: Any, tmp_path: Path, capsys: pytest.C
     assert scores["fid"]["n"] == 21 and scores["psnr"]["n"] == 26 and scores["nll_train/top"]["n"] == 20
     assert not any(score["comparable_with_papers"] for score in scores.values())
     assert "holdout" in scores["fid"]["reference"] and "26 images" in scores["fid"]["reference"]
+    assert (scores["fid"]["protocol"], scores["psnr"]["protocol"]) == ("adm_gfid", "rfid_imagenet_val")
+    assert scores["fid"]["preparation"] == "unknown" and scores["inception_score"]["preparation"] is None
+    assert scores["nll/top"]["protocol"] is None
     assert scores["bits_per_dim"]["value"] == pytest.approx(
         (16 * scores["nll/top"]["value"] + 64 * scores["nll/bottom"]["value"]) / (np.log(2) * 3 * 16**2)
     )
@@ -108,6 +113,21 @@ def test_statistics_are_kept_and_used_again(
     monkeypatch.setattr(samples, "check_extractor", lambda *_args: [])
     assert run(world, tmp_path, metrics="[fid]", vqvae="none", codes="none", prior_top="none", prior_bottom="none") == 0
     assert scores_of(tmp_path) == first
+
+
+def test_statistics_of_images_prepared_in_another_way_are_not_used_again(
+    world: Any, tmp_path: Path, write_images: Callable[..., Manifest]
+) -> None:
+    """The same pictures under the same name, a little off, as JPEG or another resize leave them."""
+    rest: dict[str, object] = {"vqvae": "none", "codes": "none", "prior_top": "none", "prior_bottom": "none"}
+    distances = []
+    for off in (0, 1):
+        shutil.rmtree(tmp_path / "pack", ignore_errors=True)
+        write_images(tmp_path / "pack" / "holdout", world.holdout ^ off, [n % 3 for n in range(26)])
+        assert run(world, tmp_path, metrics="[fid]", reference=tmp_path / "pack", **rest) == 0
+        distances.append(scores_of(tmp_path)["fid"]["value"])
+    assert len(list((tmp_path / "run" / "statistics").iterdir())) == 3  # samples, and two references
+    assert distances[0] != distances[1]
 
 
 def test_absent_inputs_are_named(world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,6 +31,7 @@ EXTRACTORS = tuple(WIDTHS)
 LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 # torch-fidelity's conversion of the network of Heusel et al. 2017; the file name of its release carries this prefix.
 INCEPTION_SHA256 = "6726825d"
+INCEPTION_RESIZE = "bilinear as in TensorFlow 1.x, not antialiased, to 299 x 299"
 # torchvision's VGG16_Weights.IMAGENET1K_V1; the file name of its release carries this prefix.
 VGG16_SHA256 = "397923af"
 NEED_A_PATH = {  # and the file that it is the path of
@@ -200,8 +201,8 @@ def _inception(weights: str, allow_unverified: bool, device: torch.device) -> Ex
         spatial = rearrange(caught.pop()[:, :SPATIAL_CHANNELS], "b c h w -> b (h w c)")
         return Features(pooled, logits, spatial)
 
-    resize = "bilinear as in TensorFlow 1.x, not antialiased, to 299 x 299"
-    return Extractor("inception", sha256, verified, resize, f"uint8 RGB; {resize}; (x - 128) / 128; float32", features)
+    preprocessing = f"uint8 RGB; {INCEPTION_RESIZE}; (x - 128) / 128; float32"
+    return Extractor("inception", sha256, verified, INCEPTION_RESIZE, preprocessing, features)
 
 
 def _of_torch_fidelity(build: Callable[..., nn.Module], tensors: dict[str, Tensor], path: str, name: str) -> nn.Module:

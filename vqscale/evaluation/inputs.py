@@ -5,13 +5,14 @@ that names the two inputs that do not fit.  Shapes: r pixels a side.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
+import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from vqscale.config import ReadsShards, level_names, run_of
@@ -20,8 +21,21 @@ from vqscale.data.images import SUFFIXES, decode_image, resize_center_crop
 from vqscale.data.parts import read_samples
 from vqscale.data.shards import Manifest, resolve
 from vqscale.evaluation.classify import ImageClassifier
-from vqscale.evaluation.features import EXTRACTORS
-from vqscale.evaluation.scores import PAPERS_SAMPLES
+from vqscale.evaluation.features import EXTRACTORS, NEED_A_PATH
+from vqscale.evaluation.protocols import (
+    ADM_REFERENCE,
+    ADM_SHA256,
+    IMAGENET_VALIDATION,
+    PROTOCOLS,
+    Facts,
+    benchmark_of,
+    differences,
+    image_set_facts,
+    merged,
+    sample_facts,
+    weights_fact,
+)
+from vqscale.evaluation.scores import METRICS
 from vqscale.evaluation.statistics import PublishedReference, read_published
 from vqscale.fields import Choice, NonNegativeInt, PathText, PositiveFraction, PositiveInt
 from vqscale.files import sha256_of
@@ -55,6 +69,7 @@ class EvaluateConfig(ReadsShards):
     classifier_reconstructions: PathText = run_of("train_classifier_reconstructions")  # learned from reconstructions
     classifier_real: PathText = run_of("train_classifier_real")  # learned from real images, for CAS and rejection
     metrics: list[str] = field(default_factory=list)  # keys of scores.json without the level; [] = all possible
+    protocol: Annotated[str, Choice("", *PROTOCOLS)] = ""  # measure as these papers do, or refuse; "" = judge alone
     extractor: Annotated[str, Choice(*EXTRACTORS)] = "lite0"  # vgg16: for precision and recall as first published
     weights: PathText = ""  # path of the extractor's weights; needed for inception and vgg16
     vgg16_weights: PathText = ""  # path of torchvision's VGG16, for LPIPS
@@ -70,7 +85,7 @@ class EvaluateConfig(ReadsShards):
     nll_train_images: NonNegativeInt = 0  # also the NLL of so many training samples
     shuffled_conditioning: bool = True  # also the NLL with shuffled classes and shuffled upper codes
     acceptance: list[PositiveFraction] = field(default_factory=lambda: [1.0, 0.7, 0.5, 0.3, 0.1, 0.05])  # of rejection
-    kid_subset_size: PositiveInt = 1_000  # as in torch-fidelity; another size is not comparable with papers
+    kid_subset_size: PositiveInt = 1_000  # as in torch-fidelity
     num_reconstructions: NonNegativeInt = 12  # shown in the report and the picture
     samples_shown: NonNegativeInt = 10  # per class, in the report and the picture
     classes_shown: NonNegativeInt = 20  # at most so many classes there
@@ -102,10 +117,18 @@ class DataSet:
         return self.manifest.fingerprint
 
     @property
-    def is_published(self) -> bool:
-        """Whether it is a whole ImageNet split: 1000 classes, 50,000 images or more."""
-        whole = self.n == self.manifest.num_samples
-        return whole and self.n >= PAPERS_SAMPLES and len(self.manifest.classes) == 1000
+    def split(self) -> str | None:
+        """What images these are: ImageNet's validation set by its counts, else as recorded; None where unknown."""
+        if self.n == 50_000 and benchmark_of(self.manifest.classes) == "ImageNet":
+            if (np.bincount(self.labels(), minlength=1000) == 50).all():
+                return IMAGENET_VALIDATION
+        extra = self.manifest.extra
+        return f"{extra['split']} of {extra.get('source', 'unknown')}" if "split" in extra else None
+
+    def labels(self) -> Int64[np.ndarray, " n"]:
+        """Of all its images in stored order, whatever the limit."""
+        shards = range(len(self.manifest.shards))
+        return np.concatenate([self.manifest.index(self.folder, shard).labels for shard in shards])
 
     def describe(self) -> str:
         """In one phrase: where, what and how many."""
@@ -117,6 +140,20 @@ class DataSet:
             (resize_center_crop(decode_image(next(iter(parts.values()))), resolution), self.manifest.classes[label])
             for _, label, parts in read_samples(self.folder, SUFFIXES, positions, self.cache)
         ]
+
+
+def reference_facts(reference: DataSet | PublishedReference) -> Facts:
+    """What protocols ask of a reference."""
+    if isinstance(reference, DataSet):
+        return image_set_facts(reference.n, reference.split, reference.manifest.transform)
+    sha256, images = reference.fingerprint.removeprefix("sha256:"), reference.images
+    is_adm = sha256 == ADM_SHA256
+    return {
+        "reference": ADM_REFERENCE if is_adm else f"a file of statistics (sha256 {sha256[:12]})",
+        "reference images": 0 if images is None else len(images),
+        "reference resolution": None if images is None else images.shape[-1],
+        "preparation": "ADM's own" if is_adm else "unknown",
+    }
 
 
 @dataclass(frozen=True)
@@ -222,12 +259,51 @@ def find_inputs(config: EvaluateConfig, device: torch.device) -> Inputs:
         absent=absent,
     )
     _check(config, inputs)
+    _check_protocol(config, inputs)
     _warn_of_overlap(config, inputs)
     return inputs
 
 
 def _present(values: Mapping[str, T | None]) -> dict[str, T]:
     return {name: value for name, value in values.items() if value is not None}
+
+
+# --- do they fit the protocol? ----------------------------------------------------------------------------------------
+
+
+def follow_protocol(config: EvaluateConfig) -> EvaluateConfig:
+    """The config with the metrics and the extractor of its protocol. Raises ValueError where it asks for others."""
+    if not config.protocol:
+        return config
+    wants = PROTOCOLS[config.protocol].wants
+    where = f"protocol={config.protocol}"
+    if other := [metric for metric in config.metrics if metric not in wants]:
+        raise ValueError(f"metrics=[{','.join(other)}]: {where} has {', '.join(wants)}")
+    if config.extractor not in (EvaluateConfig.extractor, "inception"):
+        raise ValueError(f"extractor={config.extractor}: {where} wants inception")
+    return replace(config, metrics=config.metrics or list(wants), extractor="inception")
+
+
+def _check_protocol(config: EvaluateConfig, inputs: Inputs) -> None:
+    """Raises ValueError with all that does not fit the protocol which the config names."""
+    if not config.protocol:
+        return
+    protocol, families = PROTOCOLS[config.protocol], {METRICS[metric].family for metric in config.metrics}
+    needed = ["samples"] * ("samples" in families) + ["vqvae"] * ("reconstruction" in families) + ["reference"]
+    reasons = [inputs.absent[key] for key in needed if key in inputs.absent]
+    facts: Facts = {}
+    if inputs.samples is not None:
+        facts |= sample_facts(inputs.samples.n, inputs.samples.manifest.transform)
+    if inputs.reference is not None:
+        facts |= reference_facts(inputs.reference)
+    if sha256 := inputs.weights.get("weights"):
+        facts["extractor weights"] = weights_fact(sha256.removeprefix("sha256:"))
+    else:
+        reasons.append(f"weights={config.weights}: no file, {NEED_A_PATH['inception']} is needed")
+    wants = merged(protocol, config.metrics)
+    reasons += differences({name: want for name, want in wants.items() if name in facts}, facts)
+    if reasons:
+        raise ValueError(f"protocol={config.protocol} cannot be followed: {'; '.join(reasons)}")
 
 
 # --- do they belong together? -----------------------------------------------------------------------------------------

@@ -17,10 +17,11 @@ from vqscale.batch import Batch
 from vqscale.data.images import to_float, to_uint8
 from vqscale.evaluation.classify import reconstructed
 from vqscale.evaluation.features import Extractor, PerceptualDistance
-from vqscale.evaluation.inputs import DataSet, Inputs
+from vqscale.evaluation.inputs import DataSet, Inputs, reference_facts
 from vqscale.evaluation.metrics import frechet, psnr, ssim
 from vqscale.evaluation.passes import Bench, Chunks, Rows, chunk_collector, chunked_pass, feature_rows, features_of
-from vqscale.evaluation.scores import Score, keys_of, score_or_null, why_not_comparable
+from vqscale.evaluation.protocols import Standing, extractor_facts, judge
+from vqscale.evaluation.scores import Score, keys_of, score_or_null
 from vqscale.evaluation.statistics import FeatureSet
 from vqscale.sources import Source
 from vqscale.topology import Topology
@@ -83,7 +84,7 @@ def score_reconstructions(bench: Bench, inputs: Inputs) -> ReconstructionResults
 
 
 def _score(bench: Bench, source: Source, data: DataSet) -> Reconstructions:
-    scores, resolution = bench.scores, source.description["resolution"]
+    scores, config, resolution = bench.scores, bench.config, source.description["resolution"]
     distances = scores.pending(_DISTANCES)
     extractor, perceptual = (bench.extractor if distances else None), bench.perceptual
     networks = [network.weights_sha256 for network in (extractor, perceptual) if network is not None]
@@ -92,21 +93,23 @@ def _score(bench: Bench, source: Source, data: DataSet) -> Reconstructions:
     with chunked_pass(bench, facts, data, resolution, rows, "reconstructions") as chunks:
         with_lpips = perceptual is not None
         figures = gather_reconstructions(chunks, source.model, data.n, bench.topology, extractor, with_lpips)
-    about = data.describe()
+    about, of_reference = data.describe(), reference_facts(data)
 
-    def reason(extractor: Extractor | None = None, verified: bool = True) -> str:
-        return why_not_comparable(extractor, n=data.n, published_reference=data.is_published, verified=verified)
+    def standing(key: str, extractor: Extractor | None = None) -> Standing:
+        return judge(key, of_reference | extractor_facts(extractor), config.protocol)
 
-    for key, value in (("reconstruction_mse", figures.mse), ("psnr", figures.psnr), ("ssim", figures.ssim)):
-        scores.put(key, Score(value, data.n, about, comparable_with_papers=not reason(), reason=reason()))
+    means = {"reconstruction_mse": lambda: figures.mse, "psnr": lambda: figures.psnr, "ssim": lambda: figures.ssim}
+    for key, mean in means.items():
+        scores.put(key, score_or_null(mean, data.n, about, None, standing(key)))
     if perceptual is not None:
-        network, why = ("vgg16, LPIPS 0.1", perceptual.weights_sha256, "none"), reason(verified=perceptual.verified)
-        scores.put("lpips", Score(figures.lpips, data.n, about, *network, comparable_with_papers=not why, reason=why))
+        network, where = ("vgg16, LPIPS 0.1", perceptual.weights_sha256, "none"), standing("lpips")
+        lpips = Score(figures.lpips, data.n, about, *network, reason=where.reason, preparation=where.preparation)
+        scores.put("lpips", lpips)
     if (generated := figures.features) is not None:
         real = features_of(bench, data, resolution)
         for key in distances:
-            distance = score_or_null(lambda: frechet(generated, real), data.n, about, extractor, reason(extractor))
-            scores.put(key, distance)
+            stands = standing(key, extractor)
+            scores.put(key, score_or_null(lambda: frechet(generated, real), data.n, about, extractor, stands))
     return figures
 
 

@@ -20,6 +20,7 @@ from vqscale.evaluation.codes import CodeResults
 from vqscale.evaluation.figures import grid_png, label_of_class, metrics_of_run
 from vqscale.evaluation.inputs import DataSet, EvaluateConfig, Inputs
 from vqscale.evaluation.passes import Bench
+from vqscale.evaluation.protocols import benchmark_of
 from vqscale.evaluation.reconstructions import Examples, ReconstructionResults
 from vqscale.evaluation.samples import SampleResults
 from vqscale.evaluation.scores import Scores, is_of_curve
@@ -75,16 +76,6 @@ def _title(config: EvaluateConfig, inputs: Inputs) -> str:
     return f"{experiment}: evaluation" + (f" on {source}" if source else "")
 
 
-_CIFAR10 = {"airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"}
-
-
-def benchmark_of(classes: Sequence[str]) -> str:
-    """Whose data set has these classes: ImageNet | CIFAR-10 | "" for any other."""
-    if len(classes) == 1000 and any(name.startswith(("n01440764", "tench")) for name in classes):
-        return "ImageNet"
-    return "CIFAR-10" if set(classes) == _CIFAR10 else ""
-
-
 def _first_samples(bench: Bench, inputs: Inputs) -> dict[str, list[Tensor]]:
     config = bench.config
     if inputs.samples is None or not (config.samples_shown and config.classes_shown):
@@ -106,8 +97,7 @@ def first_of_each_class(
     """
     if not per_class or not most_classes:
         return {}
-    shards = range(len(data.manifest.shards))
-    labels = np.concatenate([data.manifest.index(data.folder, shard).labels for shard in shards])
+    labels = data.labels()
     present = np.unique(labels).tolist()
     step = max(1.0, len(present) / most_classes)
     chosen = [present[int(n * step)] for n in range(min(len(present), most_classes))]

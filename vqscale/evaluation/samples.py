@@ -21,10 +21,11 @@ from vqscale.data.parts import read_samples
 from vqscale.evaluation import metrics
 from vqscale.evaluation.classify import CLASS_PROBABILITY
 from vqscale.evaluation.features import Extractor
-from vqscale.evaluation.inputs import DataSet, Inputs
+from vqscale.evaluation.inputs import DataSet, Inputs, reference_facts
 from vqscale.evaluation.metrics import PRC_NEIGHBOURS, precision_recall
 from vqscale.evaluation.passes import Bench, collect_images, features_of
-from vqscale.evaluation.scores import keys_of, score_or_null, why_not_comparable
+from vqscale.evaluation.protocols import Standing, extractor_facts, judge, sample_facts
+from vqscale.evaluation.scores import keys_of, score_or_null
 from vqscale.evaluation.statistics import FeatureSet, PublishedReference, frechet_distance
 from vqscale.seeding import key_of, mix, uniform
 
@@ -36,7 +37,7 @@ _CLOSE = 0.01  # the share of held-out images that lie as close as "close" means
 _ROWS = 512
 _DISTANCES = ("fid", "fd_lite0")
 _CURVES = (*_DISTANCES, "inception_score", "precision", "recall")
-_SELECTED = "a part of the samples, chosen by a classifier that papers did not use"
+_SELECTED = Standing(reason="a part of the samples, chosen by a classifier that papers did not use")
 
 
 class CheckFailed(RuntimeError):
@@ -97,7 +98,7 @@ def score_samples(bench: Bench, inputs: Inputs) -> SampleResults:
     real = _features_of_reference(bench, inputs)
     checks = check_metrics(real) + _check_extractor_on_reference(bench, inputs)
     if bench.topology.is_main:
-        _score(bench, generated, real, inputs.reference)
+        _score(bench, generated, real, inputs.samples, inputs.reference)
         if confidence is not None:
             _score_rejection(bench, confidence, generated, real, inputs.reference.describe())
     neighbours = _neighbours(bench, inputs, generated, real) if config.neighbours else None
@@ -120,20 +121,18 @@ def _features_of_reference(bench: Bench, inputs: Inputs) -> FeatureSet:
 # --- scores -----------------------------------------------------------------------------------------------------------
 
 
-def _score(bench: Bench, generated: FeatureSet, real: FeatureSet, reference: DataSet | PublishedReference) -> None:
+def _score(
+    bench: Bench, generated: FeatureSet, real: FeatureSet, samples: DataSet, reference: DataSet | PublishedReference
+) -> None:
     """Every metric of samples."""
-    scores, subset_size = bench.scores, bench.config.kid_subset_size
-    compute = _computations(generated, real, subset_size)
+    scores, of_reference = bench.scores, reference_facts(reference)
+    compute = _computations(generated, real, bench.config.kid_subset_size)
+    facts = sample_facts(generated.n, samples.manifest.transform) | extractor_facts(bench.extractor)
     for key in scores.pending(compute):
         alone = key == "inception_score"  # needs no reference
-        reason = why_not_comparable(
-            bench.extractor,
-            n=generated.n,
-            published_reference=reference.is_published or alone,
-            standard=key != "kid" or subset_size == metrics.KID_SUBSET_SIZE,
-        )
+        standing = judge(key, facts if alone else facts | of_reference, bench.config.protocol)
         about = None if alone else reference.describe()
-        scores.put(key, score_or_null(compute[key], generated.n, about, bench.extractor, reason))
+        scores.put(key, score_or_null(compute[key], generated.n, about, bench.extractor, standing))
 
 
 def _computations(generated: FeatureSet, real: FeatureSet, kid_subset_size: int) -> dict[str, Callable[[], float]]:

@@ -12,8 +12,7 @@ from typing import Any
 
 from vqscale.evaluation.features import Extractor
 from vqscale.evaluation.metrics import TooFew
-
-PAPERS_SAMPLES = 50_000  # generated images behind the FID, IS, precision and recall of the papers
+from vqscale.evaluation.protocols import Standing
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,8 @@ class Score:
     """One number. `value` is None where it is not defined, and then `reason` says why.
 
     n: images it is computed from. reference: the set it is measured against. extractor, weights_sha256, resize: the
-    network behind it, None without one. reason: why value is null, or why it can't be compared with papers.
+    network behind it, None without one. reason: why value is null, or why it can't be compared with papers. protocol:
+    the one that decides this, None where papers have none. preparation: of the reference images, in words.
     """
 
     value: float | None
@@ -80,6 +80,8 @@ class Score:
     resize: str | None = None
     comparable_with_papers: bool = False
     reason: str = ""
+    protocol: str | None = None
+    preparation: str | None = None
 
 
 def metric_of(key: str) -> Metric:
@@ -146,33 +148,14 @@ class Scores:
 
 
 def score_or_null(
-    compute: Callable[[], float], n: int, reference: str | None, extractor: Extractor | None, reason: str
+    compute: Callable[[], float], n: int, reference: str | None, extractor: Extractor | None, standing: Standing
 ) -> Score:
     """A score; where there are too few images, one without a value."""
-    name, sha256, resize = (extractor.name, extractor.weights_sha256, extractor.resize) if extractor else (None,) * 3
+    value, reason = None, standing.reason
     try:
-        return Score(float(compute()), n, reference, name, sha256, resize, not reason, reason)
+        value = float(compute())
     except TooFew as few:
-        return Score(None, n, reference, name, sha256, resize, False, str(few))
-
-
-def why_not_comparable(
-    extractor: Extractor | None, *, n: int, published_reference: bool, standard: bool = True, verified: bool = True
-) -> str:
-    """Why a number can't stand beside the papers' ones, or "".
-
-    standard: the usual protocol was followed. verified: the weights of a network besides the extractor are known.
-    """
-    reasons = []
-    if extractor is not None and extractor.name != "inception":
-        own = {"lite0": "EfficientNet-Lite0", "vgg16": "VGG16"}[extractor.name]
-        reasons.append(f"features of {own}, papers use Inception v3")
-    if not verified or (extractor is not None and not extractor.verified):
-        reasons.append("weights of unknown origin")
-    if n < PAPERS_SAMPLES:
-        reasons.append(f"{n} images, papers use {PAPERS_SAMPLES}")
-    if not published_reference:
-        reasons.append("the reference is not a published benchmark's")
-    if not standard:
-        reasons.append("not the usual protocol")
-    return "; ".join(reasons)
+        reason = str(few)
+    name, sha256, resize = (extractor.name, extractor.weights_sha256, extractor.resize) if extractor else (None,) * 3
+    rest = standing.protocol, standing.preparation
+    return Score(value, n, reference, name, sha256, resize, not reason, reason, *rest)

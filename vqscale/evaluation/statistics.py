@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import safetensors
@@ -199,7 +199,6 @@ _FREE_BYTES, _MOST_EXPANSION = 256 << 20, 20  # above so many bytes, an array ma
 class PublishedReference:
     """ADM's npz, `name` as the user gave it: moments of a whole set and, where it has them, some of its images."""
 
-    is_published: ClassVar[bool] = True
     name: str
     fingerprint: str
     gaussians: dict[str, Gaussian]  # pooled and, where the file has them, spatial

@@ -9,7 +9,7 @@ from vqscale import runtime
 from vqscale.config import fingerprint
 from vqscale.evaluation.cas import leave_out_cas, score_cas
 from vqscale.evaluation.codes import leave_out_codes, score_codes
-from vqscale.evaluation.inputs import DataSet, EvaluateConfig, Inputs, find_inputs
+from vqscale.evaluation.inputs import DataSet, EvaluateConfig, Inputs, find_inputs, follow_protocol
 from vqscale.evaluation.passes import Bench, open_bench
 from vqscale.evaluation.reconstructions import leave_out_reconstructions, score_reconstructions
 from vqscale.evaluation.results import Results, print_table, write_results
@@ -23,7 +23,7 @@ Config = EvaluateConfig
 def main(config: EvaluateConfig) -> None:
     """Evaluate into `config.run_dir`. Raises ValueError for inputs that do not belong together, and for a metric asked
     for by name that cannot be computed."""
-    scores = Scores(config.metrics)
+    scores = Scores((config := follow_protocol(config)).metrics)
     check_picture(config.picture)
     with runtime.run(config, "evaluate") as run:
         inputs = find_inputs(config, run.topology.device)
@@ -83,6 +83,6 @@ def compute(bench: Bench, inputs: Inputs) -> Results:
 
 def plan(config: EvaluateConfig) -> str:
     """Inputs that exist and those that do not, for --dry-run."""
-    inputs = find_inputs(config, torch.device("cpu"))
+    inputs = find_inputs(follow_protocol(config), torch.device("cpu"))
     lines = [f"\n{name}: {value}" for name, value in inputs.identity().items()]
     return "".join(lines) + "".join(f"\nabsent: {reason}" for reason in inputs.absent.values())
