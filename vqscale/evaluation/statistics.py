@@ -95,6 +95,18 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     return max(0.0, float(shift + a.covariance.trace() + b.covariance.trace() - 2 * cross))
 
 
+def transport_roots(
+    a: Float64[Tensor, "f f"], b: Float64[Tensor, "f f"]
+) -> tuple[Float64[Tensor, "f r"], Float64[Tensor, "f r"]]:
+    """(R, Q) with R R^T the optimal map from covariance a to b, and Q Q^T the one back, on the directions that vary.
+
+    With a = F F^T, b = G G^T and F^T G = U S V^T the maps are F+^T U S U^T F+ and G+^T V S V^T G+.
+    """
+    left, right = _factor(a), _factor(b)
+    u, s, v = torch.linalg.svd(left.T @ right, full_matrices=False)
+    return left / left.square().sum(0) @ (u * s.sqrt()), right / right.square().sum(0) @ (v.T * s.sqrt())
+
+
 def _factor(covariance: Float[Tensor, "f f"]) -> Float[Tensor, "f r"]:
     """F with F F^T = covariance; directions without variance are left out."""
     values, vectors = torch.linalg.eigh(covariance)
