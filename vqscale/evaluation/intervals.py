@@ -50,8 +50,8 @@ def error_of_share(share: float, n: int) -> float:
 def frechet_error(generated: FeatureSet, real: FeatureSet, *, paired: bool = False) -> float:
     """Standard error of the Fréchet distance between pooled features.
 
-    paired: row i of both is of the same image, as a picture and its reconstruction are. Published moments, of which no
-    images are known, count as exact. Where both sets are draws of one distribution the error is sqrt(2) times too large.
+    paired: row i of both sets belongs to the same image, as with reconstructions. Published moments, whose images are
+    unknown, count as exact. If both sets come from one distribution, the error is sqrt(2) times too large.
     """
     ours, theirs = generated.gaussians["pooled"], real.gaussians["pooled"]
     known = real.features if theirs.n else real.features[:0]
