@@ -1,11 +1,12 @@
 """Where models come from: a run directory, an exported folder, or a folder of either -> `Source`.
 
 A *description* is what it takes to build a model, as plain JSON; trainers save it in every checkpoint and `export` in
-config.json:  {"kind": "vqvae", "config": …, "resolution": 256, "classes": […], "data": "sha256:…"}  or
-{"kind": "prior", "config": …, "level": "top", "num_codes": 512, "grid": [32, 32], "upper_grids": [], "classes": […],
-"tokenizer": "sha256:…", "data": "sha256:…"}  or
+config.json:  {"kind": "vqvae", "config": …, "resolution": 256, "classes": […], "data": "sha256:…", "transform": {…}}
+or  {"kind": "prior", "config": …, "level": "top", "num_codes": 512, "grid": [32, 32], "upper_grids": [], "classes": …,
+"tokenizer": "sha256:…", "data": "sha256:…", "transform": {…}}  or
 {"kind": "classifier", "config": …, "resolution": 256, "classes": […], "learned_from": "samples", "data": "sha256:…",
 "vqvae": "", "features": "", "features_sha256": "", "feature_width": 0}.
+`transform` is the training images', as their dataset.json has it.
 """
 
 from collections.abc import Callable, Mapping
@@ -98,7 +99,7 @@ def _is_name(value: Any) -> bool:
 
 
 _FACTS: dict[str, tuple[Callable[[Any], bool], str]] = {  # of descriptions: what each may be
-    "config": (lambda value: isinstance(value, dict), "an object"),
+    **{key: (lambda value: isinstance(value, dict), "an object") for key in ("config", "transform")},
     "resolution": (_is_size, f"an integer from 1 to {_LARGEST}"),
     "num_codes": (_is_size, f"an integer from 1 to {_LARGEST}"),
     "grid": (_is_grid, "two integers [height, width]"),

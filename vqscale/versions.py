@@ -6,7 +6,7 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
-_LIBRARIES = ("vqscale", "torch", "torchvision", "deepspeed", "accelerate", "webdataset", "numpy")
+_LIBRARIES = ("vqscale", "torch", "torchvision", "deepspeed", "accelerate", "webdataset", "numpy", "pillow")
 
 
 def git_commit() -> str:

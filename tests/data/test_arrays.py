@@ -12,7 +12,7 @@ from vqscale import cli
 from vqscale.data.arrays import array_files, read_pictures
 from vqscale.data.images import ImageReader
 from vqscale.data.loader import build_loader
-from vqscale.data.packing import centred
+from vqscale.data.packing import Encoding, centred
 from vqscale.data.shards import Manifest
 
 
@@ -127,5 +127,7 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
 
 def test_larger_pictures_are_resized_and_smaller_ones_keep_their_pixels() -> None:
     small = np.full((3, 2, 5), 7, np.uint8)
-    assert centred(small, 8).sum() == small.sum()
-    assert centred(np.full((3, 20, 10), 9, np.uint8), 8).shape == (3, 8, 8)
+    assert centred(small, Encoding(8, "png", 0)).sum() == small.sum()
+    for resize in ("bilinear", "adm"):
+        larger = centred(np.full((3, 20, 10), 9, np.uint8), Encoding(8, "png", 0, resize))
+        assert larger.shape == (3, 8, 8) and (larger == 9).all()

@@ -14,6 +14,7 @@ from support.ties import agree_until_a_tie
 
 from vqscale.data.shards import Manifest
 from vqscale.engine.checkpoint import find_latest
+from vqscale.sources import load_model
 
 Files = Callable[[Path], dict[str, bytes]]
 
@@ -92,6 +93,16 @@ def test_code_shards_mirror_the_images(whole_chain: Path) -> None:
         assert {n: sum(u) for n, u in codes.extra["usage"].items()} == {
             n: c * images.num_samples for n, c in cells.items()
         }
+
+
+def test_the_preparation_of_the_images_stays_with_all_that_is_made_of_them(whole_chain: Path) -> None:
+    for split in ("train", "holdout"):
+        images, codes = (Manifest.load(whole_chain / name / split) for name in ("pack", "extract_codes"))
+        assert codes.transform == images.transform and "resize" in images.transform
+    trained_on = Manifest.load(whole_chain / "pack" / "train").transform
+    assert Manifest.load(whole_chain / "sample").extra["training_transform"] == trained_on
+    for name in ("train_vqvae", "train_prior_top", "train_prior_bottom"):
+        assert load_model(whole_chain / name).description["transform"] == trained_on
 
 
 def test_running_again_changes_nothing(chain: Path, files: Files) -> None:

@@ -58,6 +58,7 @@ def test_an_experiment_becomes_a_folder_per_model_with_the_runs_own_fingerprints
         assert folder.fingerprint == run.fingerprint and folder.images_seen == run.images_seen
         config = json.loads((exported / name / "config.json").read_text())
         assert config["fingerprint"] == run.fingerprint and config["config"] == run.description["config"]
+        assert config["transform"] == run.description["transform"]
         assert config["weights"] == run.weights and config["provenance"]["strategy"] == "single"
         assert (codes.extra["tokenizer"] == run.fingerprint) == (name == "vqvae")
         assert (exported / name / "model.safetensors").stat().st_mode & 0o777 == 0o666 & ~_umask()

@@ -12,7 +12,7 @@ from PIL import Image
 from vqscale import rundir, runtime, stopping
 from vqscale.config import load
 from vqscale.data import processes
-from vqscale.data.images import decode_image
+from vqscale.data.images import adm_center_crop, decode_image, preparation
 from vqscale.data.parts import read_samples
 from vqscale.data.shards import Manifest
 from vqscale.stages import pack
@@ -213,6 +213,38 @@ def test_jpg(tmp_path: Path, source: Path) -> None:
     assert decode_image(parts["jpg"]).shape == (3, 130, 130)
 
 
+def test_held_out_images_have_a_format_of_their_own(tmp_path: Path, source: Path) -> None:
+    made = config(tmp_path, source, format="jpg", resize="adm", holdout="every:10", holdout_format="png")
+    by_adm = "resized by ADM's rule to 8 px, centre crop"
+    said = pack.plan(made).splitlines()
+    assert said[1:] == [f"train: {by_adm}, JPEG of quality 95", f"holdout: {by_adm}, PNG"]
+    pack.main(made)
+    train, holdout = (Manifest.load(tmp_path / "run" / part).transform for part in ("train", "holdout"))
+    assert set(train.pop("versions")) == set(holdout.pop("versions")) == {"vqscale", "torch", "torchvision", "pillow"}
+    assert holdout == {"resolution": 8, "format": "png", "resize": "adm", "crop": "center"}
+    assert train == {**holdout, "format": "jpg", "quality": 95}
+    for key, _, parts in read_samples(tmp_path / "run" / "holdout", ["png"]):
+        (path,) = source.glob(f"{key}.*")
+        assert decode_image(parts["png"]).equal(adm_center_crop(decode_image(path.read_bytes()), 8))
+    for change in ({"resize": "bilinear"}, {"holdout_format": "jpg"}):
+        with pytest.raises(ValueError, match=f"{next(iter(change))}: was"):
+            pack.main(replace(made, **change))
+
+
+def test_what_is_packed_again_with_other_versions_is_the_same(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack.main(config(tmp_path, source))
+    before = packed(tmp_path / "run")
+    monkeypatch.setattr(pack, "versions", lambda: {"vqscale": "9.9"})
+    (tmp_path / "run" / "train" / "000001.tar").unlink()
+    pack.main(config(tmp_path, source))
+    assert packed(tmp_path / "run") == before
+    pack.main(config(tmp_path, source, run_dir=str(tmp_path / "other")))
+    again, recorded = (Manifest.load(tmp_path / run / "train") for run in ("other", "run"))
+    assert again.fingerprint == recorded.fingerprint and again.transform["versions"] == {"vqscale": "9.9"}
+
+
 def test_a_holdout_folder_with_a_labels_file(tmp_path: Path, source: Path) -> None:
     for n in range(3):
         save(tmp_path / "val" / f"{n}.png", n)
@@ -239,6 +271,7 @@ def test_the_embedded_data_set(tmp_path: Path) -> None:
     pack.main(drawn)
     manifest = Manifest.load(tmp_path / "run" / "train")
     assert manifest.num_samples == 39 and manifest.classes[0] == "circle"
+    assert preparation(manifest.transform) == "drawn at 16 px, PNG"
     for key, label, parts in read_samples(tmp_path / "run" / "train", ["png"]):
         assert key.split("/")[0] == manifest.classes[label] and decode_image(parts["png"]).shape == (3, 16, 16)
 

@@ -1,5 +1,6 @@
 """What trainers share: data that is away, inputs that are stale, codebooks that take their time."""
 
+import dataclasses
 import json
 import re
 import shlex
@@ -16,6 +17,7 @@ from vqscale import cli
 from vqscale.data.shards import Manifest
 from vqscale.files import read_json
 from vqscale.models.vqvae import VQVAE
+from vqscale.sources import load_model
 
 TRAINERS = [
     ("train_vqvae", "train_vqvae", "pack"),
@@ -73,6 +75,14 @@ def test_inputs_are_recorded_at_the_first_start(whole_chain: Path) -> None:
     recorded = read_json(whole_chain / "train_prior_top" / "inputs.json")
     assert recorded["tokenizer"] == codes["extra"]["tokenizer"]
     assert recorded["data"] == Manifest.load(whole_chain / "extract_codes" / "train").fingerprint
+
+
+def test_the_same_images_may_say_less_of_their_preparation(chain: Path) -> None:
+    """As tars do that were packed here and indexed elsewhere."""
+    folder = chain / "pack" / "train"
+    dataclasses.replace(Manifest.load(folder), transform={"resolution": 32}).save(folder)
+    assert run_stage("train_vqvae", "train_vqvae", "total_images=1984", "evaluate_every=0") == 0
+    assert load_model(chain / "train_vqvae").description["transform"] == {"resolution": 32}
 
 
 def test_a_batch_that_does_not_fit_is_named_with_a_plan_that_can_be_run(

@@ -1,4 +1,4 @@
-"""Encoded images -> RGB uint8, resized, cropped, flipped; uint8 <-> [-1, 1].
+"""Encoded images -> RGB uint8, resized, cropped, flipped; uint8 <-> [-1, 1]; how a data set's images were prepared.
 
 In: the bytes of a file.  Out: uint8 [3, h, w]. Ordinary 8-bit JPEGs go through torchvision, all others through PIL
 with its traps handled: 16-bit, alpha, EXIF rotation, CMYK, palettes, animations, decompression bombs.
@@ -28,6 +28,7 @@ from vqscale.data.headers import MAX_PIXELS, Header, check_size, exif_orientatio
 from vqscale.data.kinds import format_of
 from vqscale.data.parts import DecodeError
 from vqscale.seeding import key_of, uniform
+from vqscale.text import printable
 
 SUFFIXES = tuple("jpg jpeg jpe jfif png apng gif bmp dib webp avif tif tiff ppm pgm pbm pnm".split())
 _WHITE_IS_ZERO, _UNSIGNED, _SEPARATE = 0, 1, 2  # in a TIFF's tags
@@ -37,6 +38,12 @@ _BYTES_PER_PIXEL, _BYTES_BESIDE_PIXELS = 8, 1 << 26  # four uncompressed samples
 _ADDRESS = re.compile(r" ?<[^<>]* at 0x[0-9a-f]+>")
 _CROP_LEFT, _CROP_TOP, _CROP_SIDE, _FLIP = (key_of(name) for name in ("left", "top", "side", "flip"))
 _SMALLEST_CROP = 0.8  # of the shorter side
+# What `transform` in dataset.json says of resizing and cropping, and how `preparation` puts it
+ADM, BILINEAR, DRAWN = "adm", "bilinear, antialiased", "none, drawn at this size"
+CENTER, CENTER_OR_PADDED = "center", "center; smaller images on black"
+_RESIZED = {ADM: "resized by ADM's rule to", BILINEAR: "resized bilinearly, antialiased, to", DRAWN: "drawn at"}
+_CROPPED = {CENTER: "centre crop", CENTER_OR_PADDED: "centre crop, smaller images on black"}
+_STORED = {"png": "PNG", "jpg": "JPEG"}
 
 
 def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> UInt8[Tensor, "3 h w"]:
@@ -195,6 +202,43 @@ def resize_center_crop(image: UInt8[Tensor, "3 h w"], resolution: int) -> UInt8[
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
     return _resize(image[:, top : top + side, left : left + side], resolution)
+
+
+def adm_center_crop(
+    image: UInt8[Tensor, "3 h w"], resolution: int, max_pixels: int = MAX_PIXELS
+) -> UInt8[Tensor, "3 r r"]:
+    """As the ADM evaluation suite prepares images (Dhariwal & Nichol 2021; `center_crop_arr` of guided-diffusion):
+    halved by a box filter while the shorter side is at least twice the resolution, resized by PIL's bicubic filter,
+    then cropped. Raises DecodeError for an image so long and narrow that it has more than `max_pixels` before the crop.
+    """
+    picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+    while min(picture.size) >= 2 * resolution:
+        picture = _resize_with_pil(picture, picture.width // 2, picture.height // 2, Image.Resampling.BOX)
+    scale = resolution / min(picture.size)
+    width, height = round(picture.width * scale), round(picture.height * scale)
+    check_size(width, height, max_pixels)
+    left, top = (width - resolution) // 2, (height - resolution) // 2
+    picture = _resize_with_pil(picture, width, height, Image.Resampling.BICUBIC)
+    pixels = np.asarray(picture.crop((left, top, left + resolution, top + resolution)))
+    return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+
+
+def _resize_with_pil(picture: Image.Image, width: int, height: int, kernel: Image.Resampling) -> Image.Image:
+    """Across, then down, rounded in between. One call does so before Pillow 13, as when the published references were
+    made; from 13 on it goes down first where that saves work, which changes last bits."""
+    return picture.resize((width, picture.height), kernel).resize((width, height), kernel)
+
+
+def preparation(transform: Mapping[str, Any]) -> str:
+    """How the images of a data set were prepared, in one phrase, from `transform` of its dataset.json: "resized by
+    ADM's rule to 256 px, centre crop, PNG". "preparation unknown" where it does not say, as with tars of others."""
+    resize, crop, stored = (str(transform.get(key, "")) for key in ("resize", "crop", "format"))
+    if not (resize and stored and "resolution" in transform):
+        return "preparation unknown"
+    words = [f"{_RESIZED.get(resize, f'resize {resize},')} {transform['resolution']} px"]
+    words += [_CROPPED.get(crop, f"crop {crop}")] * bool(crop)
+    words += [_STORED.get(stored, stored) + (f" of quality {transform['quality']}" if "quality" in transform else "")]
+    return printable(", ".join(words))
 
 
 def random_crop(image: UInt8[Tensor, "3 h w"], resolution: int, *words: int) -> UInt8[Tensor, "3 r r"]:

@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 from PIL import Image
+from torch import Tensor
 
 from vqscale.data.arrays import read_pictures
 from vqscale.data.drawn import draw
 from vqscale.data.headers import MAX_PIXELS, read_header
-from vqscale.data.images import decode_image, read_image_file, resize_center_crop
+from vqscale.data.images import adm_center_crop, decode_image, read_image_file, resize_center_crop
 from vqscale.data.listing import Item
 from vqscale.data.processes import made_progress
 from vqscale.data.shards import ShardInfo, ShardWriter, shard_info
@@ -30,11 +31,12 @@ _DRAW_BATCH = 50
 
 @dataclass(frozen=True)
 class Encoding:
-    """How images are stored. `format`: png | jpg; `quality`: of jpg, 1 to 100."""
+    """How images are stored. `format`: png | jpg; `quality`: of jpg, 1 to 100; `resize`: bilinear | adm."""
 
     resolution: int
     format: str
     quality: int
+    resize: str = "bilinear"
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def _images_of_folder(job: ShardJob, bad: list[dict[str, str]]) -> Iterator[tupl
         try:
             if item.index >= 0:
                 picture = read_pictures(Path(path)).picture(item.index)
-                yield item, encode_image(centred(picture, job.encoding.resolution), job.encoding)
+                yield item, encode_image(centred(picture, job.encoding, job.max_pixels), job.encoding)
             else:
                 yield item, store_image(read_image_file(path, job.max_pixels), job.encoding, job.max_pixels)
         except (ValueError, OSError) as error:
@@ -101,20 +103,30 @@ def _images_of_folder(job: ShardJob, bad: list[dict[str, str]]) -> Iterator[tupl
 def store_image(data: bytes, encoding: Encoding, max_pixels: int = MAX_PIXELS) -> bytes:
     """The stored form of an image file: its own bytes if they fit, else decoded, resized, cropped and encoded.
 
-    Raises DecodeError (a ValueError) for bytes that do not decode, even if they would be stored as they are.
+    Raises DecodeError (a ValueError) for bytes that do not decode, even if they would be stored as they are, and for
+    more than `max_pixels`, also on the way to the crop.
     """
     image = decode_image(data, max_pixels)
     header = read_header(data, max_pixels)
     fits = tuple(image.shape[-2:]) == (encoding.resolution, encoding.resolution)
     if fits and header.plain and header.format == encoding.format:
         return data
-    return encode_image(resize_center_crop(image, encoding.resolution).numpy(), encoding)
+    return encode_image(_resized(image, encoding, max_pixels), encoding)
 
 
-def centred(image: UInt8[np.ndarray, "3 h w"], resolution: int) -> UInt8[np.ndarray, "3 r r"]:
+def _resized(image: UInt8[Tensor, "3 h w"], encoding: Encoding, max_pixels: int) -> UInt8[np.ndarray, "3 r r"]:
+    if encoding.resize == "adm":
+        return adm_center_crop(image, encoding.resolution, max_pixels).numpy()
+    return resize_center_crop(image, encoding.resolution).numpy()
+
+
+def centred(
+    image: UInt8[np.ndarray, "3 h w"], encoding: Encoding, max_pixels: int = MAX_PIXELS
+) -> UInt8[np.ndarray, "3 r r"]:
     """A smaller picture in the middle of a black one, each pixel as it was; a larger one is resized and cropped."""
+    resolution = encoding.resolution
     if max(image.shape[1:]) > resolution:
-        return resize_center_crop(torch.from_numpy(image.copy()), resolution).numpy()
+        return _resized(torch.from_numpy(image.copy()), encoding, max_pixels)
     out = np.zeros((3, resolution, resolution), np.uint8)
     top, left = ((resolution - size) // 2 for size in image.shape[1:])
     out[:, top : top + image.shape[1], left : left + image.shape[2]] = image

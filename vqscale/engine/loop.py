@@ -36,6 +36,7 @@ from vqscale.topology import Topology
 log = logging.getLogger("vqscale")
 _SAVE = "save by time"  # what rank 0 tells the others
 _TAIL_BYTES = 1 << 16
+_NOT_COMPARED = "transform"  # in a description: tars of the same images may not say how they were prepared
 Tracker = Annotated[
     str,
     Choice("tensorboard", "wandb", "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "trackio"),
@@ -302,7 +303,7 @@ def _warn_of_schedule(config: FitConfig, seen: int, total_before: int) -> None:
 def _refuse_other_model(latest: Checkpoint, description: Mapping[str, Any]) -> None:
     saved, now = dict(flatten(dict(latest.state.model))), dict(flatten(dict(description)))
     for key in sorted(saved):  # the run's config answers for keys that are newer than the checkpoint
-        if saved[key] != now.get(key):
+        if saved[key] != now.get(key) and key.split(".")[0] != _NOT_COMPARED:
             raise ValueError(f"{latest.folder}: {key} is {saved.get(key)} in the checkpoint and {now.get(key)} now")
 
 

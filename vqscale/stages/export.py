@@ -21,6 +21,7 @@ from typing import Annotated, Any
 from markupsafe import Markup
 
 from vqscale.config import Request, level_names, read_request
+from vqscale.data.images import preparation
 from vqscale.data.shards import Manifest, resolve
 from vqscale.evaluation.figures import is_number, metrics_of_run
 from vqscale.evaluation.report import format_value, template, with_unit
@@ -163,6 +164,7 @@ def card(models: Sequence[Exported], experiment: Path, config: ExportConfig) -> 
         models=models,
         kinds={one.source.description["kind"] for one in models},
         description=models[0].source.description,
+        prepared=preparation(models[0].source.description.get("transform", {})),
         data=_data(models[0].source, experiment),
         commands=[_line_of(path, command) for path, command in commands],
         launches=_launches([command for _, command in commands]),

@@ -20,6 +20,7 @@ from vqscale.config import StageConfig
 from vqscale.data.arrays import array_files
 from vqscale.data.drawn import CLASSES
 from vqscale.data.headers import MAX_PIXELS
+from vqscale.data.images import ADM, BILINEAR, CENTER, CENTER_OR_PADDED, DRAWN, preparation
 from vqscale.data.listing import Item, Listing, is_flat, list_arrays, list_folder, parse_holdout, show_counts, shuffled
 from vqscale.data.loader import allowed_bad
 from vqscale.data.packing import Encoding, ShardJob, finished, pack_shard, write_bad
@@ -29,9 +30,11 @@ from vqscale.data.shardtable import ShardTable, survey
 from vqscale.fields import Choice, Fraction, NonNegativeInt, PathText, PositiveInt, Range
 from vqscale.files import prepare_folder, read_json, read_jsonl, write_json
 from vqscale.text import printable
+from vqscale.versions import versions
 
 log = logging.getLogger("vqscale")
 _PNG_UP_TO = 128  # pixels: below, PNG is small enough and exact
+_PREPARED_BY = ("vqscale", "torch", "torchvision", "pillow")
 # Fewer images are packed faster than processes start.
 _MIN_FOR_PROCESSES, _MIN_FOR_PROCESSES_DRAWN = 2_000, 25_000
 
@@ -49,6 +52,8 @@ class PackConfig(StageConfig):
     resolution: PositiveInt = 64  # pixels: shorter side resized, centre cropped
     format: Annotated[str, Choice("", "png", "jpg")] = ""  # default png up to 128 pixels, else jpg
     quality: Annotated[int, Range(ge=1, le=100)] = 95  # of jpg
+    resize: Annotated[str, Choice("bilinear", "adm")] = "bilinear"  # adm: as the ADM evaluation suite, for papers' FID
+    holdout_format: Annotated[str, Choice("", "png", "jpg")] = ""  # of held-out images; "" = as the training images
     holdout: PathText = "0.05"  # a fraction by key | every:20 | a folder | test (of IDX files, of CIFAR-10)
     samples_per_shard: PositiveInt = 1000  # at most
     num_drawn: PositiveInt = 20000  # images, for source=drawn
@@ -78,14 +83,12 @@ def main(config: PackConfig) -> None:
 def plan(config: PackConfig) -> str:
     """What `--dry-run` says."""
     _check(config)
-    listings, encoding = _listings(config), _encoding(config)
+    listings = _listings(config)
     train, holdout = listings.values()
-    summary = (
-        f"{len(train.items)} training and {len(holdout.items)} held-out images of {len(train.classes)} classes, "
-        f"stored as {encoding.resolution}×{encoding.resolution} {encoding.format}"
-    )
+    summary = f"{len(train.items)} training and {len(holdout.items)} held-out images of {len(train.classes)} classes"
+    prepared = [f"{split}: {preparation(_transform(config, split))}" for split in listings]
     warnings = [f"{split}: {line}" for split, listing in listings.items() for line in listing.warnings]
-    return "\n".join([summary, *warnings])
+    return "\n".join([summary, *prepared, *warnings])
 
 
 def _check(config: PackConfig) -> None:
@@ -105,9 +108,24 @@ def _check_outputs(config: PackConfig) -> None:
         raise ValueError(f"{gone} is gone, or not whole; without source={config.source} it cannot be packed again")
 
 
-def _encoding(config: PackConfig) -> Encoding:
-    default = "png" if config.resolution <= _PNG_UP_TO else "jpg"
-    return Encoding(config.resolution, config.format or default, config.quality)
+def _encoding(config: PackConfig, split: str) -> Encoding:
+    default = config.format or ("png" if config.resolution <= _PNG_UP_TO else "jpg")
+    stored_as = default if split == "train" else config.holdout_format or default
+    return Encoding(config.resolution, stored_as, config.quality, config.resize)
+
+
+def _transform(config: PackConfig, split: str) -> dict[str, Any]:
+    """What dataset.json says of how the images were made."""
+    encoding = _encoding(config, split)
+    transform: dict[str, Any] = {"resolution": encoding.resolution, "format": encoding.format}
+    if config.source == "drawn":
+        transform["resize"] = DRAWN
+    else:
+        transform["resize"] = ADM if config.resize == "adm" else BILINEAR
+        transform["crop"] = CENTER_OR_PADDED if array_files(config.source, "train") else CENTER
+    if encoding.format == "jpg":
+        transform["quality"] = encoding.quality
+    return transform
 
 
 def _listings(config: PackConfig) -> dict[str, Listing]:
@@ -211,7 +229,7 @@ def _jobs(config: PackConfig, listing: Listing, run_dir: Path, split: str) -> li
             run_dir / "bad" / f"{split}-{n:06d}.jsonl",
             listing.folder,
             tuple(items[cuts[n] : cuts[n + 1]]),
-            _encoding(config),
+            _encoding(config, split),
             config.seed,
             config.max_pixels,
         )
@@ -273,20 +291,17 @@ def _finish(
         skipped = [line for job in incomplete for line in read_jsonl(job.bad_path)]
         bad += skipped
         shards = ShardTable.of_rows(of_split, [job.tar.name for job in jobs[split]])
-        _save_manifest(run_dir / split, _encoding(config), listing, shards, len(skipped))
+        _save_manifest(run_dir / split, _transform(config, split), listing, shards, len(skipped))
     if bad:
         path, example = run_dir / "bad.jsonl", printable(bad[0]["file"])
         write_bad(path, bad)
         log.warning("%d images do not decode and were left out, e.g. %s; see %s", len(bad), example, path)
 
 
-def _save_manifest(folder: Path, encoding: Encoding, listing: Listing, shards: ShardTable, bad: int) -> None:
-    transform = {"resolution": encoding.resolution, "format": encoding.format}
-    transform |= {"resize": "bilinear, antialiased", "crop": "center"}
-    if encoding.format == "jpg":
-        transform["quality"] = encoding.quality
+def _save_manifest(folder: Path, transform: dict[str, Any], listing: Listing, shards: ShardTable, bad: int) -> None:
     extra = {"split": folder.name, "source": printable(Path(listing.folder).name) or "drawn", "bad_images": bad}
     manifest = Manifest.of("images", shards, listing.classes, transform, extra)
+    manifest.transform.update(_as_recorded(folder, manifest) or {"versions": _versions()})
     if manifest.num_samples:
         manifest.save(folder)
         log.info("%s: %d images in %d shards", folder, manifest.num_samples, len(shards))
@@ -294,3 +309,17 @@ def _save_manifest(folder: Path, encoding: Encoding, listing: Listing, shards: S
         raise ValueError("no image is left to train on: all are held out or do not decode")
     elif not any(folder.iterdir()):
         folder.rmdir()
+
+
+def _as_recorded(folder: Path, manifest: Manifest) -> dict[str, Any]:
+    """The `transform` of the same images in an earlier dataset.json: other versions may have made them."""
+    try:
+        recorded = Manifest.load(folder)
+    except (OSError, ValueError):
+        return {}
+    return recorded.transform if recorded.fingerprint == manifest.fingerprint else {}
+
+
+def _versions() -> dict[str, str]:
+    """Of the software that decodes, resizes and encodes."""
+    return {name: version for name, version in versions().items() if name in _PREPARED_BY}

@@ -301,6 +301,7 @@ def _write_manifest(config: SampleConfig, chain: Chain, folder: Path, shards: Sh
         "vqvae": chain.vqvae.fingerprint,
         "priors": {level: prior.fingerprint for level, prior in chain.priors.items()},
         "tokenizer": chain.vqvae.fingerprint,
+        "training_transform": chain.priors["top"].description.get("transform", {}),
         "seed": config.seed,
         "samples_per_class": config.samples_per_class,
         **{option: dict(getattr(config, option)) for option in PER_LEVEL},

@@ -90,6 +90,7 @@ def model_description(config: TrainPriorConfig, manifest: Manifest) -> dict[str,
         "classes": list(manifest.classes),
         "tokenizer": manifest.extra["tokenizer"],
         "data": manifest.fingerprint,
+        "transform": manifest.transform,
     }
 
 

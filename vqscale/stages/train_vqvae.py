@@ -80,6 +80,7 @@ def model_description(config: TrainVQVAEConfig, manifest: Manifest) -> dict[str,
         "resolution": resolution,
         "classes": list(manifest.classes),
         "data": manifest.fingerprint,
+        "transform": manifest.transform,
     }
 
 
