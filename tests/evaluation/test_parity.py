@@ -1,5 +1,8 @@
-"""Our numbers against torch_fidelity.calculate_metrics on the same images, with its networks at random weights."""
+"""Our numbers against torch_fidelity's on the same images, with its networks at random weights."""
 
+import json
+import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,12 +10,16 @@ from typing import Any
 import pytest
 import torch
 import torch_fidelity
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
+from torch_fidelity import fidelity
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.metric_fid import fid_features_to_statistics
 from torchvision.models import vgg16
 
+from vqscale import cli
+from vqscale.data.shards import Manifest
 from vqscale.evaluation import metrics
 from vqscale.evaluation.features import Extractor, load_extractor
 from vqscale.evaluation.passes import Collector
@@ -128,3 +135,48 @@ def test_precision_and_recall_of_vgg16_equal_calculate_metrics(tmp_path: Path, t
     )
     assert metrics.precision_recall(ours.features, reference.features) == (theirs["precision"], theirs["recall"])
     assert ours.features.shape == (9, 4096)
+
+
+def save_pictures(folder: Path, images: Tensor) -> None:
+    """PNG and JPEG files of several sizes."""
+    folder.mkdir(parents=True)
+    for n, pixels in enumerate(images.permute(0, 2, 3, 1).numpy()):
+        Image.fromarray(pixels).resize((110 + 21 * n, 260 - 13 * n)).save(folder / f"{n}.{('png', 'jpg')[n % 2]}")
+
+
+def unpack(data: Path, folder: Path) -> Path:
+    """The pictures of a packed data set as files, by an ordinary tar reader."""
+    folder.mkdir()
+    for tar in sorted(data.glob("*.tar")):
+        with tarfile.open(tar) as members:
+            for member in filter(lambda one: one.name.endswith(".png"), members):
+                file = members.extractfile(member)
+                assert file is not None
+                (folder / member.name.replace("/", "-")).write_bytes(file.read())
+    return folder
+
+
+@pytest.mark.slow
+def test_fid_of_packed_images_equals_the_command_of_torch_fidelity(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_pictures(tmp_path / "images" / "scene", scenes(9, 1))
+    save_pictures(tmp_path / "held_out" / "scene", noise(8, 3))
+    (tmp_path / "pack.yaml").write_text("source: images\nholdout: held_out\nresolution: 64\nresize: adm\n")
+    (tmp_path / "evaluate.yaml").write_text("reference: packed\nsamples: packed/train\nmetrics: [fid]\n")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["pack", "pack.yaml", "run_dir=packed", "holdout_format=png", "device=cpu"]) == 0
+    given = [f"weights={weights}", "allow_unverified_weights=true", "extractor=inception", "run_dir=scored"]
+    nothing = [f"{name}=none" for name in ("vqvae", "codes", "prior_top", "prior_bottom", "prior_middle")]
+    assert cli.main(["evaluate", "evaluate.yaml", *given, *nothing, "device=cpu", "workers=0"]) == 0
+    inputs = [str(unpack(tmp_path / "packed" / split, tmp_path / split)) for split in ("train", "holdout")]
+    assert [len(list(Path(folder).iterdir())) for folder in inputs] == [9, 8]
+    capsys.readouterr()
+    words = ["--cpu", "--fid", "--input1", inputs[0], "--input2", inputs[1], "--json", "--no-cache", "--silent"]
+    words += ["--feature-extractor-weights-path", str(weights), "--save-cpu-ram"]
+    monkeypatch.setattr(sys, "argv", ["fidelity", *words])
+    fidelity.main()
+    theirs = json.loads(capsys.readouterr().out)["frechet_inception_distance"]
+    ours = json.loads((tmp_path / "scored" / "scores.json").read_text())["fid"]
+    assert ours["value"] == pytest.approx(theirs, rel=1e-5)
+    assert Manifest.load(tmp_path / "packed" / "holdout").transform["resize"] == "adm"
