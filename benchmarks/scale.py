@@ -1,7 +1,7 @@
 """What more ranks and shards cost: training steps at 1, 2 and 4 ranks, file-system calls at 1,024.
 
     python benchmarks/scale.py [--json FILE] [--quick] [--minutes M] [--worlds 2 4] [--strategies ddp fsdp]
-                               [--shards 10000 500000] [--ranks 8 64 1024]
+                               [--shards 10000 500000] [--ranks 8 64 1024] [--models 1 4 8]
 
 In: nothing. Out: seconds per step with the same batch per rank, one thread each, and rows `<strategy>/<ranks>`: images
 per second of all ranks over `min(ranks, cores)` times those of one rank. Ranks beyond the cores share them, so 4 ranks
@@ -12,6 +12,9 @@ Rows `load/<shards>`: seconds to read a description of so many shards, and the m
 `calls/<before step 1, or evaluation>/<shards>/<ranks>/<workers>`: what one of so many simulated ranks asks of the data
 set's folder; the most of the first and the last one. `--worlds` without a number leaves the steps out, `--shards` the
 rest.
+
+Rows `model/<hashed, or read>/<ranks>`, with `--models`: megabytes of a VQ-VAE's checkpoint of as many files that the
+busiest rank hashes, or reads as tensors, to have the model; without sharing every rank does what `alone` says.
 """
 
 import itertools
@@ -30,6 +33,8 @@ from train_step import VQVAESteps, Way
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
+from support.distributed import run_ranks  # noqa: E402
+from support.loads import load_on_ranks, save_run  # noqa: E402
 from support.many_shards import calls_before_step_1, calls_of_an_evaluation, make_many_shards  # noqa: E402
 
 from vqscale.config import StageConfig  # noqa: E402
@@ -85,12 +90,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--shards", nargs="*", type=int, default=[10_000, 500_000])
     parser.add_argument("--ranks", nargs="+", type=int, default=[8, 64, 1024])
     parser.add_argument("--workers", nargs="+", type=int, default=[0, 4])
+    parser.add_argument("--models", nargs="*", type=int, default=[])
     parser.add_argument("--port", type=int, default=29_541)
     args = parser.parse_args(argv)
     found: dict[str, Any] = {}
     for shards in args.shards[: 1 if args.quick else None]:
         with tempfile.TemporaryDirectory() as folder:
             merge(found, calls_of_ranks(Path(folder) / "set", shards, args))
+    for ranks in args.models:
+        with tempfile.TemporaryDirectory() as folder:
+            merge(found, {"model": bytes_of_a_model(folder, ranks)})
     if args.worlds:
         found |= steps_of_ranks(args)
     return finish(args, found)
@@ -120,6 +129,18 @@ def calls_of_ranks(folder: Path, shards: int, args: Any) -> dict[str, Any]:
         details = {"seconds": most.seconds, "megabytes": most.bytes_read / 1e6, **most.by_kind()}
         row = at_most(MOST_CALLS if ranks >= 64 else None, most.total, **details)
         tree["calls"].setdefault(name, {}).setdefault(f"{shards}", {}).setdefault(f"{ranks}", {})[f"{workers}"] = row
+    return tree
+
+
+def bytes_of_a_model(run_dir: str, ranks: int) -> dict[str, Any]:
+    """The rows of a run that so many ranks saved, and that they take a model from."""
+    run_ranks(save_run, ranks, run_dir, 256)
+    loads = {shared: run_ranks(load_on_ranks, ranks, run_dir, shared, {}) for shared in (True, False)}
+    tree: dict[str, Any] = {}
+    for what in ("hashed", "read"):
+        most, alone = (max(load[what] for load in loads[shared]) / 1e6 for shared in (True, False))
+        print(f"{ranks} ranks, megabytes {what} by the busiest: {most:.1f}, not shared {alone:.1f}")
+        tree[what] = {f"{ranks}": at_most(None, most, limit=alone / ranks, alone=alone)}
     return tree
 
 

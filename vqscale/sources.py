@@ -11,15 +11,18 @@ or  {"kind": "prior", "config": …, "level": "top", "num_codes": 512, "grid": [
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from vqscale.config import from_dict, level_names
 from vqscale.engine.checkpoint import Checkpoint, find_latest, verify
+from vqscale.engine.tensors import Tensors, fill_together
 from vqscale.models.classifier import Classifier, ClassifierConfig
 from vqscale.models.pixelcnn import PixelCNN
 from vqscale.models.pretrained import WEIGHTS, check_fits, fingerprint, load_into, read_folder
@@ -28,6 +31,7 @@ from vqscale.models.transformer import Transformer
 from vqscale.models.vqvae import VQVAE, VQVAEConfig
 from vqscale.rundir import read_status
 from vqscale.text import printable
+from vqscale.topology import ALONE, Topology
 
 PRIORS: dict[str, type[LevelPrior]] = {prior.kind: prior for prior in (PixelCNN, Transformer)}
 
@@ -172,11 +176,13 @@ def load_model(
     device: torch.device | str = "cpu",
     weights_kind: str = "",
     checkpoint: int = 0,
+    topology: Topology = ALONE,
 ) -> Source:
     """A model from a run directory, an exported folder, or a folder of several. A run's checkpoints win over an export.
 
     name: vqvae, prior, prior_top, …, classifier, "" = anything. weights_kind: "" = the EMA weights if there are any;
-    checkpoint: images seen, 0 = the last one of a done run. An export has but one state: another is refused.
+    checkpoint: images seen, 0 = the last one of a done run. An export has but one state: another is refused. Several
+    ranks give their topology, and call it together: each verifies and reads a share, and all get the whole model.
 
     Raises FileNotFoundError naming the stage that makes a model; ValueError for an unfinished run, a model of
     another kind or weights that do not fit.
@@ -194,12 +200,12 @@ def load_model(
         check_model(description, tensors, path)
 
     if _has_checkpoints(path):
-        chosen = _checkpoint_of(path, checkpoint)
+        chosen = _checkpoint_of(path, checkpoint, topology)
         description, seen = dict(chosen.state.model), chosen.images_seen
         check(description, chosen.header("model."))
-        tensors, weights = _weights_of(chosen, weights_kind)
+        tensors, weights = _weights_of(chosen, weights_kind, topology)
     elif _has_export(path):
-        tensors, description = read_folder(path, check)
+        tensors, description = read_folder(path, check, partial(_read_together, topology))
         weights, seen = "exported", int(description.get("images_seen", 0))
         _check_export(path, description, weights_kind=weights_kind, checkpoint=checkpoint)
     else:
@@ -219,13 +225,28 @@ def _check_export(path: Path, description: Mapping[str, Any], *, weights_kind: s
             raise ValueError(f"{path}: {option}={value} cannot apply to an exported model, whose {key} is {stated}")
 
 
-def _checkpoint_of(run_dir: Path, images_seen: int) -> Checkpoint:
+def _read_together(topology: Topology, path: Path, header: Mapping[str, Tensor]) -> Tensors:
+    """The tensors of a safetensors file, of which each rank reads a share."""
+    if topology.world_size == 1:
+        return safetensors.torch.load_file(path)
+    tensors = {name: torch.empty_like(one, device="cpu") for name, one in header.items()}
+
+    def fill(share: Tensors) -> None:
+        with safetensors.safe_open(path, "pt") as file:
+            for name, tensor in share.items():
+                tensor.copy_(file.get_tensor(name))
+
+    fill_together(tensors, fill, topology)
+    return tensors
+
+
+def _checkpoint_of(run_dir: Path, images_seen: int, topology: Topology) -> Checkpoint:
     if images_seen:
         folder = run_dir / "checkpoints" / f"{images_seen:012d}"
         if not folder.is_dir():
             have = ", ".join(str(int(p.name)) for p in sorted(folder.parent.glob("[0-9]" * 12)))
             raise FileNotFoundError(f"{run_dir}: no checkpoint at {images_seen} images; there are {have or 'none'}")
-        if problem := verify(folder):
+        if problem := verify(folder, topology):
             raise ValueError(f"{folder} is damaged: {problem}")
         return Checkpoint(folder)
     status = read_status(run_dir)
@@ -234,16 +255,14 @@ def _checkpoint_of(run_dir: Path, images_seen: int) -> Checkpoint:
             f"{run_dir}: this run is {status.get('state', 'not started')} at {status.get('images_seen', 0)} images; "
             "finish it, or choose a checkpoint with checkpoint=<images seen>"
         )
-    latest = find_latest(run_dir / "checkpoints", set_aside=False)
+    latest = find_latest(run_dir / "checkpoints", set_aside=False, topology=topology)
     if latest is None:
         raise FileNotFoundError(f"{run_dir}: the run is done but has no checkpoint")
     return latest
 
 
-def _weights_of(checkpoint: Checkpoint, weights_kind: str) -> tuple[dict[str, Tensor], str]:
-    tensors, averages = checkpoint.read("model."), checkpoint.read("ema.")
+def _weights_of(checkpoint: Checkpoint, weights_kind: str, topology: Topology) -> tuple[Tensors, str]:
+    averages = {} if weights_kind == "raw" else checkpoint.read("ema.", topology)
     if weights_kind == "ema" and not averages:
         raise ValueError(f"{checkpoint.folder}: weights_kind=ema, but the run kept no weight EMA")
-    if averages and weights_kind != "raw":
-        return tensors | averages, "ema"
-    return tensors, "raw"
+    return checkpoint.read("model.", topology, without=averages) | averages, "ema" if averages else "raw"

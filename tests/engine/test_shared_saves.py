@@ -12,7 +12,7 @@ from support.distributed import run_ranks
 from support.file_calls import counted
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from vqscale.config import StageConfig
 from vqscale.engine import checkpoint as checkpoints
@@ -98,7 +98,7 @@ def _resume(folder: str) -> dict[str, Any]:
 
 
 def local(tensor: Tensor) -> Tensor:
-    return checkpoints.DTensor.to_local(tensor) if isinstance(tensor, checkpoints.DTensor) else tensor
+    return DTensor.to_local(tensor) if isinstance(tensor, DTensor) else tensor
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,9 @@
 reads any other), state.json, and manifest.json, written last, with the sha256 and size of every other file.  A folder
 without a manifest that verifies is not a checkpoint.  Nothing in it can run code.
 
-No rank reads or hashes all of it: a rank hashes the file that it wrote; of a checkpoint to resume from it hashes a
-share, opens a share of the headers, and reads its own parts of sharded tensors and a share of the replicated ones.
+No rank reads or hashes all of it: a rank hashes the file that it wrote; of a checkpoint to resume from, or to take a
+model from, it hashes a share, opens a share of the headers, and reads its own parts of sharded tensors and a share of
+the replicated ones.
 """
 
 import concurrent.futures
@@ -17,7 +18,7 @@ import shutil
 import threading
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -30,10 +31,9 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
-from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
-from vqscale.engine.tensors import Tensors, total_bytes
+from vqscale.engine.tensors import Tensors, fill_together, total_bytes
 from vqscale.files import fsync, sha256_of
 from vqscale.topology import ALONE, Topology, background_group
 
@@ -245,23 +245,18 @@ class Checkpoint:
         Several ranks give their topology, and call it together: headers and replicated tensors are read once for all.
         """
         self._check(tensors)
-        plain = [name for name, tensor in tensors.items() if not isinstance(tensor, DTensor)]
-        plain.sort(key=lambda name: (-total_bytes([tensors[name]]), name))  # so that the ranks' shares are equal
-        owners = {name: number % topology.world_size for number, name in enumerate(plain)}
-        mine = {name: one for name, one in tensors.items() if owners.get(name, topology.rank) == topology.rank}
-        headers = _shared_headers(self.folder, topology)
-        with torch.no_grad():
-            topology.on_each(partial(self._fill, mine, headers))
-            for name, owner in owners.items() if topology.world_size > 1 else ():
-                values = tensors[name].contiguous().clone()
-                topology.broadcast_(values.view(-1).view(torch.uint8), owner)
-                tensors[name].copy_(values)
+        fill_together(tensors, partial(self._fill, headers=_shared_headers(self.folder, topology)), topology)
 
-    def read(self, prefix: str) -> Tensors:
-        """All tensors whose names begin with `prefix`, whole, on the CPU, without the prefix."""
-        tensors = {f"{prefix}{name}": torch.empty_like(one, device="cpu") for name, one in self.header(prefix).items()}
+    def read(self, prefix: str, topology: Topology = ALONE, without: Container[str] = ()) -> Tensors:
+        """All tensors whose names begin with `prefix`, whole, on the CPU, without the prefix; none named in
+        `without`.
+
+        Several ranks give their topology, and call it together: each reads a share, and all get the whole.
+        """
+        header = {name: one for name, one in self.header(prefix).items() if name not in without}
+        tensors = {f"{prefix}{name}": torch.empty_like(one, device="cpu") for name, one in header.items()}
         if tensors:
-            self._fill(tensors, _headers(self.folder))
+            fill_together(tensors, partial(self._fill, headers=_shared_headers(self.folder, topology)), topology)
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
     def header(self, prefix: str) -> Tensors:
@@ -310,11 +305,10 @@ def _shared_headers(folder: Path, topology: Topology) -> Metadata:
     return whole
 
 
-def _headers(folder: Path, paths: list[str] | None = None) -> Any:
-    """The Metadata of these files, or of all. Raises ValueError."""
+def _headers(folder: Path, paths: list[str]) -> Any:
+    """The Metadata of these files. Raises ValueError."""
     reader = HuggingFaceStorageReader(str(folder))
-    if paths is not None:
-        reader.fs.ls = lambda _folder: paths  # type: ignore[method-assign, assignment, return-value]
+    reader.fs.ls = lambda _folder: paths  # type: ignore[method-assign, assignment, return-value]
     try:
         return reader.read_metadata()
     except Exception as error:  # safetensors has its own

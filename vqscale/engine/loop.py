@@ -155,7 +155,7 @@ def fit(
         drop_lines_beyond(run.run_dir / "metrics.jsonl", seen)
     metrics = MetricLog(run.run_dir / "metrics.jsonl", topology, run.start_trackers(config.trackers, seen))
     agreement, clock, stop, save_later = Agreement(topology, [*loader.bad_kinds, _SAVE]), _Clock(), False, False
-    own_work = OwnWork(engine.module, topology, micro_batches=accumulation, compiled=config.compile)
+    own_work = OwnWork(engine.module, topology, micro_batches=accumulation)
     save_seconds, saved_at = 60 * config.save_minutes or math.inf, time.monotonic()
     batches = _on_device(iter(loader) if seen < config.total_images else iter(()), topology.device)
     run.at_exit.callback(batches.close)

@@ -4,9 +4,8 @@ In: spans of work that need no other rank: waiting for data, and forward passes.
 slowest rank and by how much it is slower than the median, and one warning when that lasts.
 
 A whole step cannot tell: every rank's step lasts as long as the slowest one's, because they meet in collectives.  A
-forward under single, DDP, ZeRO-1 and ZeRO-2 has no collectives.  FSDP and HSDP gather weights before each unit, so the
-units are timed there, from after the gathering.  Under ZeRO-3, and for compiled units that are sharded, the wait for
-data counts alone.
+forward under single, DDP, ZeRO-1 and ZeRO-2 has no collectives.  FSDP and HSDP gather weights before each unit, ZeRO-3
+before each layer, so these are timed there, from after the gathering.
 """
 
 import contextlib
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vqscale.engine.parallel import SHARDED
 from vqscale.topology import Topology
 
 log = logging.getLogger("vqscale")
@@ -30,16 +30,15 @@ LINES = 3  # in a row, of the same rank
 class OwnWork:
     """Times this rank's forward passes."""
 
-    def __init__(self, module: nn.Module, topology: Topology, *, micro_batches: int, compiled: bool):
-        """micro_batches: per step. compiled: whether the model's units are."""
+    def __init__(self, module: nn.Module, topology: Topology, *, micro_batches: int):
+        """module: sharded already. micro_batches: per step."""
         self._micro_batches = micro_batches
-        self._forward, self._units = _Timer(topology.device), []
-        self._gathers = topology.strategy in ("fsdp", "hsdp", "zero3")
-        if topology.strategy in ("fsdp", "hsdp") and not compiled:
-            for unit in module.wrap_units():  # type: ignore[operator]
-                self._units.append(timer := _Timer(topology.device))
-                unit.register_forward_pre_hook(timer.start)  # after FSDP's own, so after its gathering
-                unit.register_forward_hook(timer.stop)
+        self._forward = _Timer(topology.device)
+        self._timers = []
+        for part in _gathered_at_once(module, topology.strategy):
+            self._timers.append(timer := _Timer(topology.device))
+            part.register_forward_pre_hook(timer.start)  # after the strategy's own, so after its gathering
+            part.register_forward_hook(timer.stop)
 
     @contextlib.contextmanager
     def forward(self) -> Iterator[None]:
@@ -50,8 +49,21 @@ class OwnWork:
 
     def seconds_per_step(self, data_wait: float) -> float:
         """This rank's own work since the last call. data_wait: seconds per step."""
-        timers = self._units if self._gathers else [self._forward]
+        timers = self._timers or [self._forward]
         return data_wait + self._micro_batches * sum(timer.take() for timer in timers)
+
+
+def _gathered_at_once(module: nn.Module, strategy: str) -> list[nn.Module]:
+    """The parts of a model whose forward has no collective once it has begun; none where that is the whole model."""
+    if strategy in SHARDED:
+        return list(module.wrap_units()) or [module]  # type: ignore[operator]
+    if strategy == "zero3":
+        return [part for part in module.modules() if _has_weights(part) and not any(map(_has_weights, part.children()))]
+    return []
+
+
+def _has_weights(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
 
 
 class _Timer:
@@ -63,6 +75,7 @@ class _Timer:
         self._pending = False  # both events are recorded, and not read
         self._began, self._spans = 0.0, [0.0, 0]  # their seconds, their count
 
+    @torch.compiler.disable  # hooks of compiled units must not become part of their graphs
     def start(self, *_: Any) -> None:
         self._began = time.perf_counter()
         if self._events and (not self._pending or self._events[1].query()):
@@ -71,6 +84,7 @@ class _Timer:
             self._pending = False
             self._events[0].record()
 
+    @torch.compiler.disable
     def stop(self, *_: Any) -> None:
         if not self._events:
             self._count(time.perf_counter() - self._began)

@@ -1,6 +1,8 @@
-"""Named tensors, whole, sharded or this rank's part of them: their bytes, an exchange of values, a check for NaN."""
+"""Named tensors, whole, sharded or this rank's part of them: their bytes, an exchange of values, a check for NaN,
+reading that ranks share."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -29,6 +31,21 @@ def exchange(one: Tensors, other: Tensors) -> None:
         values = one[name].detach().clone()
         one[name].copy_(tensor)
         tensor.copy_(values)
+
+
+@torch.no_grad()
+def fill_together(tensors: Tensors, fill: Callable[[Tensors], None], topology: Topology) -> None:
+    """Fill tensors in place. Each rank calls `fill` with its sharded ones and an equal share of the plain ones, whose
+    values it then sends to the others. Collective; a ValueError or OSError of any rank is a ValueError on all."""
+    plain = [name for name, tensor in tensors.items() if not isinstance(tensor, DTensor)]
+    plain.sort(key=lambda name: (-total_bytes([tensors[name]]), name))  # so that the shares are equal
+    owners = {name: number % topology.world_size for number, name in enumerate(plain)}
+    mine = {name: one for name, one in tensors.items() if owners.get(name, topology.rank) == topology.rank}
+    topology.on_each(partial(fill, mine))
+    for name, owner in owners.items() if topology.world_size > 1 else ():
+        values = tensors[name].contiguous().clone()
+        topology.broadcast_(values.view(-1).view(torch.uint8), owner)
+        tensors[name].copy_(values)
 
 
 def first_not_finite(tensors: Tensors, topology: Topology) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 from vqscale.data.images import to_float, to_uint8
 from vqscale.evaluation.features import Extractor, load_extractor
 from vqscale.sources import Source, load_model
-from vqscale.topology import Topology
+from vqscale.topology import ALONE, Topology
 
 CLASS_PROBABILITY = "class_probability"  # in a sample's json: of its class, by the rejection network
 
@@ -42,12 +42,14 @@ class ImageClassifier:
     extractor: Extractor | None = None
 
     @classmethod
-    def load(cls, path: str | Path, device: torch.device, weights: Mapping[str, str]) -> "ImageClassifier":
+    def load(
+        cls, path: str | Path, device: torch.device, weights: Mapping[str, str], topology: Topology = ALONE
+    ) -> "ImageClassifier":
         """From a run or an export. `weights`: extractor -> path of its weights, where the frozen network needs one.
 
         Raises ValueError if the frozen network is not the one that the classifier was trained on.
         """
-        source = load_model(path, "classifier", device=device)
+        source = load_model(path, "classifier", device=device, topology=topology)
         name, trained_on = source.description["features"], source.description["features_sha256"]
         if not name:
             return cls(source)

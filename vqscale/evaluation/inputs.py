@@ -41,6 +41,7 @@ from vqscale.fields import Choice, NonNegativeInt, PathText, PositiveFraction, P
 from vqscale.files import sha256_of
 from vqscale.runtime import log
 from vqscale.sources import Source, load_model
+from vqscale.topology import ALONE, Topology
 
 LEARNED_FROM = {"samples": "samples", "reconstructions": "reconstructions", "real": "images"}  # by classifier_<key>
 _MADE_OF = {"samples": ("data", "samples"), "reconstructions": ("vqvae", "vqvae")}  # its fact that is an input's
@@ -207,15 +208,16 @@ class Inputs:
         return self.absent.get("reference", "reference= is a file of statistics, real images are needed")
 
 
-def find_inputs(config: EvaluateConfig, device: torch.device) -> Inputs:
-    """Everything that exists; the path `none` leaves an input out.
+def find_inputs(config: EvaluateConfig, device: torch.device, topology: Topology = ALONE) -> Inputs:
+    """Everything that exists; the path `none` leaves an input out. Collective.
 
     Raises ValueError for an input that is broken or unfinished, and if inputs do not belong together.
     """
     absent: dict[str, str] = {}
     weights = {key: Path(getattr(config, key)) for key in ("weights", "vgg16_weights")}
-    model = partial(load_model, device=device, weights_kind=config.weights_kind)
-    classifier = partial(ImageClassifier.load, device=device, weights={config.extractor: config.weights})
+    ranks: Any = {"device": device, "topology": topology}
+    model = partial(load_model, weights_kind=config.weights_kind, **ranks)
+    classifier = partial(ImageClassifier.load, weights={config.extractor: config.weights}, **ranks)
 
     def find(key: str, load: Callable[[str], T]) -> T | None:
         path = getattr(config, key)

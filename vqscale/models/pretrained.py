@@ -78,11 +78,14 @@ def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_folder(
-    folder: str | Path, check: Callable[[Mapping[str, Any], Mapping[str, Tensor]], object] = lambda *_: None
+    folder: str | Path,
+    check: Callable[[Mapping[str, Any], Mapping[str, Tensor]], object] = lambda *_: None,
+    read: Callable[[Path, Mapping[str, Tensor]], dict[str, Tensor]] = lambda path, _: safetensors.torch.load_file(path),
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors on the CPU, config.json) of a folder.
 
     `check(config.json, tensors on the meta device)` is called first, and may refuse them before memory is taken.
+    `read(file, tensors on the meta device)` gives the tensors.
     Raises FileNotFoundError for a missing file, ValueError for one that can't be read, or tensors that are not those
     whose fingerprint the JSON states.
     """
@@ -92,8 +95,9 @@ def read_folder(
             raise FileNotFoundError(f"{folder / name} does not exist; `vqscale export` writes such a folder")
     config_json = check_seal(folder / CONFIG, _read_json(folder / CONFIG))
     try:
-        check(config_json, _read_header(folder / WEIGHTS))
-        tensors = safetensors.torch.load_file(folder / WEIGHTS)
+        header = _read_header(folder / WEIGHTS)
+        check(config_json, header)
+        tensors = read(folder / WEIGHTS, header)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{folder / WEIGHTS}: not a whole safetensors file: {error}") from None
     stated = config_json.get("fingerprint")

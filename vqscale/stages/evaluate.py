@@ -26,7 +26,7 @@ def main(config: EvaluateConfig) -> None:
     scores = Scores((config := follow_protocol(config)).metrics)
     check_picture(config.picture)
     with runtime.run(config, "evaluate") as run:
-        inputs = find_inputs(config, run.topology.device)
+        inputs = find_inputs(config, run.topology.device, run.topology)
         identity = {"config": fingerprint(config), **inputs.identity()}
         recorded = read_json(run.run_dir / "inputs.json")
         check_none_is_gone(config, inputs, recorded)

@@ -57,8 +57,14 @@ def main(config: ExtractCodesConfig) -> None:
     not those of earlier code shards."""
     with runtime.run(config, "extract_codes") as run:
         try:
-            kind, device = config.weights_kind, run.topology.device
-            source = load_model(config.vqvae, "vqvae", device=device, weights_kind=kind, checkpoint=config.checkpoint)
+            source = load_model(
+                config.vqvae,
+                "vqvae",
+                device=run.topology.device,
+                weights_kind=config.weights_kind,
+                checkpoint=config.checkpoint,
+                topology=run.topology,
+            )
             images = {split: Manifest.load(resolve(config.data, split)) for split in _splits(config.data)}
         except FileNotFoundError as error:
             if not run.was_done or any(_load_manifest(run.run_dir / split) is None for split in _splits(config.data)):

@@ -37,7 +37,7 @@ from vqscale.fields import Choice, Fraction, NonNegativeFloat, NonNegativeInt, P
 from vqscale.models.sampling import SCHEDULES, check_guidance, sample_codes
 from vqscale.sources import Source, build, load_model
 from vqscale.text import error_prefix
-from vqscale.topology import Topology, cores
+from vqscale.topology import ALONE, Topology, cores
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def main(config: SampleConfig) -> None:
     """Sample into `config.run_dir`. Raises ValueError for models that do not belong together or an unknown class."""
     with runtime.run(config, "sample") as run:
         try:
-            chain = load_chain(config, run.topology.device)
+            chain = load_chain(config, run.topology.device, run.topology)
         except FileNotFoundError as error:
             if not run.was_done or missing_file(run.run_dir):
                 raise
@@ -166,13 +166,14 @@ def _draw_missing(config: SampleConfig, chain: Chain, run: runtime.Run) -> None:
         _write_manifest(config, chain, run.run_dir, shards)
 
 
-def load_chain(config: SampleConfig, device: torch.device) -> Chain:
-    """The VQ-VAE and one prior per level, checked against each other and against the options."""
-    vqvae = load_model(config.vqvae, "vqvae", device=device, weights_kind=config.weights_kind)
+def load_chain(config: SampleConfig, device: torch.device, topology: Topology = ALONE) -> Chain:
+    """The VQ-VAE and one prior per level, checked against each other and against the options. Collective."""
+    model = partial(load_model, device=device, weights_kind=config.weights_kind, topology=topology)
+    vqvae = model(config.vqvae, "vqvae")
     priors: dict[str, Source] = {}
     for name in vqvae.model.level_names:
         path = getattr(config, f"prior_{name}")
-        prior = load_model(path, f"prior_{name}", device=device, weights_kind=config.weights_kind)
+        prior = model(path, f"prior_{name}")
         if prior.description["level"] != name:
             raise ValueError(f"prior_{name}={path}: this is a prior of the {prior.description['level']} level")
         if prior.description["tokenizer"] != vqvae.fingerprint:
@@ -181,16 +182,18 @@ def load_chain(config: SampleConfig, device: torch.device) -> Chain:
                 f"but vqvae={config.vqvae} is {vqvae.fingerprint}"
             )
         priors[name] = prior
-    chain = Chain(vqvae, priors, load_judge(config, priors["top"].description["classes"], device))
+    chain = Chain(vqvae, priors, load_judge(config, priors["top"].description["classes"], device, topology))
     check_options(config, chain)
     return chain
 
 
-def load_judge(config: SampleConfig, classes: list[str], device: torch.device) -> ImageClassifier | None:
+def load_judge(
+    config: SampleConfig, classes: list[str], device: torch.device, topology: Topology
+) -> ImageClassifier | None:
     """The classifier whose opinion is stored with each sample (Razavi et al. 2019, section 3.4)."""
     if config.rejection == "none":
         return None
-    judge = ImageClassifier.load(config.rejection, device, dict.fromkeys(NEED_A_PATH, config.weights))
+    judge = ImageClassifier.load(config.rejection, device, dict.fromkeys(NEED_A_PATH, config.weights), topology)
     learned_from = judge.source.description["learned_from"]
     if learned_from != "images":
         raise ValueError(f"rejection={config.rejection}: learned from {learned_from}, not from real images")

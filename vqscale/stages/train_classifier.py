@@ -53,7 +53,9 @@ def main(config: TrainClassifierConfig) -> None:
         device = run.topology.device
         folder = resolve(config.data, "train", made_by="pack or sample")
         extractor = _extractor(config, device)
-        vqvae = None if config.vqvae == "none" else load_model(config.vqvae, "vqvae", device=device)
+        vqvae = None
+        if config.vqvae != "none":
+            vqvae = load_model(config.vqvae, "vqvae", device=device, topology=run.topology)
         description = model_description(config, Manifest.load(folder), extractor, vqvae)
         test = _test_images(config, description["classes"])
         train(
