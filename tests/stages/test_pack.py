@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from support.stages import CONFIGS
 
 from vqscale import rundir, runtime, stopping
 from vqscale.config import load
@@ -218,6 +219,7 @@ def test_held_out_images_have_a_format_of_their_own(tmp_path: Path, source: Path
     by_adm = "resized by ADM's rule to 8 px, centre crop"
     said = pack.plan(made).splitlines()
     assert said[1:] == [f"train: {by_adm}, JPEG of quality 95", f"holdout: {by_adm}, PNG"]
+    assert len(pack.plan(replace(made, holdout="0")).splitlines()) == 2
     pack.main(made)
     train, holdout = (Manifest.load(tmp_path / "run" / part).transform for part in ("train", "holdout"))
     assert set(train.pop("versions")) == set(holdout.pop("versions")) == {"vqscale", "torch", "torchvision", "pillow"}
@@ -229,6 +231,12 @@ def test_held_out_images_have_a_format_of_their_own(tmp_path: Path, source: Path
     for change in ({"resize": "bilinear"}, {"holdout_format": "jpg"}):
         with pytest.raises(ValueError, match=f"{next(iter(change))}: was"):
             pack.main(replace(made, **change))
+
+
+def test_imagenet_is_prepared_as_papers_prepare_it(source: Path) -> None:
+    words = [f"source={source}", "holdout=every:10"]
+    said = pack.plan(load(PackConfig, CONFIGS.parent / "imagenet256" / "pack.yaml", words))
+    assert "holdout: resized by ADM's rule to 256 px, centre crop, PNG" in said.splitlines()
 
 
 def test_what_is_packed_again_with_other_versions_is_the_same(

@@ -86,7 +86,9 @@ def plan(config: PackConfig) -> str:
     listings = _listings(config)
     train, holdout = listings.values()
     summary = f"{len(train.items)} training and {len(holdout.items)} held-out images of {len(train.classes)} classes"
-    prepared = [f"{split}: {preparation(_transform(config, split))}" for split in listings]
+    prepared = [
+        f"{split}: {preparation(_transform(config, split))}" for split, listing in listings.items() if listing.items
+    ]
     warnings = [f"{split}: {line}" for split, listing in listings.items() for line in listing.warnings]
     return "\n".join([summary, *prepared, *warnings])
 
