@@ -50,6 +50,7 @@ _FREE_ON_RESUME = {
     *("total_images", "micro_batch", "strategy", "device", "workers", "threads", "run_dir", "trackers"),
     *("max_bad_fraction", "verify", "cache_dir", "cache_gigabytes", "allow_pipe", "max_pixels", "experiment"),
     *("watchdog_seconds", "fresh", "keep_checkpoints", "save_minutes", "max_skipped_steps"),
+    *("evaluate_fd", "fd_extractor", "fd_weights", "fd_samples", "allow_unverified_weights"),
     *("evaluate_images", "grid_images", "grid_columns", "images", "profile_at", "peak_tflops", "graphs"),
 }
 

@@ -17,6 +17,7 @@ from vqscale.data.shards import Manifest
 from vqscale.engine.footprint import step_flops
 from vqscale.engine.loop import AfterStep, Evaluate, FitConfig, StepFn, fit, resumes
 from vqscale.engine.parallel import compile_units, make_engine
+from vqscale.engine.side_work import SideWork
 from vqscale.models.init import initialise
 from vqscale.runtime import Run
 from vqscale.sources import build
@@ -51,11 +52,13 @@ def train(
     evaluate: Evaluate,
     prepare: Callable[[Any], None] | None = None,
     after_step: AfterStep | None = None,
+    side_work: SideWork | None = None,
 ) -> None:
     """Build the model of `description` and fit it to the data set in `folder`, or go on where the run ended.
 
     `prepare(model)`: called on all ranks with the initialised, unwrapped model, unless there is a checkpoint; without
-    it the model is built on the meta device. `after_step(model, …)`: see `fit`.
+    it the model is built on the meta device. `after_step(model, …)`: see `fit`. `side_work`: whose clock starts with
+    the training.
     """
     topology = run.topology
     run.check_inputs({key: value for key in _INPUTS if (value := description.get(key))})
@@ -85,6 +88,8 @@ def train(
         compile_units(model)
     accumulation = loader.micro_batches_per_step
     engine = make_engine(model, topology, config, accumulation, partial(initialise, seed=config.seed))
+    if side_work is not None:
+        side_work.start()
     fit(
         engine,
         loader,
@@ -96,6 +101,8 @@ def train(
         evaluate=evaluate,
         flops_per_image=flops_per_image(description, step_fn),
     )
+    if side_work is not None:
+        side_work.log_total()
 
 
 def blank_batch(description: Mapping[str, Any], count: int) -> Batch:

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -226,6 +227,12 @@ def test_png_is_exact_and_the_error_map_is_dark_where_images_agree() -> None:
     other[:, 0, 0] = 255 - other[:, 0, 0] // 2
     shown = error_map(image, other)
     assert int(shown[:, 5, 5].sum()) < 10 < int(shown[:, 0, 0].sum())
+
+
+def test_the_distance_of_a_training_run_is_a_curve_of_its_own() -> None:
+    lines = [{"images_seen": n, "held_out/fd_lite0/top": 9 - n, "held_out/nll/top": 3, "fd_seconds": 1} for n in (1, 2)]
+    text = render(replace(full(), curves={"train_prior_top": lines}))
+    assert "train_prior_top: Fréchet distance" in text and "fd_seconds" not in text
 
 
 def test_charts_are_svg_of_the_same_bytes_each_time() -> None:

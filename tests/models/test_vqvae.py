@@ -64,6 +64,16 @@ def test_decode_top_depends_on_the_top_codes_alone():
     assert torch.equal(single.decode_top(single.encode(images())), single.decode(single.encode(images())))
 
 
+def test_decode_upper_depends_on_the_codes_that_it_is_given_alone():
+    model = vqvae([4, 2, 2], resolution=32, num_codes=8)
+    codes = model.encode(images(4, 32))
+    image = model.decode_upper(codes[:2])
+    assert not torch.equal(image, model.decode_upper([codes[0], 7 - codes[1]]))
+    assert not torch.equal(image, model.decode(codes))
+    assert torch.equal(model.decode_upper(codes[:1]), model.decode_top(codes))
+    assert torch.equal(model.decode_upper(codes), model.decode(codes))
+
+
 def test_the_bottom_sees_the_quantized_top():
     model = vqvae()
     image = images()

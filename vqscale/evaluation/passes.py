@@ -283,7 +283,9 @@ def chunk_collector(total: int, resolution: int, extractor: Extractor, topology:
     return collector
 
 
-def _cached_statistics(path: Path, facts: Mapping[str, Any]) -> FeatureSet | None:
+def cached_statistics(path: Path, facts: Mapping[str, Any]) -> FeatureSet | None:
+    """What was saved for these facts, or None, with a warning where the file is damaged. Raises ValueError for
+    statistics of other facts."""
     try:
         return load_statistics(path, facts)
     except FileNotFoundError:
@@ -305,7 +307,7 @@ def features_of(bench: Bench, data: DataSet, resolution: int) -> FeatureSet:
         "split": data.folder.name,
     }
     path = statistics_path(bench.statistics, facts)
-    cached = _cached_statistics(path, facts)
+    cached = cached_statistics(path, facts)
     if all(topology.gather(cached is not None)):
         assert cached is not None
         return cached

@@ -180,6 +180,7 @@ def _families(scores: Mapping[str, Score]) -> dict[str, dict[str, Score]]:
 
 _GROUPS = (  # (title, log scale, names: a curve belongs to the first group that takes it)
     ("reconstruction", True, ("reconstruction_mse", "held_out/reconstruction_mse")),
+    ("Fréchet distance", True, ("held_out/reconstruction_f", "held_out/f")),
     ("nats per code", False, ("nll/", "held_out/nll/")),
     ("code perplexity", False, ("perplexity/", "held_out/perplexity/")),
     ("accuracy", False, ("accuracy_", "held_out/accuracy_")),

@@ -216,9 +216,13 @@ class VQVAE(nn.Module):
 
     def decode_top(self, codes: Sequence[Codes]) -> Image:
         """Images from the top level's codes alone (codes[0]); every lower level is its mean code."""
-        top, *lower = self.levels
-        vectors = [top.quantizer.lookup(codes[0])]
-        for level, (h, w) in zip(lower, self.grids[1:], strict=True):
+        return self.decode_upper(codes[:1])
+
+    def decode_upper(self, codes: Sequence[Codes]) -> Image:
+        """Images from the codes of the upper levels, top first; every level below them is its mean code."""
+        vectors = [level.quantizer.lookup(c) for level, c in zip(self.levels, codes, strict=False)]
+        lower = list(zip(self.levels, self.grids, strict=True))[len(codes) :]
+        for level, (h, w) in lower:
             mean = level.quantizer.mean_vector().to(vectors[0].dtype)
             vectors.append(repeat(mean, "d -> b d h w", b=len(codes[0]), h=h, w=w))
         return self._decode(vectors)

@@ -16,12 +16,12 @@ from vqscale import runtime
 from vqscale.batch import Batch
 from vqscale.config import as_dict, run_of
 from vqscale.data.cache import Cache
-from vqscale.data.images import ImageReader, to_float
+from vqscale.data.images import ImageReader, to_float, to_uint8
 from vqscale.data.loader import TarDataset
 from vqscale.data.shards import Manifest, resolve
-from vqscale.engine.loop import FitConfig
 from vqscale.engine.parallel import assert_same_everywhere
 from vqscale.evaluation.metrics import psnr_of
+from vqscale.evaluation.training_distance import DistanceConfig, TrainingDistance, open_distance
 from vqscale.fields import Choice, PathText, PositiveInt
 from vqscale.models.codebook import perplexity
 from vqscale.models.vqvae import VQVAE, VQVAEConfig, VQVAEOutput
@@ -33,7 +33,7 @@ _INIT_BATCH = 64  # images encoded at once for the first codebooks
 
 
 @dataclass(frozen=True)
-class TrainVQVAEConfig(FitConfig):
+class TrainVQVAEConfig(DistanceConfig):
     """The VQ-VAE's training. Image size and classes are read from the data set."""
 
     data: PathText = run_of("pack")  # images: packed or indexed
@@ -54,6 +54,7 @@ def main(config: TrainVQVAEConfig) -> None:
         folder = resolve(config.data, "train")
         description = model_description(config, Manifest.load(folder))
         reader = ImageReader(description["resolution"], config.flip, config.crop, config.seed, config.max_pixels)
+        distance = reconstruction_distance(config, run, description) if config.evaluate_fd else None
         train(
             config,
             run,
@@ -61,9 +62,10 @@ def main(config: TrainVQVAEConfig) -> None:
             read=reader,
             description=description,
             step_fn=training_step,
-            evaluate=partial(held_out_reconstruction, config, run),
+            evaluate=partial(held_out_reconstruction, config, run, distance),
             prepare=lambda model: _init_codebooks(model, folder, reader, config, run),
             after_step=lambda model, **step: model.update_codebooks(run.topology, seed=config.seed, **step),
+            side_work=distance.cost if distance else None,
         )
 
 
@@ -131,12 +133,25 @@ def _first_images(
         yield to_float(dataset.__getitems__(range(first, first + batch))["image"].to(device))
 
 
+def reconstruction_distance(
+    config: TrainVQVAEConfig, run: runtime.Run, description: dict[str, Any]
+) -> TrainingDistance:
+    """Between the held-out images of an evaluation and their reconstructions."""
+    folder = resolve(config.data, "holdout")
+    manifest = Manifest.load(folder)
+    facts = {"data": manifest.fingerprint, "split": folder.name, "resolution": description["resolution"]}
+    n = min(config.evaluate_images, manifest.num_samples)
+    return open_distance(config, run, "held_out/reconstruction_{}", n=n, **facts)
+
+
 def held_out_reconstruction(
-    config: TrainVQVAEConfig, run: runtime.Run, model: nn.Module, images_seen: int
+    config: TrainVQVAEConfig, run: runtime.Run, distance: TrainingDistance | None, model: nn.Module, images_seen: int
 ) -> Iterator[tuple[str, float]]:
-    """Yields held_out/… figures, each over the whole held-out subset: MSE and PSNR of its images, the codes they use.
-    Draws a picture of some of them."""
+    """Yields held_out/… figures, each over the whole held-out subset: MSE and PSNR of its images, the codes they use,
+    and the distance, if there is one, with its cost. Draws a picture of some of them."""
     assert isinstance(model, VQVAE)
+    if distance is not None:
+        distance.begin()
     topology = run.topology
     assert_same_everywhere(dict(model.named_buffers()), topology)  # the codebooks, under any strategy
     used = torch.zeros(len(model.grids), model.num_codes, dtype=torch.float64, device=topology.device)
@@ -144,13 +159,19 @@ def held_out_reconstruction(
     read = ImageReader(model.resolution, max_pixels=config.max_pixels)
     batches = held_out_batches(config, run, resolve(config.data, "holdout"), read, config.evaluate_images)
     for number, batch in enumerate(batches):
-        image, weight = to_float(batch["image"].to(topology.device)), batch["weight"].to(topology.device).double()
+        stored, weight = batch["image"].to(topology.device), batch["weight"].to(topology.device).double()
+        image = to_float(stored)
         output = model(image)
         error = (output.reconstruction.float().clamp(-1, 1) - image).square().flatten(1).mean(1).double()
         psnr = psnr_of(error, peak=2, floor=1e-12)  # the values lie in [-1, 1]
         sums += torch.stack([(error * weight).sum(), (psnr * weight).sum(), weight.sum()])
         for level, codes in enumerate(output.codes):
             used[level] += torch.bincount(codes[weight > 0].flatten(), minlength=model.num_codes)
+        if distance is not None:
+            with distance.cost.timed():
+                distance.add(to_uint8(output.reconstruction), weight)
+                if distance.reference is None:
+                    distance.add(stored, weight, to="reference")
         if number == 0:
             _draw(run, model, image[: config.grid_images], output, images_seen)
     topology.all_reduce_(sums)
@@ -160,6 +181,8 @@ def held_out_reconstruction(
     for name, counts in zip(model.level_names, used, strict=True):
         yield f"held_out/used_codes/{name}", float((counts > 0).sum())
         yield f"held_out/perplexity/{name}", float(perplexity(counts))
+    if distance is not None:
+        yield from distance.figures()
 
 
 def _draw(run: runtime.Run, vqvae: VQVAE, images: Tensor, output: VQVAEOutput, images_seen: int) -> None:

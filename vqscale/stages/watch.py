@@ -27,7 +27,7 @@ from vqscale.text import format_duration, printable
 USAGE = "RUN_DIR [--once] [--png FILE] [key=value ...]"
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _WIDTH = 24  # characters of a curve
-_LAST_ROWS = ("learning_rate", "gradient_norm", "images_per_second", "data_wait_fraction", "peak_gpu_bytes")
+_LAST_ROWS = "learning_rate gradient_norm images_per_second data_wait_fraction peak_gpu_bytes fd_seconds fd_fraction"
 _LOGARITHMIC = ("loss", "reconstruction_mse", "commitment", "codebook_loss", "gradient_norm")
 _COLOURS = {"running": "cyan", "done": "green", "stopped": "yellow", "failed": "red"}
 
@@ -93,7 +93,7 @@ def curves(lines: Iterable[Mapping[str, Any]]) -> Curves:
 
 
 def _order(name: str) -> tuple[bool, bool, bool, str]:
-    return name in _LAST_ROWS, name.startswith("held_out/"), name != "loss", name
+    return name in _LAST_ROWS.split(), name.startswith("held_out/"), name != "loss", name
 
 
 def sparkline(values: Sequence[float], width: int = _WIDTH) -> str:
