@@ -36,6 +36,7 @@ TOOLS = {
     "plan": "a trainer's config -> memory, communication and time at any number of ranks",
     "export": "a run -> a folder to share: model.safetensors, config.json and a model card",
     "import-checkpoint": "a checkpoint of rosinality/vq-vae-2-pytorch -> such a folder",
+    "compare": "runs, or experiments -> one page that puts them side by side",
     "watch": "a run -> its curves in the terminal, or as a PNG",
 }
 _ALIASES = {"world": "plan", "strategy": "plan", "from": "plan", "png": "watch"}  # --world N for world=N

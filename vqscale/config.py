@@ -103,7 +103,7 @@ def load(cls: type[C], path: str | Path, overrides: Sequence[str] = ()) -> C:
     malformed override, and FileNotFoundError for a missing file.
     """
     path = Path(path)
-    written = _merged(_read_yaml(path), _read_words(cls, overrides))
+    written = _merged(read_yaml(path), _read_words(cls, overrides))
     texts = _resolved(as_dict(cls), {"experiment": _folder_name(path)} | written, str(path))
     config = _made(cls, texts, lambda key: _COMMAND_LINE if _is_given(key, overrides) else str(path))
     experiment = config.experiment or _folder_name(path)
@@ -134,7 +134,7 @@ class Peeked(NamedTuple):
 def peek(path: str | Path, overrides: Sequence[str] = ()) -> Peeked:
     """Raises ValueError and FileNotFoundError as `load` does, but knows no keys."""
     path = Path(path)
-    given = {"experiment": _folder_name(path), **_read_yaml(path), **dict(map(_split_word, overrides))}
+    given = {"experiment": _folder_name(path), **read_yaml(path), **dict(map(_split_word, overrides))}
     given = _resolved({}, given, str(path))
     run_dir = os.path.expanduser(str(given.get("run_dir") or RUNS / given["experiment"] / path.stem))
     total_images = given.get("total_images", 0)
@@ -142,7 +142,8 @@ def peek(path: str | Path, overrides: Sequence[str] = ()) -> Peeked:
         return Peeked(run_dir, to_int(total_images))
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The keys of a config file as they are written, values as text. Raises FileNotFoundError, or ValueError."""
     if not path.is_file():
         raise FileNotFoundError(f"config file {path} does not exist")
     with error_prefix(path):
@@ -316,7 +317,7 @@ def changes(config: StageConfig, path: Path) -> dict[str, list[str]]:
 
     A key that the saved config does not know yet was at its default then.
     """
-    saved = {key: _as_saved(type(config), key, text) for key, text in flatten(_read_yaml(path))}
+    saved = {key: _as_saved(type(config), key, text) for key, text in flatten(read_yaml(path))}
     now, defaults = dict(flatten(as_dict(config))), dict(flatten(as_dict(type(config))))
     saved = {key: defaults.get(key) for key in now} | saved
     differing: dict[str, list[str]] = {"refused": [], "warned": [], "allowed": []}

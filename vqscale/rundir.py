@@ -1,6 +1,7 @@
 """What a run directory holds: how its run stands, the inputs that it was made of, and which files are its stage's own.
 
-In: a run directory.  Out: its status; a refusal of entries that lead elsewhere, and of stale inputs; a clean start.
+In: a run directory, or a folder of them.  Out: the runs; a run's status; a refusal of entries that lead elsewhere, and
+of stale inputs; a clean start.
 """
 
 import json
@@ -19,7 +20,31 @@ from vqscale.files import check_seal, read_json
 INPUTS = "inputs.json"
 # What every run writes, besides its stage's `outputs`.
 BOOKKEEPING = (INPUTS, *"config.yaml command.json status.json log .lock metrics.jsonl tensorboard STOP".split())
+_MARKS = ("status.json", "log/job")  # of a run; one that only waits in the queue has the second alone
+_PIPELINE = (
+    *("pack", "index", "train_vqvae", "extract_codes"),
+    *("train_prior_top", "train_prior_middle", "train_prior_bottom", "sample", "train_classifier", "evaluate"),
+)
 _START = "sha256:"
+
+
+def is_run(folder: Path) -> bool:
+    """Whether the folder is a run directory."""
+    return any((folder / mark).is_file() for mark in _MARKS)
+
+
+def runs_in(folder: Path) -> list[Path]:
+    """The run itself, or the runs up to two levels below; one with both marks may come twice."""
+    if is_run(folder):
+        return [folder]
+    below = (path for mark in _MARKS for depth in ("*", "*/*") for path in folder.glob(f"{depth}/{mark}"))
+    return [path.parent.parent if path.name == "job" else path.parent for path in below]
+
+
+def pipeline_order(name: str) -> int:
+    """Where a run comes in the pipeline, by the stage that its name begins with."""
+    earlier = [number for number, stage in enumerate(_PIPELINE) if name.startswith(stage)]
+    return max(earlier, default=len(_PIPELINE))
 
 
 def read_status(run_dir: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from vqscale.evaluation import compare
 from vqscale.evaluation.reconstructions import Examples
 from vqscale.evaluation.report import Report, render
 from vqscale.evaluation.samples import Neighbours
@@ -39,12 +40,13 @@ addEventListener('load', () => {
     const opened = box.open && box.querySelector('img').src === picture.src;
     box.click();
     const all = [...page.querySelectorAll('main *')], edge = root.clientWidth + 1;
-    const cut = all.filter(e => e.getBoundingClientRect().right > edge);
+    const cut = all.filter(e => !e.parentElement.closest('.scroll') && e.getBoundingClientRect().right > edge);
     const size = e => parseFloat(frame.contentWindow.getComputedStyle(e).fontSize);
     const small = all.filter(e => ['TD', 'P', 'LI'].includes(e.tagName) && size(e) < 12);
     return {width: root.clientWidth, overflow: root.scrollWidth - root.clientWidth, images: images.length,
       broken: images.filter(i => !i.naturalWidth && i.closest('dialog') === null).length, opened, closed: !box.open,
       cut: cut.map(e => e.outerHTML.slice(0, 80)), small: small.length, errors: frame.contentWindow.errors,
+      scrolls: [...page.querySelectorAll('.scroll')].some(e => e.scrollWidth > e.clientWidth),
       heads: [...page.querySelectorAll('thead')].some(e => e.offsetHeight > 0)};
   });
   document.body.replaceChildren(Object.assign(document.createElement('pre'), {textContent: JSON.stringify(found)}));
@@ -93,18 +95,22 @@ def dumped(page: Path, profile: Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
 
 
-@pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What the report looks like at each of WIDTHS."""
-    folder = tmp_path_factory.mktemp("browser")
-    report = html.escape(render(full()).replace("<head>", "<head>" + WATCH, 1), quote=True)
+def looked_at(text: str, folder: Path) -> list[dict[str, Any]]:
+    """What a page looks like at each of WIDTHS."""
+    page = html.escape(text.replace("<head>", "<head>" + WATCH, 1), quote=True)
     frames = "".join(
-        f'<iframe width="{width}" height="1000" style="border:0" srcdoc="{report}"></iframe>' for width in WIDTHS
+        f'<iframe width="{width}" height="1000" style="border:0" srcdoc="{page}"></iframe>' for width in WIDTHS
     )
     (folder / "frames.html").write_text(f"<!doctype html><body>{frames}{PROBE}</body>")
     answer = re.search(r"<pre>(.*)</pre>", dumped(folder / "frames.html", folder / "profile"), re.DOTALL)
     assert answer, "the probe has not run"
     return json.loads(html.unescape(answer[1]))
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What the report looks like at each of WIDTHS."""
+    return looked_at(render(full()), tmp_path_factory.mktemp("browser"))
 
 
 def test_it_loads_without_an_error_and_every_picture_is_there(seen: list[dict[str, Any]]) -> None:
@@ -126,6 +132,33 @@ def test_tables_become_cards_on_a_phone(seen: list[dict[str, Any]]) -> None:
 
 def test_a_click_enlarges_a_picture_and_another_closes_it(seen: list[dict[str, Any]]) -> None:
     assert all(page["opened"] and page["closed"] for page in seen)
+
+
+def test_runs_side_by_side_fit_a_phone_and_a_screen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = "a-run/with_a_name_that_is_much_longer_than_names_should_be_on_a_telephone"
+    pictures = {name: [(image, "class, key", "20.0 dB") for image in images(8)] for name in ("original", f"{long}_0")}
+    monkeypatch.setattr(compare, "compare_reconstructions", lambda *_: (pictures, {"other": f"{long} is gone"}))
+    monkeypatch.setattr(compare, "compare_samples", lambda *_: ({"class 1": pictures, "class 2": pictures}, {}))
+    score = {"n": 10, "reference": f"{long}, sha256:1", "interval": [1.0, 2.0]}
+    metrics = {key: ([1.0, 2.0], [3.0, 4.0]) for key in ("loss", "held_out/loss", "learning_rate")}
+    runs = [
+        compare.ComparedRun(
+            Path(f"runs/{long}_{n}/evaluate"),
+            *("", "evaluate", "done", 10**9),
+            {"learning_rate": str(n), "data": f"{long}/{n}", "inputs.data": f"sha256:{n:064d}", "seed": "0"},
+            metrics,
+            {key: score | {"value": n + 1.5} for key in METRICS},
+        )
+        for n in range(5)
+    ]
+    broken = compare.ComparedRun(Path(f"runs/{long}"), problem=f"{long}: cannot be read")
+    text = compare.render([*runs, broken], data="", images=8, samples=8, classes=2)
+    phone, screen = looked_at(text, tmp_path)
+    for page in (phone, screen):
+        assert page["errors"] == [] and page["broken"] == 0 and page["images"] > 40
+        assert page["overflow"] <= 0 and page["cut"] == [] and page["small"] == 0
+        assert page["opened"] and page["closed"]
+    assert phone["scrolls"] and not phone["heads"] and screen["heads"]
 
 
 def test_it_prints(tmp_path: Path) -> None:

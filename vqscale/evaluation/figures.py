@@ -8,7 +8,7 @@ Shapes: h, w pixels; k codes.
 import contextlib
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ from vqscale.files import read_jsonl, replacing
 from vqscale.text import printable
 
 INK, MUTED, PAPER = "#1f2a37", "#6b7280", "#ffffff"
-SERIES = ("#2b5c8a", "#c2703d", "#4d8060", "#8a5a8f", "#9a8430")
+SERIES = ("#2b5c8a", "#c2703d", "#4d8060", "#8a5a8f", "#9a8430", "#b5485d", "#3f8fa3", "#6b6b6b", "#1d3557", "#e0a030")
+LOGARITHMIC = ("loss", "reconstruction_mse", "commitment", "codebook_loss", "gradient_norm")  # metrics of such scale
 ERROR_FULL = 64  # mean absolute difference, of 255, at which an error map is brightest
 _GAP, _MARGIN = 6, 20
 
@@ -191,7 +192,7 @@ class Chart:
     """Curves over the images seen, or another `x_label`.
 
     log: whether on a logarithmic scale. level: a horizontal line, the order-0 entropy. twin: names that begin so are
-    dashed.
+    dashed. colours: by name, of curves whose names are shown elsewhere: the chart has no legend then.
     """
 
     title: str
@@ -200,6 +201,18 @@ class Chart:
     level: float | None = None
     x_label: str = "images seen"
     twin: str = "held_out/"
+    colours: Mapping[str, str] = field(default_factory=dict)
+
+
+def colours_of(names: Iterable[str]) -> dict[str, str]:
+    """A colour for each name, as #rrggbb."""
+    return {name: SERIES[n % len(SERIES)] for n, name in enumerate(names)}
+
+
+def smoothed(curve: tuple[Sequence[float], Sequence[float]], most: int = 100) -> tuple[list[float], list[float]]:
+    """At most so many points, each the mean of its share of the curve."""
+    x, y = (np.array_split(np.asarray(values), min(most, len(values))) for values in curve)
+    return [float(share.mean()) for share in x], [float(share.mean()) for share in y]
 
 
 def chart_svg(chart: Chart) -> bytes:
@@ -224,7 +237,7 @@ def charts_png(charts: Sequence[Chart]) -> bytes:
 
 def _plot(axes: Any, chart: Chart) -> None:
     series, twin = chart.series, chart.twin
-    colours: dict[str, str] = {}  # a curve and its twin share a colour
+    colours = dict(chart.colours)  # a curve and its twin share a colour
     for name, (x, y) in sorted(series.items(), key=lambda item: item[0].startswith(twin)):
         is_twin = name.startswith(twin)
         colour = colours.setdefault(name.removeprefix(twin), SERIES[len(colours) % len(SERIES)])
@@ -239,7 +252,7 @@ def _plot(axes: Any, chart: Chart) -> None:
     if chart.log and min(values) > 0 and max(values) > 10 * min(values):
         axes.set_yscale("log")
     axes.ticklabel_format(axis="x", style="sci", scilimits=(-3, 5))
-    if len(series) > 1 or chart.level is not None:
+    if not chart.colours and (len(series) > 1 or chart.level is not None):
         axes.legend(frameon=False, fontsize=8)
 
 
@@ -252,7 +265,7 @@ def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tup
     for axes in grid:
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color("#b6bcc6")
-        axes.tick_params(colors=MUTED, labelsize=8)
+        axes.tick_params(colors=MUTED, labelsize=8, which="both")
         axes.grid(axis="y", color="#e7eaee", linewidth=0.8)
         axes.set_axisbelow(True)
         for text in (axes.title, axes.xaxis.label, axes.yaxis.label):

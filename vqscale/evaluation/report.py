@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import jinja2
@@ -73,17 +74,8 @@ class Report:
 
 def render(report: Report) -> str:
     """The page. Sections without content say so instead of vanishing."""
-    filters: dict[str, Any] = {
-        "data_uri": data_uri,
-        "label": label_of,
-        "png": lambda image: data_uri(png_bytes(image), "image/png"),
-        "rate_label": _rate_label,
-        "value": lambda value, key: format_value(key, value),
-        "with_unit": with_unit,
-    }
-    path = Path(__file__).with_name("report.html")
-    page = template(path, lambda text: printable_lines(redact_url(text)), filters, autoescape=True)
-    return page.render(
+    return render_page(
+        "report.html",
         report=report,
         tiles=_tiles(report.scores),
         families=_families(report.scores),
@@ -95,8 +87,23 @@ def render(report: Report) -> str:
         error_full=ERROR_FULL,
         error_map=error_map,
         usage_svg=usage_svg,
-        metric_of=metric_of,
     )
+
+
+def render_page(name: str, **values: Any) -> str:
+    """The page of a template beside this module, which also has the filters below and `metric_of`."""
+    filters: dict[str, Any] = {
+        "brief": lambda text: text[:19] if text.startswith("sha256:") else shorten(redact_url(text), 300),
+        "data_uri": data_uri,
+        "label": label_of,
+        "png": lambda image: data_uri(png_bytes(image), "image/png"),
+        "rate_label": _rate_label,
+        "value": lambda value, key: format_value(key, value),
+        "with_unit": with_unit,
+    }
+    path = Path(__file__).with_name(name)
+    page = template(path, lambda text: printable_lines(redact_url(text)), filters, autoescape=True)
+    return page.render(values, metric_of=metric_of)
 
 
 def template(path: Path, harmless: Callable[[str], str], filters: Mapping[str, Any], **options: Any) -> jinja2.Template:

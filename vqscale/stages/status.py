@@ -19,7 +19,7 @@ from rich.text import Text
 from vqscale.config import RUNS, Request, peek, read_request
 from vqscale.fields import PositiveInt
 from vqscale.files import read_json, read_jsonl
-from vqscale.rundir import damage_of, read_status
+from vqscale.rundir import damage_of, is_run, pipeline_order, read_status, runs_in
 from vqscale.text import format_duration, printable
 
 USAGE = "[RUNS | RUN | CONFIG | CONFIGS] [key=value ...]"
@@ -27,11 +27,6 @@ _ABSENT = "the program did not begin"
 _TAIL = 1 << 16  # bytes of metrics.jsonl that are looked at
 # The job itself cannot mend these; anything else that ends a run may be the machine's fault.
 _MISTAKES = ("ValueError", "FileNotFoundError")
-_PIPELINE = (
-    *("pack", "index", "train_vqvae", "extract_codes"),
-    *("train_prior_top", "train_prior_middle", "train_prior_bottom", "sample", "train_classifier", "evaluate"),
-)
-_MARKS = ("status.json", "log/job")  # of a run; one that only waits in the queue has the second alone
 
 
 @dataclass(frozen=True)
@@ -78,14 +73,14 @@ Row = Mapping[str, str]  # column -> what it shows
 def rows_of(request: Request[StatusConfig], columns: Sequence[str]) -> list[Row]:
     """In the order of the pipeline; of a config also the run that has not begun."""
     jobs, (path,), status = _queue(), request.paths, request.config
-    given = [path] if path.suffix == ".yaml" else [] if _is_run(path) else list(path.glob("*.yaml"))
+    given = [path] if path.suffix == ".yaml" else [] if is_run(path) else list(path.glob("*.yaml"))
     asked = [(file.stem, peek(file, request.others)) for file in given]
     runs = [(Path(run.run_dir), name, run.total_images) for name, run in asked]
     if request.others and not given:
         raise ValueError(f"{request.others[0]}: {path} has no configs, and only a config can be overridden")
     if not runs and not path.is_dir():
         raise FileNotFoundError(f"there is no folder {path}: status takes a folder of runs, a run, or a config")
-    runs = _in_order(runs or [(folder, folder.name, 0) for folder in _runs_in(path)])
+    runs = _in_order(runs or [(folder, folder.name, 0) for folder in runs_in(path)])
     return [_row(State(run_dir, jobs, status, name, total), columns) for run_dir, name, total in runs]
 
 
@@ -106,27 +101,10 @@ def _columns(status: StatusConfig) -> list[str]:
     return [name for name in status.show.split(",") if name]
 
 
-def _is_run(folder: Path) -> bool:
-    return any((folder / mark).is_file() for mark in _MARKS)
-
-
-def _runs_in(folder: Path) -> list[Path]:
-    """The run itself, or the runs up to two levels below."""
-    if _is_run(folder):
-        return [folder]
-    below = (path for mark in _MARKS for depth in ("*", "*/*") for path in folder.glob(f"{depth}/{mark}"))
-    return [path.parent.parent if path.name == "job" else path.parent for path in below]
-
-
 def _in_order(runs: Sequence[tuple[Path, str, int]]) -> list[tuple[Path, str, int]]:
     """Experiments by name, their stages in the order of the pipeline; each run once."""
-
-    def order(run: tuple[Path, str, int]) -> tuple[str, int, str]:
-        run_dir, name, _ = run
-        earlier = [number for number, stage in enumerate(_PIPELINE) if name.startswith(stage)]
-        return str(run_dir.parent), max(earlier, default=len(_PIPELINE)), name
-
-    return sorted({run[0]: run for run in runs}.values(), key=order)
+    once = {run[0]: run for run in runs}.values()
+    return sorted(once, key=lambda run: (str(run[0].parent), pipeline_order(run[1]), run[1]))
 
 
 def _queue() -> Mapping[str, str] | None:

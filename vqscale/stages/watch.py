@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vqscale.config import Request, peek, read_request
-from vqscale.evaluation.figures import Chart, charts_png, is_number, metrics_of_run, series_of
+from vqscale.evaluation.figures import LOGARITHMIC, Chart, charts_png, is_number, metrics_of_run, series_of
 from vqscale.fields import PathText, PositiveFloat
 from vqscale.files import read_json
 from vqscale.rundir import damage_of, read_status
@@ -28,7 +28,6 @@ USAGE = "RUN_DIR [--once] [--png FILE] [key=value ...]"
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _WIDTH = 24  # characters of a curve
 _LAST_ROWS = "learning_rate gradient_norm images_per_second data_wait_fraction peak_gpu_bytes fd_seconds fd_fraction"
-_LOGARITHMIC = ("loss", "reconstruction_mse", "commitment", "codebook_loss", "gradient_norm")
 _COLOURS = {"running": "cyan", "done": "green", "stopped": "yellow", "failed": "red"}
 
 Curves = dict[str, tuple[list[float], list[float]]]  # metric -> (images seen, values)
@@ -81,7 +80,7 @@ def _write_png(run_dir: Path, path: Path) -> None:
     for name, curve in drawn.items():
         family = name.removeprefix("held_out/").split("/")[0]  # held_out/nll/top -> nll
         panels.setdefault(family, {})[name] = curve
-    charts = [Chart(family, series, log=family in _LOGARITHMIC) for family, series in panels.items()]
+    charts = [Chart(family, series, log=family in LOGARITHMIC) for family, series in panels.items()]
     path.write_bytes(charts_png(charts))
     print(printable(f"{path}: {len(drawn)} curves of {run_dir}"))
 
