@@ -84,6 +84,7 @@ FID = Score(10.0, 100, "real, sha256:1, 100 images", "inception", "ab", "bilinea
         ("order0_entropy/top", {"value": 12.0}, set(), ""),
         ("fid", {"value": 12.0, "reference": "elsewhere, sha256:1, 100 images"}, {0}, ""),
         ("fid", {"value": 12.0, "reason": "few", "comparable_with_papers": True}, {0}, ""),
+        ("fid", {"value": 12.0, "preparation": None, "protocol": "adm_gfid"}, {0}, ""),
         ("fid", {"value": 12.0, "n": 50}, set(), "not compared: n 100 and 50"),
         ("fid", {"value": 12.0, "extractor": "lite0"}, set(), "not compared: extractor inception and lite0"),
         ("fid", {"value": 12.0, "resize": "box"}, set(), "not compared: resize bilinear and box"),

@@ -31,7 +31,8 @@ from vqscale.text import one_line
 _HELD_OUT = "held_out/"
 _ONLY_NAMES = ("run_dir", "experiment")  # facts that differ between any two runs and say nothing
 _SAME = ("data", "tokenizer", "reference")  # inputs that runs of one stage share if what they measured compares
-_RESULTS = ("value", "interval", "comparable_with_papers", "reason")  # of a score; the rest says how it was measured
+# Of a score; the rest says how it was measured.
+_RESULTS = ("value", "interval", "comparable_with_papers", "reason", "protocol")
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ def judge(key: str, scores: Sequence[Score | None]) -> tuple[set[int], str]:
 
 def _measured_how(score: Score) -> dict[str, str]:
     """Its facts as text. A reference is known by its fingerprint: the same images may lie in two folders."""
-    facts = {fact: str(value) for fact, value in score.items() if fact not in _RESULTS}
+    facts = {fact: str(value) for fact, value in score.items() if fact not in _RESULTS and value is not None}
     folder, mark, rest = facts.get("reference", "").partition("sha256:")
     return facts | {"reference": mark + rest or folder}
 
