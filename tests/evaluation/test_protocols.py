@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from vqscale import cli
 from vqscale.data.shards import Manifest
@@ -26,7 +27,9 @@ from vqscale.evaluation.protocols import (
 )
 from vqscale.evaluation.scores import METRICS
 from vqscale.evaluation.statistics import Gaussian, PublishedReference
+from vqscale.stages import pack
 
+ROOT = Path(__file__).parents[2]
 ADM_PNG = {"resolution": 256, "resize": "adm", "crop": "center", "format": "png"}
 SAMPLES = {"resolution": 256, "format": "png"}
 VALIDATION = "ImageNet validation"
@@ -65,7 +68,7 @@ def test_samples_measured_as_adm_does_are_comparable(metric: str) -> None:
 def test_reconstructions_of_the_validation_set_are_comparable(metric: str) -> None:
     standing = judge(metric, of_reconstructions())
     assert standing.protocol == "rfid_imagenet_val" and standing.reason == ""
-    assert standing.preparation == "resize adm, crop center, lossless PNG"
+    assert standing.preparation == "resized by ADM's rule to 256 px, centre crop, PNG"
 
 
 @pytest.mark.parametrize(
@@ -136,7 +139,7 @@ def test_several_differences_are_named_at_once() -> None:
 def test_images_of_unknown_preparation_say_so() -> None:
     """Indexed tars record at most a resolution."""
     standing = judge("fid", of_samples() | image_set_facts(50_000, VALIDATION, {"resolution": 256}))
-    assert standing.preparation == "unknown" and standing.reason.startswith(
+    assert standing.preparation == "preparation unknown" and standing.reason.startswith(
         "not as adm_gfid: reference: a set of images"
     )
 
@@ -145,6 +148,14 @@ def test_images_of_unknown_preparation_say_so() -> None:
 def test_a_metric_without_a_protocol_is_never_comparable(metric: str) -> None:
     standing = judge(metric, of_samples() | of_reconstructions())
     assert standing.protocol is None and standing.reason == "papers have no common protocol for it"
+
+
+def test_unverified_weights_are_named_with_any_metric() -> None:
+    facts = extractor_facts(dataclasses.replace(inception("d" * 64), verified=False))
+    assert judge("kid", of_samples() | facts).reason.endswith("protocol for it; weights of unknown origin")
+    assert judge("fid", of_samples() | facts).reason == (
+        "not as adm_gfid: extractor weights: sha256 dddddddd, not sha256 6726825d; weights of unknown origin"
+    )
 
 
 def test_nothing_is_comparable_where_the_paper_leaves_its_protocol_open() -> None:
@@ -260,3 +271,35 @@ def test_a_preset_takes_what_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     inputs._check_protocol(chosen, Inputs(samples, reference, weights=weights))
     with pytest.raises(ValueError, match="weights=: no file"):
         inputs._check_protocol(chosen, Inputs(samples, reference))
+
+
+# --- what pack makes, and what the document says ----------------------------------------------------------------------
+
+
+def test_imagenet_as_our_config_packs_it_fits_and_a_jpeg_of_it_does_not() -> None:
+    stored = yaml.safe_load((ROOT / "configs" / "imagenet256" / "pack.yaml").read_text())
+    packing = {key: stored[key] for key in ("resolution", "resize", "format", "quality", "holdout_format")}
+    ours = pack._transform(pack.PackConfig(source="given", **packing), "holdout")
+    assert judge("psnr", image_set_facts(50_000, VALIDATION, ours)).reason == ""
+    older = pack._transform(pack.PackConfig(source="given", resolution=256), "holdout")
+    assert judge("psnr", image_set_facts(50_000, VALIDATION, older)).reason == (
+        "not as rfid_imagenet_val: reference resize: bilinear, antialiased, not adm; "
+        "reference encoding: JPEG of quality 95, not lossless PNG"
+    )
+
+
+def test_the_document_has_the_protocols_of_the_code() -> None:
+    text = (ROOT / "docs" / "evaluation.md").read_text()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    table = {row[0].strip("`"): row for row in rows if len(row) == 6 and row[0].strip("`") in PROTOCOLS}
+    assert list(table) == list(PROTOCOLS)
+    for name, protocol in PROTOCOLS.items():
+        _, metrics, samples, reference, *_ = table[name]
+        assert metrics == " ".join(f"`{metric}`" for metric in protocol.wants)
+        assert (samples == reference == "not given") == bool(protocol.unknown)
+        for facts in protocol.wants.values() if not protocol.unknown else ():
+            assert f"{facts.get('samples', 50_000):,}" in samples + reference
+            assert f"{facts.get('reference images', 10_000):,}" in reference + samples
+    assert ADM_SHA256[:12] in table["adm_gfid"][3] and INCEPTION_SHA256 in text
+    for name in PROTOCOLS:
+        assert f"protocol={name} weights=" in text

@@ -58,7 +58,7 @@ def test_everything_that_can_be_had(world: Any, tmp_path: Path, capsys: pytest.C
     assert not any(score["comparable_with_papers"] for score in scores.values())
     assert "holdout" in scores["fid"]["reference"] and "26 images" in scores["fid"]["reference"]
     assert (scores["fid"]["protocol"], scores["psnr"]["protocol"]) == ("adm_gfid", "rfid_imagenet_val")
-    assert scores["fid"]["preparation"] == "unknown" and scores["inception_score"]["preparation"] is None
+    assert scores["fid"]["preparation"] == "preparation unknown" and scores["inception_score"]["preparation"] is None
     assert scores["nll/top"]["protocol"] is None
     assert scores["bits_per_dim"]["value"] == pytest.approx(
         (16 * scores["nll/top"]["value"] + 64 * scores["nll/bottom"]["value"]) / (np.log(2) * 3 * 16**2)

@@ -93,7 +93,9 @@ def test_the_card_says_what_the_runs_say(whole_chain: Path, exported: Path, tmp_
     assert text.startswith("---\nlicense: cc0-1.0\n") and "Drawn figures, ten kinds." in text
     scores = json.loads((whole_chain / "evaluate" / "scores.json").read_text())
     error = f"{scores['reconstruction_mse']['value']:.3f}"
-    assert f"| Reconstruction MSE, in [-1, 1] units | {error} | 62 | no: 62 images" in text
+    assert (
+        f"| Reconstruction MSE, in [-1, 1] units | {error} | 62 | no: papers have no common protocol for it |" in text
+    )
     assert "578 samples" in text and "10 classes: circle, square" in text
     commands = [line.split()[1:3] for line in text.splitlines() if line.startswith("    vqscale ")]
     assert [stage for stage, _ in commands] == [

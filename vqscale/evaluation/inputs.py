@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vqscale.config import ReadsShards, level_names, run_of
 from vqscale.data.cache import Cache
-from vqscale.data.images import SUFFIXES, decode_image, resize_center_crop
+from vqscale.data.images import SUFFIXES, decode_image, preparation, resize_center_crop
 from vqscale.data.parts import read_samples
 from vqscale.data.shards import Manifest, resolve
 from vqscale.evaluation.classify import ImageClassifier
@@ -153,7 +153,7 @@ def reference_facts(reference: DataSet | PublishedReference) -> Facts:
         "reference": ADM_REFERENCE if is_adm else f"a file of statistics (sha256 {sha256[:12]})",
         "reference images": 0 if images is None else len(images),
         "reference resolution": None if images is None else images.shape[-1],
-        "preparation": "ADM's own" if is_adm else "unknown",
+        "preparation": "ADM's own" if is_adm else preparation({}),
     }
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vqscale.data.images import ADM, CENTER, preparation
 from vqscale.evaluation.features import INCEPTION_RESIZE, INCEPTION_SHA256, Extractor
 
 Facts = dict[str, str | int | None]
@@ -18,6 +19,7 @@ ADM_REFERENCE = f"ADM's VIRTUAL_imagenet256_labeled.npz (sha256 {ADM_SHA256[:12]
 IMAGE_SET = "a set of images"
 IMAGENET_VALIDATION = "ImageNet validation"
 LOSSLESS = "lossless PNG"
+UNVERIFIED = "unverified weights"  # a fact about any network
 
 _INCEPTION: Facts = {
     "extractor": "inception",
@@ -25,14 +27,14 @@ _INCEPTION: Facts = {
     "extractor resize": INCEPTION_RESIZE,
 }
 _SAMPLES: Facts = {"samples": 50_000, "sample resolution": 256, "sample encoding": LOSSLESS}
-_ADM: Facts = _SAMPLES | {"reference": ADM_REFERENCE} | _INCEPTION
+_AGAINST_ADM: Facts = _SAMPLES | {"reference": ADM_REFERENCE} | _INCEPTION
 _VALIDATION: Facts = {
     "reference": IMAGE_SET,
     "reference split": IMAGENET_VALIDATION,
     "reference images": 50_000,
     "reference resolution": 256,
-    "reference resize": "adm",
-    "reference crop": "center",
+    "reference resize": ADM,
+    "reference crop": CENTER,
     "reference encoding": LOSSLESS,
 }
 _VQVAE2: Facts = {"sample resolution": 256, **_INCEPTION}
@@ -54,11 +56,11 @@ _TABLE = (
         "adm_gfid",
         "Dhariwal and Nichol 2021, section 2.2, and evaluations/evaluator.py of its code",
         {
-            "fid": _ADM,
-            "sfid": _ADM,
+            "fid": _AGAINST_ADM,
+            "sfid": _AGAINST_ADM,
             "inception_score": _SAMPLES | _INCEPTION,
-            "precision": _ADM | {"reference images": 10_000},
-            "recall": _ADM | {"reference images": 10_000},
+            "precision": _AGAINST_ADM | {"reference images": 10_000},
+            "recall": _AGAINST_ADM | {"reference images": 10_000},
         },
     ),
     Protocol(
@@ -91,13 +93,14 @@ def judge(metric: str, facts: Facts, chosen: str = "") -> Standing:
     """Of a number with these facts. chosen: the protocol that the config names; "" = the first that has the metric."""
     candidates = [PROTOCOLS[chosen]] if chosen else PROTOCOLS.values()
     protocol = next((one for one in candidates if metric in one.wants), None)
-    words = str(facts["preparation"]) if "preparation" in facts else None
-    if protocol is None:
-        return Standing(None, words, "papers have no common protocol for it")
-    reasons = differences(protocol.wants[metric], facts)
-    if protocol.unknown:
+    reasons = differences(protocol.wants[metric], facts) if protocol else ["papers have no common protocol for it"]
+    if protocol and protocol.unknown:
         reasons.append(f"its source does not give the {', '.join(protocol.unknown)}")
-    return Standing(protocol.name, words, f"not as {protocol.name}: {'; '.join(reasons)}" if reasons else "")
+    if facts.get(UNVERIFIED):
+        reasons.append("weights of unknown origin")
+    where = f"not as {protocol.name}: " if protocol and reasons else ""
+    words = str(facts["preparation"]) if "preparation" in facts else None
+    return Standing(protocol.name if protocol else None, words, where + "; ".join(reasons))
 
 
 def differences(wants: Facts, facts: Facts) -> list[str]:
@@ -140,8 +143,12 @@ def extractor_facts(extractor: Extractor | None) -> Facts:
     """Of the network behind a number, if there is one."""
     if extractor is None:
         return {}
-    weights = weights_fact(extractor.weights_sha256)
-    return {"extractor": extractor.name, "extractor weights": weights, "extractor resize": extractor.resize}
+    return {
+        "extractor": extractor.name,
+        "extractor weights": weights_fact(extractor.weights_sha256),
+        "extractor resize": extractor.resize,
+        UNVERIFIED: not extractor.verified,
+    }
 
 
 def weights_fact(sha256: str) -> str:
@@ -153,12 +160,6 @@ def encoding(transform: Mapping[str, Any]) -> str | None:
     """How images are stored, None where the data set does not say."""
     names = {"png": LOSSLESS, "jpg": f"JPEG of quality {transform.get('quality', 'unknown')}"}
     return names.get(str(transform.get("format")))
-
-
-def preparation(transform: Mapping[str, Any]) -> str:
-    """How images were made, in words."""
-    parts = transform.get("resize"), transform.get("crop"), encoding(transform)
-    return f"resize {parts[0]}, crop {parts[1]}, {parts[2]}" if None not in parts else "unknown"
 
 
 def benchmark_of(classes: Sequence[str]) -> str:

@@ -20,7 +20,7 @@ from vqscale.evaluation.features import Extractor, PerceptualDistance
 from vqscale.evaluation.inputs import DataSet, Inputs, reference_facts
 from vqscale.evaluation.metrics import frechet, psnr, ssim
 from vqscale.evaluation.passes import Bench, Chunks, Rows, chunk_collector, chunked_pass, feature_rows, features_of
-from vqscale.evaluation.protocols import Standing, extractor_facts, judge
+from vqscale.evaluation.protocols import UNVERIFIED, Facts, Standing, extractor_facts, judge
 from vqscale.evaluation.scores import Score, keys_of, score_or_null
 from vqscale.evaluation.statistics import FeatureSet
 from vqscale.sources import Source
@@ -95,20 +95,21 @@ def _score(bench: Bench, source: Source, data: DataSet) -> Reconstructions:
         figures = gather_reconstructions(chunks, source.model, data.n, bench.topology, extractor, with_lpips)
     about, of_reference = data.describe(), reference_facts(data)
 
-    def standing(key: str, extractor: Extractor | None = None) -> Standing:
-        return judge(key, of_reference | extractor_facts(extractor), config.protocol)
+    def standing(key: str, facts: Facts) -> Standing:
+        return judge(key, of_reference | facts, config.protocol)
 
     means = {"reconstruction_mse": lambda: figures.mse, "psnr": lambda: figures.psnr, "ssim": lambda: figures.ssim}
     for key, mean in means.items():
-        scores.put(key, score_or_null(mean, data.n, about, None, standing(key)))
+        scores.put(key, score_or_null(mean, data.n, about, None, standing(key, {})))
     if perceptual is not None:
-        network, where = ("vgg16, LPIPS 0.1", perceptual.weights_sha256, "none"), standing("lpips")
+        where = standing("lpips", {UNVERIFIED: not perceptual.verified})
+        network = "vgg16, LPIPS 0.1", perceptual.weights_sha256, "none"
         lpips = Score(figures.lpips, data.n, about, *network, reason=where.reason, preparation=where.preparation)
         scores.put("lpips", lpips)
     if (generated := figures.features) is not None:
         real = features_of(bench, data, resolution)
         for key in distances:
-            stands = standing(key, extractor)
+            stands = standing(key, extractor_facts(extractor))
             scores.put(key, score_or_null(lambda: frechet(generated, real), data.n, about, extractor, stands))
     return figures
 
