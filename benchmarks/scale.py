@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--strategies", nargs="+", default=["ddp", "fsdp"])
     parser.add_argument("--shards", nargs="*", type=int, default=[10_000, 500_000])
     parser.add_argument("--ranks", nargs="+", type=int, default=[8, 64, 1024])
-    parser.add_argument("--workers", nargs="+", type=int, default=[0, 4])
+    parser.add_argument("--workers", nargs="+", type=int, default=[0, 4, 16])
     parser.add_argument("--models", nargs="*", type=int, default=[])
     parser.add_argument("--port", type=int, default=29_541)
     args = parser.parse_args(argv)

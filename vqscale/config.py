@@ -83,7 +83,7 @@ class StageConfig:
 class ReadsShards(StageConfig):
     """What a stage has that reads data sets, whose shards may be remote."""
 
-    cache_dir: PathText = ""  # this node's folder for remote shards, on a disk of its own; "" = one in $TMPDIR
+    cache_dir: PathText = ""  # this node's folder for remote shards, and indexes; "" = one in $TMPDIR, for remote data
     cache_gigabytes: PositiveFloat = 100.0  # what it may hold; two windows of shards must fit
     allow_pipe: bool = False  # let shards named `pipe:COMMAND` run the command
     max_pixels: PositiveInt = 150_000_000  # of one image; a larger one counts as bad

@@ -1,5 +1,6 @@
 """A data set whose shards are URLs is indexed by streaming, and trained on as if it were local."""
 
+import gc
 import json
 import os
 import time
@@ -21,6 +22,7 @@ from vqscale.data.loader import Loader
 from vqscale.data.sequential import sequential_batches
 from vqscale.data.shards import Manifest
 from vqscale.data.verify import verify_shard
+from vqscale.evaluation import results
 from vqscale.evaluation.inputs import DataSet
 from vqscale.evaluation.results import first_of_each_class
 from vqscale.stages import index
@@ -230,6 +232,21 @@ def test_evaluation_reads_remote_shards_too(web: Web, indexed: Path, cache: Cach
     }
 
 
+def test_samples_to_show_come_from_a_bounded_number_of_shards_spread_evenly(
+    own_images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "_MOST_SHARDS", 2)
+    data = DataSet("x", own_images, Manifest.load(own_images))
+    for n in (1, 2, 3):
+        (own_images / f"{n:06d}.index.safetensors").unlink()  # nobody asks for these
+    shown = first_of_each_class(data, 12, per_class=1, most_classes=99)
+    in_them = data.images_at([*range(7), *range(26, 37)], 12)  # of the first and the last shard
+    firsts = {name: image for image, name in reversed(in_them)}
+    assert {name: [image.tolist()] for name, image in firsts.items()} == {
+        name: [image.tolist() for image in images] for name, images in shown.items()
+    }
+
+
 def test_a_data_set_cannot_make_a_pipe_run(web: Web, indexed: Path, cache: Cache, tmp_path: Path) -> None:
     """`dataset.json` is data: a command in it runs only where the config allows it."""
     manifest = Manifest.load(indexed)
@@ -260,6 +277,7 @@ def test_a_data_set_cannot_name_files_outside_the_cache(web: Web, indexed: Path,
 
 def test_handles_of_a_forgotten_reader_are_closed(images: Path) -> None:
     """Every evaluation makes a new one."""
+    gc.collect()  # what earlier tests left in cycles
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(5):
         list(sequential_batches(images, read=ImageReader(12), batch=5))

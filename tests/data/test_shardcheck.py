@@ -2,52 +2,30 @@
 
 import itertools
 import os
-import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.file_calls import counted
 from support.many_shards import calls_before_step_1, calls_of_an_evaluation, make_many_shards
+from support.ranks import on_ranks
 
 from vqscale.data import shardcheck
 from vqscale.data.images import ImageReader
 from vqscale.data.loader import Loader, build_loader
+from vqscale.topology import Topology
 
 BUDGET = 2000  # file-system calls of a rank before the first step
 
 
-class Together:
-    """A gather over threads that stand for ranks."""
-
-    def __init__(self, ranks: int):
-        self.values: list[Any] = [None] * ranks
-        self.barrier = threading.Barrier(ranks, timeout=30)
-
-    def of(self, rank: int) -> Callable[[Any], list[Any]]:
-        def gather(value: Any) -> list[Any]:
-            self.values[rank] = value
-            self.barrier.wait()
-            return list(self.values)
-
-        return gather
-
-
 def on_all_ranks(folder: Path, ranks: int = 2, **options: Any) -> list[Any]:
     """The loader of each rank, or the error."""
-    together = Together(ranks)
 
-    def build(rank: int) -> Any:
-        try:
-            return loader_of(folder, rank=rank, world_size=ranks, gather=together.of(rank), **options)
-        except (OSError, ValueError) as error:
-            return error
+    def build(topology: Topology) -> Loader:
+        return loader_of(folder, rank=topology.rank, world_size=ranks, gather=topology.gather, **options)
 
-    with ThreadPoolExecutor(ranks) as pool:
-        return list(pool.map(build, range(ranks)))
+    return on_ranks(ranks, build)
 
 
 def loader_of(folder: Path, **options: Any) -> Loader:
@@ -117,7 +95,7 @@ def test_the_order_of_the_check_is_that_of_reading(images: Path) -> None:
 
 def test_no_rank_of_1024_makes_more_than_2000_calls_before_step_1_with_half_a_million_shards(tmp_path: Path) -> None:
     make_many_shards(folder := tmp_path / "many", count := 500_000, ranks := 1024)
-    for rank, workers in ((0, 4), (ranks - 1, 0)):
+    for rank, workers in ((0, 4), (0, 16), (ranks - 1, 0)):
         calls = calls_before_step_1(folder, rank, ranks, workers)
         assert count // ranks < calls.total < BUDGET, calls.by_kind()
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.file_calls import counted
+from support.ranks import on_ranks
 
 from vqscale.data import shards as shards_module
 from vqscale.data.images import ImageReader
@@ -64,7 +66,7 @@ def test_the_fingerprint_and_every_batch_are_those_of_a_list(images: Path, in_co
     for one, other in (next(pair) for pair in [zip(*streams, strict=True)] * 6):
         assert one["label"].equal(other["label"]) and one["image"].equal(other["image"])
     assert list(read_samples(in_columns, ["png"])) == list(read_samples(images, ["png"]))
-    assert missing_file(in_columns) is None and verify_shard((in_columns, 2, False)) == []
+    assert missing_file(in_columns, ALONE) is None and verify_shard((in_columns, 2, False)) == []
 
 
 @pytest.mark.parametrize(
@@ -199,6 +201,27 @@ def test_ranks_share_the_look_at_shards_and_all_see_the_same_rows() -> None:
     rows["num_samples"][4] = shards[4].num_samples
     rows[4] = survey(ALONE, 1, lambda n: shards[4])[0]
     assert list(ShardTable.of_rows(rows, [shard.name for shard in shards])) == shards
+
+
+def test_ranks_share_the_look_whether_a_data_set_is_whole(own_images: Path) -> None:
+    with counted(own_images) as calls:
+        assert missing_file(own_images, ALONE) is None
+    with counted(own_images) as shared:
+        assert on_ranks(3, lambda rank: missing_file(own_images, rank)) == [None] * 3
+    assert shared.total - calls.total == 2 * 2  # two more ranks that read dataset.json
+    (own_images / "000004.tar").unlink()
+    assert on_ranks(3, lambda rank: missing_file(own_images, rank)) == [own_images / "000004.tar"] * 3
+
+
+def test_columns_of_numbers_are_arrays_however_short_the_list(images: Path, tmp_path: Path) -> None:
+    manifest = Manifest.load(images)
+    for field in ("num_samples", "bytes"):
+        assert manifest.column(field).dtype == np.int64 and len(manifest.column(field)) == 5
+    assert Manifest.of("images", [], ["a"]).column("bytes").shape == (0,)
+    shards = [replace(shard, bytes=1 << 63) for shard in manifest.shards]
+    Manifest.of("images", shards, ["a"]).save(tmp_path)
+    with pytest.raises(ValueError, match=r"has bytes=9223372036854775808"):
+        Manifest.load(tmp_path)
 
 
 class Ranks(Topology):

@@ -1,6 +1,8 @@
 from pathlib import Path
 
 import pytest
+from support.file_calls import counted
+from support.ranks import on_ranks
 
 from vqscale.data.specs import expand_spec
 
@@ -43,3 +45,17 @@ def test_what_is_not_there(tmp_path: Path) -> None:
         expand_spec(f"{tmp_path}/empty")
     with pytest.raises(ValueError, match="a tar twice"):
         expand_spec(f"{tmp_path}/{{0,0}}.tar")
+
+
+def test_ranks_share_the_look_for_tars(tmp_path: Path) -> None:
+    for n in range(7):
+        (tmp_path / f"{n}.tar").touch()
+    for spec in (f"{tmp_path}/{{0..6}}.tar", str(tmp_path)):
+        with counted(tmp_path) as alone:
+            tars = expand_spec(spec)
+        with counted(tmp_path) as shared:
+            assert on_ranks(3, lambda rank, spec=spec: expand_spec(spec, topology=rank)) == [tars] * 3
+        assert shared.of("stat") - alone.of("stat") <= 2 * 2  # each further rank looks for the folder
+    errors = on_ranks(3, lambda rank: expand_spec(f"{tmp_path}/{{0..8}}.tar", topology=rank))
+    assert [str(error) for error in errors] == [f"source: there is no tar {tmp_path}/7.tar"] * 3
+    assert {type(error) for error in errors} == {FileNotFoundError}

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from support.ranks import on_ranks
 
 from vqscale.data.images import ImageReader
 from vqscale.data.loader import build_loader
@@ -107,6 +108,9 @@ def test_a_tar_in_both_splits_is_refused(tmp_path: Path, tars: Path) -> None:
         with pytest.raises(ValueError, match="is a training tar too"):
             index.main(config(tmp_path, str(tars), holdout=holdout))
     assert not (tmp_path / "run").exists()
+    both = config(tmp_path, str(tars), holdout=str(tmp_path / "hard.tar"))
+    errors = on_ranks(2, lambda rank: index._tars(both, rank))
+    assert len(errors) == 2 and all("hard.tar is a training tar too" in str(error) for error in errors)
     with pytest.raises(ValueError, match=r"copy.tar has the same bytes as .*data-001.tar in train"):
         index.main(config(tmp_path, str(tars), holdout=str(tmp_path / "copy.tar")))
     assert not list((tmp_path / "run").rglob("dataset.json"))

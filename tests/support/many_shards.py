@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from support.file_calls import FileCalls, counted
 
 from vqscale.data.codes import CodeReader, pack_codes
@@ -23,7 +22,8 @@ from vqscale.data.order import ShuffleOrder
 from vqscale.data.sequential import sequential_batches
 from vqscale.data.shards import Manifest, ShardWriter
 from vqscale.data.shardtable import ShardTable, survey
-from vqscale.topology import Topology
+from vqscale.data.workers import batches_ahead
+from vqscale.topology import ALONE
 
 SAMPLES = 20  # in each shard
 FACTS = {"levels": {"top": [2, 2]}, "views": 1, "num_codes": 4096}
@@ -31,8 +31,8 @@ FACTS = {"levels": {"top": [2, 2]}, "views": 1, "num_codes": 4096}
 
 WINDOW = 64  # shards shuffled together
 BATCH = 8  # samples of a rank
-_ALONE = Topology(0, 1, 0, 1, 1, "single", torch.device("cpu"))
-_ROUNDS = 4  # batches of an evaluation, and of what workers read ahead
+_ROUNDS = 4  # batches of an evaluation
+_FIRST_READ = 1 + 16 * batches_ahead(16)  # batches of a rank whose tars exist: for up to 16 workers
 
 
 def make_many_shards(folder: Path, count: int, ranks: int) -> None:
@@ -41,11 +41,11 @@ def make_many_shards(folder: Path, count: int, ranks: int) -> None:
     with ShardWriter(folder / "one.tar") as writer:
         for n in range(SAMPLES):
             writer.write(f"k{n:02d}", {**pack_codes({"top": np.full((1, 2, 2), n, np.uint16)}), "cls": b"0"})
-    rows = np.repeat(survey(_ALONE, 1, lambda _: writer.info), count)
+    rows = np.repeat(survey(ALONE, 1, lambda _: writer.info), count)
     names = [f"{n:06d}.tar" for n in range(count)]
     table = ShardTable.of_rows(rows, names, ["one.index.safetensors"] * count)
     Manifest.of("codes", table, ["a"], {"resolution": 8}, FACTS).save(folder)
-    needed = min(count, ranks * BATCH * 8 * _ROUNDS // SAMPLES + 2 * WINDOW)
+    needed = min(count, ranks * BATCH * _FIRST_READ // SAMPLES + 2 * WINDOW)
     shuffled = ShuffleOrder([SAMPLES] * count, 0, WINDOW)
     windows = [shuffled.window_shards(0, ahead)[1].tolist() for ahead in range(-(-needed // WINDOW))]
     for n in {*itertools.chain(*windows), *range(needed)}:
@@ -81,13 +81,23 @@ def calls_before_step_1(folder: Path, rank: int, ranks: int, workers: int) -> Fi
         )
         stream = iter(loader)
         batch = next(stream)
-        time.sleep(0.2 * bool(workers))  # the workers, too, fill the page cache in the background
+        if workers:
+            _wait_for_read_ahead(calls, 1 + workers * batches_ahead(workers))
         stream.close()
         for thread in threading.enumerate():
             if thread.daemon:
                 thread.join(5)
     assert len(batch["label"]) == BATCH and not batch["bad"].any()
     return calls
+
+
+def _wait_for_read_ahead(calls: FileCalls, batches: int) -> None:
+    """Until the workers have read so many batches; each sample is one positioned read."""
+    give_up = time.monotonic() + 60
+    while calls.of("read") < batches * BATCH:
+        assert time.monotonic() < give_up, f"{calls.of('read')} reads of {batches * BATCH}"
+        time.sleep(0.01)
+    time.sleep(0.2)  # they also fill the page cache, in the background
 
 
 def calls_of_an_evaluation(folder: Path, rank: int, ranks: int, workers: int) -> FileCalls:

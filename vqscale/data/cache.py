@@ -1,13 +1,15 @@
-"""Remote shards -> files of this node.
+"""Remote shards, and indexes on slow file systems -> files of this node.
 
-In: tars at URLs, with the size and sha256 that `dataset.json` gives them.  Out: open files of verified copies. All
-ranks and loader workers of a node share one folder: a shard is fetched once, by whoever comes first. A copy is named
-after its sha256 and appears whole. Readers hold a lock on it, and it stays; of the others, those unused for longest are
-removed first. Nothing else is touched: copies have a sub-folder of their own, which must be ours and no link.
+In: tars at URLs and indexes on a shared file system, with the sha256 that `dataset.json` gives them.  Out: open tars,
+the bytes of indexes, all from verified copies. All ranks and loader workers of a node share one folder: each file is
+fetched once, by whoever comes first. A copy is named after its sha256 and appears whole. Readers of a tar hold a lock
+on it, and it stays; an index is read whole. Of the others, those unused for longest are removed first. Nothing else is
+touched: copies have a sub-folder of their own, which must be ours and no link.
 """
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import re
 import shutil
@@ -16,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ import numpy as np
 
 from vqscale.config import ReadsShards
 from vqscale.data.remote import RemoteFile, check_url, is_url
-from vqscale.data.shards import HashedFile, Manifest
+from vqscale.data.shards import HashedFile, Manifest, ShardIndex
 from vqscale.files import open_own
 from vqscale.text import redact_url
 
@@ -33,7 +36,8 @@ _POLL = 0.05  # seconds between looks at a shard that another process fetches
 _RETRY_AFTER_SECONDS = 30.0  # after a failure no process of the node asks for a shard again
 _TAG = "CACHEDIR.TAG"  # marks a folder that may be emptied: https://bford.info/cachedir/
 _TAG_TEXT = "Signature: 8a477f597d28d172789f06886806bc55\n# Copies of remote shards, made by vqscale.\n"
-_OURS = re.compile(r"[0-9a-f]{64}\.(tar|part)")
+_OURS = re.compile(r"[0-9a-f]{64}\.(tar|index|part)")
+_MOST_INDEXES = 4096  # copies: looking for room takes time for each
 
 
 class NoRoom(OSError):
@@ -42,17 +46,19 @@ class NoRoom(OSError):
 
 @dataclass(frozen=True)
 class Cache:
-    """The folder where this node keeps remote shards, how many bytes it may hold, whether pipes may run."""
+    """The folder where this node keeps remote shards and their indexes, how many bytes it may hold, whether pipes may
+    run. `keep_indexes`: those of local data sets too."""
 
     folder: Path = Path(tempfile.gettempdir()) / f"vqscale-{os.getuid()}"
     limit: int = 100 * 10**9  # bytes
     allow_pipe: bool = False
+    keep_indexes: bool = False
 
     @classmethod
     def of(cls, config: ReadsShards) -> "Cache":
         """As a stage's config says."""
         folder = Path(config.cache_dir) if config.cache_dir else cls.folder
-        return cls(folder, int(config.cache_gigabytes * 1e9), config.allow_pipe)
+        return cls(folder, int(config.cache_gigabytes * 1e9), config.allow_pipe, bool(config.cache_dir))
 
     def check_size(self, shards: Sequence[int]) -> None:
         """Raises ValueError unless shards of these sizes, two windows of them, can be held together."""
@@ -153,7 +159,8 @@ class RemoteTar:
         """Fill the locked part file and give it its name; afterwards its lock is a reader's."""
         try:
             self._read_note()
-            _make_room(self, part, ahead)
+            with self._storing():
+                _make_room(self.cache, self.size, self._part, part, ahead)
             self._fetch(part)
             os.replace(self._part, self._copy)
             self._note.unlink(missing_ok=True)
@@ -201,6 +208,8 @@ class RemoteTar:
         """A full disk is this node's fault and not the shard's: it ends the run."""
         try:
             yield
+        except NoRoom:
+            raise
         except OSError as error:
             raise ValueError(f"cache_dir={self.cache.folder}: {error.strerror} while keeping {self}") from None
 
@@ -224,6 +233,8 @@ class Tars(Sequence[Path | RemoteTar]):
         if len(self.remote):
             if wrong := [digest for digest in manifest.column("sha256") if not _SHA256.fullmatch(digest)]:
                 raise ValueError(f"{folder}: {wrong[0]!r} is not a sha256 in hexadecimal")  # it becomes a file's name
+        self._keeps_indexes = cache.keep_indexes or len(self.remote) > 0
+        if self._keeps_indexes:
             cache.make_folder()
 
     def __len__(self) -> int:
@@ -232,6 +243,13 @@ class Tars(Sequence[Path | RemoteTar]):
     def __getitem__(self, number: Any) -> Any:
         tar, shard = self._manifest.tar(self._folder, number), self._manifest.shards[number]
         return RemoteTar(tar, shard.bytes, shard.sha256, self._cache) if isinstance(tar, str) else tar
+
+    def read_index(self, number: int) -> ShardIndex:
+        """A tar's index, through the cache if that keeps it. Raises FileNotFoundError or ValueError."""
+        sha256 = self._manifest.shards[number].index_sha256
+        if not self._keeps_indexes or not _SHA256.fullmatch(sha256):
+            return self._manifest.index(self._folder, number)
+        return self._manifest.index(self._folder, number, partial(_index_bytes, sha256=sha256, cache=self._cache))
 
 
 def open_descriptor(tar: Path | RemoteTar, ahead: bool = False) -> int:
@@ -272,27 +290,72 @@ def _lock(path: Path, flags: int) -> int | None:
     return None
 
 
-def _make_room(shard: RemoteTar, part: int, ahead: bool) -> None:
-    """Remove copies that nobody uses, longest unused first, until the shard fits; its part file then has its size.
+def _index_bytes(path: Path, sha256: str, cache: Cache) -> bytes:
+    """An index, from this node's copy, which the first that asks makes; as it is where there can be no copy."""
+    copy, part = (cache.shards / f"{sha256}{suffix}" for suffix in (".index", ".part"))
+    while not (data := _read_copy(copy, sha256)):
+        try:
+            descriptor = _lock(part, os.O_RDWR | os.O_CREAT)
+        except OSError:
+            return path.read_bytes()
+        if descriptor is None:
+            time.sleep(_POLL / 10)  # another process, or thread, reads it
+            continue
+        try:
+            return _read_copy(copy, sha256) or _copy_index(path, sha256, cache, copy, part, descriptor)
+        finally:
+            with contextlib.suppress(OSError):
+                if os.path.samestat(os.fstat(descriptor), os.stat(part)):  # it has not become the copy
+                    part.unlink()
+            os.close(descriptor)
+    return data
+
+
+def _read_copy(copy: Path, sha256: str) -> bytes:
+    """The index in this copy; empty where there is none, or a damaged one."""
+    with contextlib.suppress(OSError):
+        data = copy.read_bytes()
+        if hashlib.sha256(data).hexdigest() == sha256:
+            os.utime(copy)  # used just now
+            return data
+    return b""
+
+
+def _copy_index(path: Path, sha256: str, cache: Cache, copy: Path, part: Path, descriptor: int) -> bytes:
+    """Read the index and keep it, if it is the right one and there is room."""
+    data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() == sha256:
+        with contextlib.suppress(OSError):
+            _make_room(cache, len(data), part, descriptor, ahead=True)
+            with open(descriptor, "wb", closefd=False) as file:
+                file.write(data)
+            os.replace(part, copy)
+    return data
+
+
+def _make_room(cache: Cache, size: int, part: Path, descriptor: int, ahead: bool) -> None:
+    """Remove copies that nobody uses, longest unused first, until `size` bytes fit; the open part file then has them.
 
     A shard that is needed now is let in even over the limit: `Cache.check_size` made that the exception.
     """
-    with open(shard.cache.shards / "lock", "w", opener=open_own) as lock:
+    with open(cache.shards / "lock", "w", opener=open_own) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        files = dict(_files(shard.cache.shards))
-        files.pop(shard._part, None)
-        room = shard.cache.limit - shard.size - sum(file.st_size for file in files.values())
-        for path in sorted(files, key=lambda path: (path.suffix == ".tar", files[path].st_mtime_ns)):
-            if room >= 0 and path.suffix == ".tar":
-                break  # parts that nobody fetches any more are removed in any case
-            if (descriptor := _lock(path, os.O_RDONLY)) is not None:
+        files = dict(_files(cache.shards))
+        files.pop(part, None)
+        room = cache.limit - size - sum(file.st_size for file in files.values())
+        by_age = sorted(files, key=lambda path: files[path].st_mtime_ns)
+        unwanted = {path for path in by_age if path.suffix == ".part"}  # those that nobody fetches any more
+        unwanted |= {*[path for path in by_age if path.suffix == ".index"][:-_MOST_INDEXES]}
+        for path in sorted(by_age, key=lambda path: path not in unwanted):
+            if room >= 0 and path not in unwanted:
+                break
+            if (lock_of_file := _lock(path, os.O_RDONLY)) is not None:
                 path.unlink(missing_ok=True)
-                os.close(descriptor)
+                os.close(lock_of_file)
                 room += files[path].st_size
         if ahead and room < 0:
-            raise NoRoom(f"cache_dir={shard.cache.folder} is full of shards in use")
-        with shard._storing():
-            os.ftruncate(part, shard.size)
+            raise NoRoom(f"cache_dir={cache.folder} is full of shards in use")
+        os.ftruncate(descriptor, size)
 
 
 def _files(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:

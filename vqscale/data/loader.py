@@ -83,7 +83,7 @@ class TarDataset(Dataset):
         cache, two_windows = cache or Cache(), 2 * max(window, 1)
         part_names = getattr(read, "part_names", None)
         self.files = PartReader(self.folder, self.manifest, part_names, two_windows + 16, cache)
-        remote = np.asarray(self.manifest.column("bytes"), np.int64)[self.files.tars.remote]
+        remote = self.manifest.column("bytes")[self.files.tars.remote]
         cache.check_size(np.sort(remote)[-two_windows:].tolist())
         self._prefetched_from = -1  # the window whose successor was prefetched last
 

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -164,7 +164,7 @@ class PartReader:
         self.has_remote = len(self.tars.remote) > 0
         self._files = OpenFiles(self.tars, max(256, recent_indexes))
         # Not a method of this class: without a reference cycle, files are closed with the last use of the reader.
-        self._index = lru_cache(recent_indexes)(partial(manifest.index, folder))
+        self._index = lru_cache(recent_indexes)(self.tars.read_index)
 
     def index(self, shard: int) -> ShardIndex:
         """The shard's index. Raises FileNotFoundError or ValueError."""
@@ -224,7 +224,7 @@ def read_samples(
     """
     manifest = Manifest.load(folder)
     reader = PartReader(Path(folder), manifest, parts, len(manifest.shards), cache or Cache())
-    ends = np.cumsum(manifest.column("num_samples"), dtype=np.int64)
+    ends = np.cumsum(manifest.column("num_samples"))
     asked = range(manifest.num_samples) if positions is None else positions
     if outside := [position for position in asked if not 0 <= position < manifest.num_samples]:
         raise IndexError(f"{folder}: there is no position {outside[0]} among {manifest.num_samples} samples")

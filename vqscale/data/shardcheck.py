@@ -54,7 +54,7 @@ class ShardCheck:
         the n-th on. Raises what any rank's shards give: FileNotFoundError for a missing one, ValueError for one that
         is foreign, or cut short beyond what is allowed."""
         self._folder, self._files, self._allowed, self._lost = folder, files, allowed, 0
-        self._sizes = np.asarray(files.manifest.column("bytes"), np.int64)
+        self._sizes = files.manifest.column("bytes")
         numbers = order.shards_from(position)
         local = numbers[~np.isin(numbers, files.tars.remote)] if files.has_remote else numbers
         mine, count = local[share[0] :: share[1]].tolist(), max(AT_START, 2 * order.window // share[1])

@@ -13,7 +13,7 @@ import logging
 import re
 import tarfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,9 @@ from safetensors.numpy import save as safetensors_bytes
 
 from vqscale.data.processes import made_progress
 from vqscale.data.remote import is_url
-from vqscale.data.shardtable import INDEX_SUFFIX, ShardInfo, ShardTable, remove_tables
+from vqscale.data.shardtable import INDEX_SUFFIX, ShardInfo, ShardTable, remove_tables, spread
 from vqscale.files import SEAL, check_seal, replacing, sealed, write_atomically, write_json
+from vqscale.topology import Topology
 
 log = logging.getLogger("vqscale")
 
@@ -36,6 +37,7 @@ MAX_LABEL_BYTES = 64
 MAX_CLASSES = 1 << 31  # no label may reach it
 _KINDS = ("images", "codes", "samples")
 _FIELDS = ("offset", "size", "crc32")
+_MAX_COUNT = (1 << 63) - 1  # of samples or bytes, which are kept as int64
 _PLAIN = re.compile(r"[\w-][\w.-]*\.tar")
 # What parsing a damaged file raises, whatever the damage.
 _MALFORMED = (
@@ -98,10 +100,10 @@ class ShardIndex:
         self._check()
 
     @classmethod
-    def load(cls, path: str | Path) -> "ShardIndex":
+    def load(cls, path: str | Path, read: Callable[[Path], bytes] = Path.read_bytes) -> "ShardIndex":
         """Read an index file. Raises FileNotFoundError, or ValueError when it is damaged."""
         try:
-            data = Path(path).read_bytes()
+            data = read(Path(path))
         except FileNotFoundError:
             raise FileNotFoundError(f"{path}: this shard's index is missing") from None
         try:
@@ -263,7 +265,7 @@ class Manifest:
         new = cls(kind, shards, 0, tuple(classes), dict(transform or {}), "", dict(extra or {}))
         facts = json.dumps({"shards": new.column("sha256"), "kind": kind, "classes": list(classes)})
         fingerprint = "sha256:" + hashlib.sha256(facts.encode()).hexdigest()
-        return dataclasses.replace(new, num_samples=int(sum(new.column("num_samples"))), fingerprint=fingerprint)
+        return dataclasses.replace(new, num_samples=sum(new.column("num_samples").tolist()), fingerprint=fingerprint)
 
     @classmethod
     def load(cls, folder: str | Path) -> "Manifest":
@@ -315,10 +317,11 @@ class Manifest:
         remove_tables(Path(folder), keep=table.get("file", ""))
 
     def column(self, field: str) -> Any:
-        """A field of every shard, such as `name`: a list, or int64 [shards]."""
+        """A field of every shard: `num_samples` or `bytes` as int64 [shards], `name` or `sha256` as a list."""
         if isinstance(self.shards, ShardTable):
             return self.shards.column(field)
-        return [getattr(shard, field) for shard in self.shards]
+        values = [getattr(shard, field) for shard in self.shards]
+        return np.array(values, np.int64) if field in ("num_samples", "bytes") else values
 
     def tar(self, folder: str | Path, shard: int) -> Path | str:
         """A shard's tar: a path, or the URL of a remote one, which is read through `data.cache`."""
@@ -327,7 +330,7 @@ class Manifest:
 
     def runs(self, shards: Sequence[int]) -> list[range]:
         """The positions of each of these shards' samples, counted over the whole data set in stored order."""
-        ends = np.append(0, np.cumsum(self.column("num_samples"), dtype=np.int64))
+        ends = np.append(0, np.cumsum(self.column("num_samples")))
         return [range(int(ends[n]), int(ends[n + 1])) for n in shards]
 
     def names_of_results(self) -> list[str]:
@@ -337,10 +340,10 @@ class Manifest:
             return names
         return [f"{n:06d}.tar" for n in range(len(self.shards))]
 
-    def index(self, folder: str | Path, shard: int) -> ShardIndex:
+    def index(self, folder: str | Path, shard: int, read: Callable[[Path], bytes] = Path.read_bytes) -> ShardIndex:
         """A shard's index. Raises ValueError when it was changed, belongs to another tar, or has impossible labels."""
         info = self.shards[shard]
-        index = ShardIndex.load(Path(folder) / info.index_name)
+        index = ShardIndex.load(Path(folder) / info.index_name, read)
         if (len(index), index.bytes, index.sha256) != (info.num_samples, info.bytes, info.sha256):
             raise ValueError(f"{index.where}: indexes another tar than {MANIFEST} names (sha256 or counts differ)")
         if info.index_sha256 and index.index_sha256 != info.index_sha256:
@@ -360,23 +363,24 @@ def _checked(shard: ShardInfo) -> ShardInfo:
     """As written by others. Raises TypeError for a field that is no text, or no count that the tar has room for."""
     for name, value in dataclasses.asdict(shard).items():
         expected = int if name in ("num_samples", "bytes") else str
-        if type(value) is not expected or (isinstance(value, int) and value < 0):
+        if type(value) is not expected or (isinstance(value, int) and not 0 <= value <= _MAX_COUNT):
             raise TypeError(f"a shard has {name}={value!r}")
     if shard.num_samples > shard.bytes // tarfile.BLOCKSIZE:
         raise TypeError(f"{shard.num_samples} samples do not fit in the {shard.bytes} bytes of {shard.name}")
     return shard
 
 
-def missing_file(folder: Path) -> Path | None:
+def missing_file(folder: Path, topology: Topology) -> Path | None:
     """dataset.json, or the first tar that is not there whole with its index; None where nothing of a data set is gone.
 
-    For data sets that `ShardWriter` wrote.
+    Collective: each rank looks at its share. For data sets that `ShardWriter` wrote.
     """
     try:
         shards = Manifest.load(folder).shards
     except (OSError, ValueError):
         return folder / MANIFEST
-    return next((folder / shard.name for shard in shards if shard_info(folder / shard.name) is None), None)
+    are_whole = spread(topology, range(len(shards)), lambda n: shard_info(folder / shards[n].name) is not None)
+    return None if all(are_whole) else folder / shards[are_whole.index(False)].name
 
 
 def resolve(folder: str | Path, split: str = "train", *, made_by: str = "pack") -> Path:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import numpy as np
 from jaxtyping import Shaped
@@ -27,6 +27,8 @@ _MOST_DIGITS = 20
 # One shard's numbers; a digest of zeros stands for none, num_samples = -1 for a shard that is not there.
 _ROW = np.dtype([("num_samples", "<i8"), ("bytes", "<i8"), ("sha256", "u1", 32), ("index_sha256", "u1", 32)])
 _DTYPES = {"I64": "<i8", "U8": "u1"}
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,18 @@ def survey(topology: Topology, count: int, look: Callable[[int], ShardInfo | Non
     for rank, piece in enumerate(pieces):
         rows[rank :: topology.world_size] = piece
     return rows
+
+
+def spread(topology: Topology, items: Sequence[Item], look: Callable[[Item], Answer]) -> list[Answer]:
+    """Collective: `look(item)` of each item, on every rank. Each item is looked at by one rank, as in `survey`.
+
+    A ValueError or OSError of one rank is raised on all, as a ValueError.
+    """
+    pieces = topology.on_each(lambda: [look(item) for item in items[topology.rank :: topology.world_size]])
+    answers: list[Any] = [None] * len(items)
+    for rank, piece in enumerate(pieces):
+        answers[rank :: topology.world_size] = piece
+    return answers
 
 
 def _rows(shards: Sequence[ShardInfo]) -> np.ndarray:

@@ -22,7 +22,7 @@ from vqscale.data.processes import ignore_stop_signals, worker_failure
 from vqscale.topology import die_with_parent, keep_freed_memory
 
 _INLINE_BYTES = 1 << 16
-_PREFETCH = 4  # batches that each worker reads ahead
+_AHEAD_OF_EACH, _AHEAD = 4, 32  # batches that a worker reads ahead at most; many workers share the second number
 
 
 def run_workers(
@@ -34,7 +34,8 @@ def run_workers(
     if workers:
         dataset = _InWorker(dataset)
         # Forked whatever the default is here, in a spawned rank say: else each imports torch for seconds.
-        options = {"prefetch_factor": _PREFETCH, "worker_init_fn": _start_worker, "multiprocessing_context": "fork"}
+        options = {"prefetch_factor": batches_ahead(workers), "worker_init_fn": _start_worker}
+        options["multiprocessing_context"] = "fork"
     with warnings.catch_warnings():
         # Workers mostly wait for storage, so more of them than cores is a choice, not a mistake.
         warnings.filterwarnings("ignore", message="This DataLoader will create")
@@ -69,6 +70,11 @@ def run_workers(
     finally:
         atexit.unregister(end)
         end()
+
+
+def batches_ahead(workers: int) -> int:
+    """How many batches each of so many workers reads ahead: 4, of 9 and more workers fewer, but at least 2."""
+    return min(_AHEAD_OF_EACH, max(2, _AHEAD // workers))
 
 
 def _failure(what: str, error: BaseException) -> OSError:

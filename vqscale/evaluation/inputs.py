@@ -126,9 +126,9 @@ class DataSet:
         extra = self.manifest.extra
         return f"{extra['split']} of {extra.get('source', 'unknown')}" if "split" in extra else None
 
-    def labels(self) -> Int64[np.ndarray, " n"]:
-        """Of all its images in stored order, whatever the limit."""
-        shards = range(len(self.manifest.shards))
+    def labels(self, shards: Sequence[int] | None = None) -> Int64[np.ndarray, " n"]:
+        """Of all images of these shards (None: all shards) in stored order, whatever the limit."""
+        shards = range(len(self.manifest.shards)) if shards is None else shards
         return np.concatenate([self.manifest.index(self.folder, shard).labels for shard in shards])
 
     def describe(self) -> str:

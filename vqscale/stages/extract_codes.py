@@ -132,7 +132,7 @@ def _extract_split(config: ExtractCodesConfig, run: runtime.Run, source: Source,
         cache=Cache.of(config),
         pin_memory=topology.device.type == "cuda",
     )
-    sizes = np.asarray(images.column("num_samples"), np.int64)
+    sizes = images.column("num_samples")
     bad = int((sizes - rows["num_samples"])[finished].sum())
     total = int(sizes[numbers].sum())
     bar = tqdm(total=total, unit="img", disable=not topology.is_main, desc=split)

@@ -21,14 +21,14 @@ from vqscale.data.images import SUFFIXES
 from vqscale.data.processes import run_jobs
 from vqscale.data.remote import is_url
 from vqscale.data.shards import INDEX_SUFFIX, MANIFEST, Manifest, ShardIndex, ShardInfo, resolve
-from vqscale.data.shardtable import ShardTable, survey
+from vqscale.data.shardtable import ShardTable, spread, survey
 from vqscale.data.specs import expand_spec
 from vqscale.data.tarindex import index_tar
 from vqscale.data.verify import verify_shard
 from vqscale.fields import Choice, NonNegativeInt, PathText
 from vqscale.files import prepare_folder, sha256_of
 from vqscale.text import redact_url
-from vqscale.topology import Topology
+from vqscale.topology import ALONE, Topology, launched_ranks
 
 log = logging.getLogger("vqscale")
 _MAX_UNNAMED_CLASSES = 100_000  # without class names, a larger label is a mistake
@@ -70,9 +70,11 @@ def main(config: IndexConfig) -> None:
         with runtime.run(config, stage="index") as run:
             _verify(config, folders, run)
         return
-    tars = _tars(config)
+    # A process that is alone looks before it makes a run directory; ranks share the look, once they can talk.
+    tars = _tars(config, ALONE) if launched_ranks()[1] == 1 else {}
     classes = Manifest.load(resolve(config.classes_from)).classes if config.classes_from else ()
     with runtime.run(config, stage="index") as run:
+        tars = tars or _tars(config, run.topology)
         for split in tars:
             if run.topology.is_main:
                 prepare_folder(run.run_dir / split)
@@ -92,13 +94,16 @@ def main(config: IndexConfig) -> None:
             _verify(config, [run.run_dir / split for split in tars], run)
 
 
-def _tars(config: IndexConfig) -> dict[str, list[str]]:
-    """The tars of each split. Raises ValueError for one that is in both, under whatever name."""
+def _tars(config: IndexConfig, topology: Topology) -> dict[str, list[str]]:
+    """The tars of each split. Collective. Raises ValueError for one that is in both, under whatever name."""
     specs = {"train": config.source, "holdout": config.holdout}
-    tars = {split: expand_spec(spec, config.allow_pipe) for split, spec in specs.items() if spec}
-    train = {_identity(tar) for tar in tars["train"]}
-    for tar in tars.get("holdout", []):
-        if _identity(tar) in train:
+    tars = {split: expand_spec(spec, config.allow_pipe, topology) for split, spec in specs.items() if spec}
+    if "holdout" not in tars:
+        return tars
+    train, holdout = (spread(topology, tars[split], _identity) for split in tars)
+    in_train = {*train}
+    for tar, identity in zip(tars["holdout"], holdout, strict=True):
+        if identity in in_train:
             raise ValueError(
                 f"holdout={config.holdout}: {redact_url(tar)} is a training tar too (source={config.source})"
             )
@@ -106,7 +111,7 @@ def _tars(config: IndexConfig) -> dict[str, list[str]]:
 
 
 def _identity(tar: str) -> tuple[int, int] | str:
-    return tar if is_url(tar) else (os.stat(tar).st_dev, os.stat(tar).st_ino)
+    return tar if is_url(tar) else ((info := os.stat(tar)).st_dev, info.st_ino)
 
 
 def _data_sets(folder: Path) -> list[Path]:
@@ -272,7 +277,7 @@ def _verify(config: IndexConfig, folders: Sequence[Path], run: Any) -> None:
 
 def plan(config: IndexConfig) -> str:
     """Counts and sizes, for --dry-run."""
-    tars = _tars(config)
+    tars = _tars(config, ALONE)
     local = [Path(tar) for split in tars.values() for tar in split if not is_url(tar)]
     total = f"{sum(path.stat().st_size for path in local) / 1e9:.2f} GB of local ones"
     return f"{len(tars['train'])} training and {len(tars.get('holdout', []))} held-out tars, {total}"

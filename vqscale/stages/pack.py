@@ -30,6 +30,7 @@ from vqscale.data.shardtable import ShardTable, survey
 from vqscale.fields import Choice, Fraction, NonNegativeInt, PathText, PositiveInt, Range
 from vqscale.files import prepare_folder, read_json, read_jsonl, write_json
 from vqscale.text import printable
+from vqscale.topology import Topology
 from vqscale.versions import versions
 
 log = logging.getLogger("vqscale")
@@ -70,8 +71,8 @@ def main(config: PackConfig) -> None:
     _check(config)
     is_done = not config.fresh and rundir.read_status(Path(config.run_dir)).get("state") == "done"
     if is_done and config.source != "drawn" and not os.path.isdir(config.source):  # removed since
-        _check_outputs(config)
         with runtime.run(config, stage="pack") as run:
+            _check_outputs(config, run.topology)
             log.info("%s: already packed", run.run_dir)
         return
     listings = _listings(config)
@@ -102,10 +103,10 @@ def _check(config: PackConfig) -> None:
         parse_holdout(config.holdout)
 
 
-def _check_outputs(config: PackConfig) -> None:
+def _check_outputs(config: PackConfig, topology: Topology) -> None:
     """Raises ValueError where files of a finished run are gone and the source, too."""
     train, holdout = Path(config.run_dir, "train"), Path(config.run_dir, "holdout")
-    gone = missing_file(train) or (missing_file(holdout) if holdout.exists() else None)
+    gone = missing_file(train, topology) or (missing_file(holdout, topology) if holdout.exists() else None)
     if gone:
         raise ValueError(f"{gone} is gone, or not whole; without source={config.source} it cannot be packed again")
 

@@ -121,7 +121,7 @@ def main(config: SampleConfig) -> None:
         try:
             chain = load_chain(config, run.topology.device, run.topology)
         except FileNotFoundError as error:
-            if not run.was_done or missing_file(run.run_dir):
+            if not run.was_done or missing_file(run.run_dir, run.topology):
                 raise
             runtime.log.info("the models are not compared with those of the samples: %s", error)
         else:
@@ -139,7 +139,7 @@ def _draw_missing(config: SampleConfig, chain: Chain, run: runtime.Run) -> None:
         raise ValueError(f"nothing to sample: {config.samples_per_class} samples of {len(chain.classes)} classes")
     size, topology = config.batch * config.blocks_per_shard, run.topology
     paths = [run.run_dir / f"{number:06d}.tar" for number in range(-(-len(labels) // size))]
-    if topology.on_main(lambda: run.was_done and not missing_file(run.run_dir)):
+    if run.was_done and not missing_file(run.run_dir, topology):
         runtime.log.info("nothing left to do: the samples are in %s", run.run_dir)
         return
     mine = [(path, range(n * size, min(len(labels), (n + 1) * size))) for n, path in enumerate(paths)]
