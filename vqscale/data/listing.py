@@ -21,7 +21,7 @@ _HOLDOUT, _ORDER = key_of("holdout"), key_of("pack order")
 _SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "holdout"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Item:
     """One image to pack. `path`: relative to its folder; "" for drawn image number `index`. `identity`: of the file on
     its disk, the same for all links to it; 0 = unknown."""
@@ -76,7 +76,7 @@ class Listing:
         return {"train": replace(self, items=train), "holdout": Listing(self.folder, held_out, self.classes)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _File:
     path: str  # relative, with /
     size: int = 0

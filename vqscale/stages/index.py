@@ -200,16 +200,18 @@ def _finish(
     assert (rows["num_samples"] >= 0).all(), "a rank did not finish a tar"
     classes = classes or _numbered(set().union(*(part.labels for part in contents)), config.labels)
     without = {n: what for part in contents for n, what in part.without_picture.items()}
-    tables, first = {}, 0
+    transform = {"resolution": config.resolution} if config.resolution else {}
+    manifests, first = {}, 0
     for split, tars in jobs.tars.items():
         names = [f"{n:06d}{INDEX_SUFFIX}" for n in range(len(tars))]
-        tables[split] = ShardTable.of_rows(rows[first : first + len(tars)], tars, names)
+        table = ShardTable.of_rows(rows[first : first + len(tars)], tars, names)
+        extra = {"split": split, "source": redact_url(config.source)}
+        manifests[split] = Manifest.of("images", table, classes, transform, extra)
+        of_split = {n - first: what for n, what in sorted(without.items()) if first <= n < first + len(tars)}
+        _warn_of_missing_pictures(manifests[split], of_split)
         first += len(tars)
-    _refuse_same_content(tables)
-    first = 0
-    for split, table in tables.items():
-        transform = {"resolution": config.resolution} if config.resolution else {}
-        new = Manifest.of("images", table, classes, transform, {"split": split, "source": redact_url(config.source)})
+    _refuse_same_content(manifests)
+    for split, new in manifests.items():
         folder = jobs.run_dir / split
         if (folder / MANIFEST).is_file() and (old := Manifest.load(folder)).fingerprint != new.fingerprint:
             raise ValueError(
@@ -218,20 +220,18 @@ def _finish(
             )
         new.save(folder)
         log.info("%s: %d samples of %d classes in %d tars", folder, new.num_samples, len(classes), len(new.shards))
-        _warn_of_missing_pictures(new, {n - first: without[n] for n in sorted(without) if 0 <= n - first < len(table)})
-        first += len(table)
 
 
-def _refuse_same_content(tables: dict[str, ShardTable]) -> None:
-    if "holdout" not in tables:
+def _refuse_same_content(manifests: dict[str, Manifest]) -> None:
+    if "holdout" not in manifests:
         return
-    train, holdout = tables["train"], tables["holdout"]
+    train, holdout = manifests["train"], manifests["holdout"]
     numbers = {sha256: n for n, sha256 in enumerate(train.column("sha256"))}
     for n, sha256 in enumerate(holdout.column("sha256")):
         if sha256 in numbers:
             raise ValueError(
-                f"holdout: {redact_url(holdout.name(n))} has the same bytes as "
-                f"{redact_url(train.name(numbers[sha256]))} in train"
+                f"holdout: {redact_url(holdout.shards[n].name)} has the same bytes as "
+                f"{redact_url(train.shards[numbers[sha256]].name)} in train"
             )
 
 
