@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vqscale.batch import Batch
 from vqscale.data.cache import Cache
@@ -99,7 +100,7 @@ def train(
         description=description,
         after_step=partial(after_step, model) if after_step else None,
         evaluate=evaluate,
-        flops_per_image=flops_per_image(description, step_fn),
+        flops_per_image=flops_per_image(description, step_fn, topology.device),
     )
     if side_work is not None:
         side_work.log_total()
@@ -118,19 +119,19 @@ def blank_batch(description: Mapping[str, Any], count: int) -> Batch:
     return cast(Batch, batch)
 
 
-def flops_per_image(description: Mapping[str, Any], step_fn: StepFn) -> int:
+def flops_per_image(description: Mapping[str, Any], step_fn: StepFn, device: torch.device | str = "cpu") -> int:
     """FLOPs of a training step, forward and backward, without what checkpointing computes again; nothing is computed.
 
-    0 for a model that learns from another network's outputs, which has its own.
+    The forward of a frozen network, whose outputs the model learns from, counts; its weights are on `device`.
     """
-    if description.get("vqvae") or description.get("features"):
-        return 0
-    with torch.device("meta"):
+    frozen = description.get("vqvae") or description.get("features")
+    mode = FakeTensorMode(allow_non_fake_inputs=True) if frozen else contextlib.nullcontext()
+    with mode, torch.device(device if frozen else "meta"):
         model: Any = build(description).eval()  # dropout and codebook statistics need none
         batch = blank_batch(description, 1)
-    for unit in model.wrap_units():
-        unit.activation_checkpointing = False
-    return step_flops(model, lambda: step_fn(model, batch)[0])
+        for unit in model.wrap_units():
+            unit.activation_checkpointing = False
+        return step_flops(model, lambda: step_fn(model, batch)[0])
 
 
 def held_out_batches(config: FitConfig, run: Run, folder: Path, read: Read, limit: int) -> Iterator[Batch]:

@@ -8,15 +8,19 @@ import pytest
 import torch
 from support.distributed import run_ranks
 from support.stages import run_stage
+from support.vqvaes import vqvae
+from torch.utils.flop_counter import FlopCounterMode
 
 from vqscale.data.images import decode_image
 from vqscale.data.parts import read_samples
 from vqscale.data.shards import Manifest
 from vqscale.evaluation import classify
-from vqscale.evaluation.classify import ImageClassifier, hits
-from vqscale.evaluation.features import Extractor, Features
-from vqscale.sources import load_model
+from vqscale.evaluation.classify import ImageClassifier, hits, reconstructed
+from vqscale.evaluation.features import WIDTHS, Extractor, Features
+from vqscale.sources import Source, load_model
 from vqscale.stages import train_classifier
+from vqscale.stages.train_classifier import TrainClassifierConfig, training_step
+from vqscale.training import flops_per_image
 
 CPU = torch.device("cpu")
 
@@ -49,6 +53,31 @@ def test_hits_count_the_first_and_the_first_five() -> None:
     logits = torch.tensor([[0.0, 1, 2, 3, 4, 5, 6]]).repeat(3, 1)
     assert hits(logits, torch.tensor([6, 2, 1])).tolist() == [[1, 1], [0, 1], [0, 0]]
     assert hits(torch.tensor([[1.0, 0]]), torch.tensor([1])).tolist() == [[0, 1]]  # with two classes
+
+
+def small_network(images: torch.Tensor) -> Features:
+    pooled = torch.nn.functional.conv2d(images.float(), torch.ones(WIDTHS["lite0"], 3, 4, 4)).mean((2, 3))
+    return Features(pooled, pooled)
+
+
+@pytest.mark.parametrize("kind", ["vqvae", "features"])
+def test_the_forward_of_a_frozen_network_counts_among_a_steps_flops(kind: str) -> None:
+    frozen, images = vqvae().eval().requires_grad_(False), torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
+    description = {"kind": "classifier", "resolution": 16, "classes": ["a", "b"], "config": {}, "feature_width": 0}
+    if kind == "vqvae":
+        source, extractor = Source(frozen, {}, "sha256:0", Path(), "raw", 0), None
+        with torch.no_grad(), FlopCounterMode(display=False) as below:
+            reconstructed(frozen, images)
+        own = flops_per_image(description, training_step(TrainClassifierConfig(), None, None))
+    else:
+        source, extractor = None, Extractor("lite0", "0", True, "", "", small_network)
+        description |= {"config": {"network": "linear"}, "feature_width": WIDTHS["lite0"]}
+        with FlopCounterMode(display=False) as below:
+            extractor(images)
+        own = 2 * 2 * 2 * WIDTHS["lite0"]  # forward, and the weight's gradient
+    config = TrainClassifierConfig(features="lite0" if extractor else "")
+    flops = flops_per_image(description | {kind: "of this"}, training_step(config, extractor, source))
+    assert below.get_total_flops() > 0 and flops == own + below.get_total_flops()
 
 
 def rank_of_classifier(overrides: list[str]) -> int:
