@@ -103,7 +103,9 @@ def load(cls: type[C], path: str | Path, overrides: Sequence[str] = ()) -> C:
     malformed override, and FileNotFoundError for a missing file.
     """
     path = Path(path)
-    written = _merged(read_yaml(path), _read_words(cls, overrides))
+    in_file = read_yaml(path)
+    _refuse_values_for_keys(cls, in_file, path)
+    written = _merged(in_file, _read_words(cls, overrides))
     texts = _resolved(as_dict(cls), {"experiment": _folder_name(path)} | written, str(path))
     config = _made(cls, texts, lambda key: _COMMAND_LINE if _is_given(key, overrides) else str(path))
     experiment = config.experiment or _folder_name(path)
@@ -151,6 +153,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
         if not isinstance(written, dict):
             raise ValueError(f"expected keys and values, not {type(written).__name__}")
     return written
+
+
+def _refuse_values_for_keys(cls: Any, tree: Mapping[str, Any], path: Path, prefix: str = "") -> None:
+    """Raises ValueError for a value where a file must have keys: a word for one of the keys would replace the value."""
+    for key, hint in hints_of(cls).items():
+        name, value = f"{prefix}{key}", tree.get(key) or {}
+        if typing.get_origin(hint) is dict and not isinstance(value, dict):
+            raise ValueError(f"{path}: {name}={shown(value)}: takes keys with values")
+        if is_config(hint) and not isinstance(value, dict):
+            raise ValueError(f"{path}: {name} holds keys of its own, not {shown(value)}")
+        if is_config(hint):
+            _refuse_values_for_keys(hint, value, path, f"{name}.")
 
 
 def _split_word(word: str) -> tuple[str, str]:
