@@ -41,13 +41,13 @@ def page(*runs: ComparedRun) -> str:
 
 def test_the_table_has_the_keys_that_differ_and_the_rest_is_folded() -> None:
     runs = {
-        "a": run("a", learning_rate="0.1", hidden="64", run_dir="a"),
-        "b": run("b", learning_rate="0.2", hidden="64", warmup="5", run_dir="b"),
+        "a": run("a", learning_rate="0.1", width_of_all="64", run_dir="a"),
+        "b": run("b", learning_rate="0.2", width_of_all="64", warmup="5", run_dir="b"),
     }
-    assert differences(runs) == ({"learning_rate": ["0.1", "0.2"], "warmup": ["—", "5"]}, {"hidden": "64"})
+    assert differences(runs) == ({"learning_rate": ["0.1", "0.2"], "warmup": ["—", "5"]}, {"width_of_all": "64"})
     tables, folded = page(*runs.values()).partition("<details><summary>train_vqvae: 1 keys that are the same")[::2]
-    assert "0.1" in tables and "0.2" in tables and "hidden" not in tables
-    assert "hidden" in folded
+    assert "0.1" in tables and "0.2" in tables and "width_of_all" not in tables
+    assert "width_of_all" in folded
 
 
 @pytest.mark.parametrize(

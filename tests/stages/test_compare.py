@@ -22,7 +22,12 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             tmp_path / "runs" / name / "train_vqvae", "train_vqvae", learning_rate=rate, inputs={"data": "sha256:1"}
         )
         write_run(tmp_path / "runs" / name / "train_prior_top", "train_prior", level="top")
-        write_run(tmp_path / "runs" / name / "evaluate", "evaluate", scores={"fid": FID | {"value": rate}})
+        write_run(
+            tmp_path / "runs" / name / "evaluate",
+            "evaluate",
+            scores={"fid": FID | {"value": rate}},
+            inputs={"config": "sha256:2"},
+        )
     return tmp_path / "runs"
 
 
@@ -61,6 +66,7 @@ def test_what_a_run_says(runs: Path) -> None:
     assert run.facts["learning_rate"] == "0.125" and run.facts["command.versions.torch"] == "2.0"
     assert run.facts["inputs.data"] == "sha256:1" and "command.stage" not in run.facts
     assert run.metrics["reconstruction_mse"] == ([100, 200, 300], [0.5, 0.25, 50 / 300])
+    assert not any(key.startswith("inputs.") for key in read_run(runs / "a" / "evaluate").facts)
     assert read_run(runs / "a" / "evaluate").scores == {"fid": FID | {"value": 0.125}}
 
 

@@ -93,6 +93,7 @@ def _read_run(path: Path, exported: Mapping[str, Any]) -> ComparedRun:
     level = {key: exported[key] for key in ("level",) if key in exported}
     config = {"model": exported["config"], **level} if exported else read_yaml(path / "config.yaml")
     inputs = read_json(path / INPUTS) or {key: exported[key] for key in ("data", "tokenizer") if exported.get(key)}
+    inputs.pop("config", None)  # of an evaluation: it repeats the keys
     own = read_json(path / MANIFEST) or exported
     stage = command.get("stage") or (f"train_{exported['kind']}" if exported else path.name)
     return ComparedRun(
