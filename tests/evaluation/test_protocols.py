@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from vqscale import cli
-from vqscale.data.shards import Manifest
+from vqscale.data.shards import Manifest, ShardWriter, shard_info
 from vqscale.evaluation import inputs
 from vqscale.evaluation.features import INCEPTION_RESIZE, INCEPTION_SHA256, Extractor, Features
 from vqscale.evaluation.inputs import DataSet, EvaluateConfig, Inputs, follow_protocol, reference_facts
@@ -175,18 +175,33 @@ def test_every_protocol_has_metrics_of_the_table_and_a_source() -> None:
 # --- the split of an image set ----------------------------------------------------------------------------------------
 
 
-def data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, labels: np.ndarray, **extra: str) -> DataSet:
+def data_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, labels: np.ndarray, name: str = "ILSVRC2012_val", **extra: str
+) -> DataSet:
     """Declared, not stored."""
     classes = [f"n{1440764 + n:08d}" for n in range(1000)]
     manifest = dataclasses.replace(Manifest.of("images", [], classes, ADM_PNG, extra), num_samples=len(labels))
     monkeypatch.setattr(DataSet, "labels", lambda _self: labels)
+    monkeypatch.setattr(DataSet, "_names", lambda _self: {f"{name}_{n + 1:08d}" for n in range(len(labels))})
     return DataSet("given", tmp_path, manifest)
 
 
-def test_the_validation_set_is_known_by_its_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_of_images_are_their_files(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "0.tar") as writer:
+        for key in ("n01440764/ILSVRC2012_val_00000293", "ILSVRC2012_val_00000001"):
+            writer.write(key, {"png": b"", "cls": b"0"})
+    info = shard_info(tmp_path / "0.tar")
+    assert info is not None
+    images = DataSet("given", tmp_path, Manifest.of("images", [info], ["n01440764"], ADM_PNG))
+    assert images._names() == {"ILSVRC2012_val_00000293", "ILSVRC2012_val_00000001"}
+
+
+def test_the_validation_set_is_known_by_its_counts_and_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fifty_each = np.repeat(np.arange(1000), 50)
     assert benchmark_of([f"n{1440764 + n:08d}" for n in range(1000)]) == "ImageNet"
     assert data_set(tmp_path, monkeypatch, fifty_each, split="holdout", source="val").split == VALIDATION
+    of_train = data_set(tmp_path, monkeypatch, fifty_each, "n01440764", split="train", source="fifty of each")
+    assert of_train.split == "train of fifty of each"
     uneven = np.append(fifty_each[1:], 999)
     other = data_set(tmp_path, monkeypatch, uneven, split="holdout", source="train")
     assert other.split == "holdout of train" and judge("psnr", reference_facts(other)).reason != ""

@@ -119,9 +119,11 @@ class DataSet:
 
     @property
     def split(self) -> str | None:
-        """What images these are: ImageNet's validation set by its counts, else as recorded; None where unknown."""
+        """What images these are: ImageNet's validation set by its counts and names, else as recorded; None where
+        unknown."""
         if self.n == 50_000 and benchmark_of(self.manifest.classes) == "ImageNet":
-            if (np.bincount(self.labels(), minlength=1000) == 50).all():
+            shipped = {f"ILSVRC2012_val_{number:08d}" for number in range(1, 50_001)}
+            if (np.bincount(self.labels(), minlength=1000) == 50).all() and self._names() == shipped:
                 return IMAGENET_VALIDATION
         extra = self.manifest.extra
         return f"{extra['split']} of {extra.get('source', 'unknown')}" if "split" in extra else None
@@ -130,6 +132,12 @@ class DataSet:
         """Of all images of these shards (None: all shards) in stored order, whatever the limit."""
         shards = range(len(self.manifest.shards)) if shards is None else shards
         return np.concatenate([self.manifest.index(self.folder, shard).labels for shard in shards])
+
+    def _names(self) -> set[str]:
+        """Of its image files, without folders and suffixes."""
+        shards = range(len(self.manifest.shards))
+        keys = (key for shard in shards for key in self.manifest.index(self.folder, shard).keys)
+        return {key.rpartition("/")[2] for key in keys}
 
     def describe(self) -> str:
         """In one phrase: where, what and how many."""
