@@ -64,6 +64,17 @@ def test_names_are_the_parts_that_tell_runs_apart(paths: list[str], names: list[
     assert list(grouped([run(path) for path in paths])["train_vqvae"]) == names
 
 
+def test_a_run_alone_in_its_stage_is_known_by_its_experiment() -> None:
+    groups = grouped([run("runs/a/train_vqvae"), run("runs/b/train_vqvae"), run("runs/b/sample", "sample")])
+    assert {stage: list(group) for stage, group in groups.items()} == {"train_vqvae": ["a", "b"], "sample": ["b"]}
+
+
+def test_what_an_exported_folder_does_not_say_is_no_difference() -> None:
+    exported = dataclasses.replace(run("c", hidden="64", rate="3"), state="exported")
+    differ, same = differences({"a": run("a", seed="0", hidden="64", rate="1"), "c": exported})
+    assert differ == {"rate": ["1", "3"]} and same == {"seed": "0", "hidden": "64"}
+
+
 def test_stages_come_in_the_order_of_the_pipeline() -> None:
     stages = ["evaluate", "sample", "train_prior bottom", "train_prior top", "train_vqvae"]
     groups = grouped([run(f"{x}/{stage}", stage) for x in "ab" for stage in stages])

@@ -75,6 +75,7 @@ def test_an_exported_folder_is_a_run(tmp_path: Path) -> None:
     assert [path.name for path in exported] == ["prior_bottom", "prior_top", "vqvae"]
     bottom, top, vqvae = map(read_run, exported)
     assert (bottom.stage, top.stage, vqvae.stage) == ("train_prior bottom", "train_prior top", "train_vqvae")
+    assert vqvae.facts["model.activation_checkpointing"] == "false" and vqvae.facts["model.downsample"] == "4, 2"
     assert vqvae.state == "exported" and vqvae.images_seen == 640 and vqvae.facts["model.hidden"]
     assert top.facts["inputs.tokenizer"] == vqvae.facts["fingerprint"]
 

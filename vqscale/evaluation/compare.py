@@ -29,6 +29,7 @@ from vqscale.sources import Source, load_model
 from vqscale.text import one_line
 
 _HELD_OUT = "held_out/"
+_NOT_EXPORTED = "not exported"  # an exported folder knows little of its run, which is no difference
 _ONLY_NAMES = ("run_dir", "experiment")  # facts that differ between any two runs and say nothing
 _SAME = ("data", "tokenizer", "reference")  # inputs that runs of one stage share if what they measured compares
 # Of a score; the rest says how it was measured.
@@ -87,7 +88,7 @@ def grouped(runs: Sequence[ComparedRun]) -> dict[str, Runs]:
         {run.stage for run in runs}, key=lambda stage: (pipeline_order(stage.replace(" ", "_")), stage)
     ):
         parts = {paths[run.path][head:]: run for run in runs if run.stage == stage}
-        tail = _common([path[::-1] for path in parts])
+        tail = _common([path[::-1] for path in parts]) if len(parts) > 1 else min(1, len(next(iter(parts))) - 1)
         groups[stage] = {"/".join(path[: len(path) - tail]): run for path, run in parts.items()}
     return groups
 
@@ -112,8 +113,10 @@ def warnings_of(stage: str, runs: Runs) -> Iterator[str]:
 def differences(runs: Runs) -> tuple[dict[str, list[str]], dict[str, str]]:
     """(facts that differ: key -> the text of each run; facts that all share: key -> text)."""
     keys = dict.fromkeys(key for run in runs.values() for key in run.facts if key not in _ONLY_NAMES)
-    rows = {key: [run.facts.get(key, "—") for run in runs.values()] for key in keys}
-    same = {key: texts[0] for key, texts in rows.items() if len(set(texts)) == 1}
+    absent = {name: _NOT_EXPORTED if run.state == "exported" else "—" for name, run in runs.items()}
+    rows = {key: [run.facts.get(key, absent[name]) for name, run in runs.items()] for key in keys}
+    known = {key: list(dict.fromkeys(text for text in texts if text != _NOT_EXPORTED)) for key, texts in rows.items()}
+    same = {key: texts[0] for key, texts in known.items() if len(texts) == 1}
     return {key: texts for key, texts in rows.items() if key not in same}, same
 
 

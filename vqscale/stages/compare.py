@@ -110,7 +110,8 @@ def _read_run(path: Path, exported: Mapping[str, Any]) -> ComparedRun:
 def _facts(values: Mapping[str, Any]) -> dict[str, str]:
     command = {key: values["command"][key] for key in _OF_COMMAND if key in values["command"]}
     flat = [(key, value) for key, value in flatten({**values, "command": command}) if value != {}]
-    return {key: ", ".join(map(str, value)) if isinstance(value, list) else str(value) for key, value in flat}
+    texts = {key: value if isinstance(value, list) else [value] for key, value in flat}
+    return {key: ", ".join(one if isinstance(one, str) else json.dumps(one) for one in texts[key]) for key in texts}
 
 
 def _read_metrics(path: Path) -> dict[str, tuple[list[float], list[float]]]:
