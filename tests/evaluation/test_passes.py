@@ -17,6 +17,8 @@ from vqscale.evaluation.statistics import write_tensors
 
 METRICS = "[fd_lite0, kid, inception_score, precision, recall, density, coverage, reconstruction_fd_lite0, psnr, ssim]"
 
+ENDS = ((0, "low"), (1, "high"))
+
 
 def evaluated(run_dir: str, config: str, words: list[str], pause: float = 0.0) -> int:
     passes.CHUNK = 8
@@ -33,7 +35,10 @@ def config(tmp_path: Path) -> str:
 
 
 def values(run_dir: Path) -> dict[str, float]:
-    return {key: score["value"] for key, score in json.loads((run_dir / "scores.json").read_text()).items()}
+    """The scores, and as <key>/low and <key>/high their intervals."""
+    scores = json.loads((run_dir / "scores.json").read_text())
+    bounds = {f"{key}/{end}": score["interval"][which] for key, score in scores.items() for which, end in ENDS}
+    return {key: score["value"] for key, score in scores.items()} | bounds
 
 
 @pytest.mark.slow
@@ -44,7 +49,7 @@ def test_one_two_and_four_ranks_agree_to_ten_digits(world: Any, tmp_path: Path, 
         assert run_ranks(evaluated, ranks, str(run_dir), config, words) == [0] * ranks
         assert sorted(path.suffix for path in (run_dir / "statistics").iterdir()) == [".safetensors"] * 2
     one = values(tmp_path / "1")
-    assert len(one) == 10 and all(value is not None for value in one.values())
+    assert len(one) == 30 and all(value is not None for value in one.values())
     for ranks in (2, 4):
         assert values(tmp_path / str(ranks)) == pytest.approx(one, rel=1e-10)
 

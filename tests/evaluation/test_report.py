@@ -29,7 +29,7 @@ from vqscale.evaluation.figures import (
 )
 from vqscale.evaluation.protocols import benchmark_of
 from vqscale.evaluation.reconstructions import Examples
-from vqscale.evaluation.report import PAPERS, Report, format_value, render
+from vqscale.evaluation.report import PAPERS, Report, format_score, format_value, render
 from vqscale.evaluation.scores import Score
 
 CSS = Path(report_module.__file__).with_name("report.css").read_text()
@@ -61,7 +61,7 @@ def full() -> Report:
         subtitle="a test",
         scores={
             "fd_lite0": Score(12.345, 20, "real", "lite0", "ab" * 32, "bilinear", False, "too few images"),
-            "fid": Score(31.0, 50_000, "real", "inception", "cd" * 32, "bilinear", True, ""),
+            "fid": Score(31.0, 50_000, "real", "inception", "cd" * 32, "bilinear", True, "", interval=(30.5, 31.5)),
             "kid": Score(None, 20, "real", "lite0", reason="KID needs at least 1000 images"),
             "nll/top": Score(2.5, 20, "codes"),
             "order0_entropy/top": Score(2.9, 20, "codes"),
@@ -98,6 +98,7 @@ def test_an_installed_package_has_the_files_beside_its_modules() -> None:
 
 def test_numbers_provenance_and_reasons_are_on_the_page() -> None:
     text = render(full())
+    assert "31.00 (30.50–31.50)" in text
     for expected in ("12.35", "KID needs at least 1000 images", "abababababab", "too few images", "sha256:1", "–"):
         assert expected in text
     assert re.search("CAS top-1, CAS top-5.*no classifier", text)
@@ -266,3 +267,9 @@ def test_a_chart_takes_any_title(name: str) -> None:
 def test_a_grid_of_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no images"):
         grid_png(tmp_path / "x.png")
+
+
+def test_an_interval_stands_in_brackets_behind_its_value() -> None:
+    assert format_score("fid", Score(123.4, 9, interval=(118.04, 128.8))) == "123.4 (118.0–128.8)"
+    assert format_score("kid", Score(0.01, 9, interval=(-0.002, 0.022))) == "0.01000 (-0.00200 to 0.02200)"
+    assert format_score("fid", Score(123.4, 9)) == "123.4" and format_score("fid", Score(None, 9)) == "–"

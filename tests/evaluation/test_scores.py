@@ -12,7 +12,7 @@ from vqscale.evaluation.scores import METRICS, Score, Scores, metric_of, score_o
 
 FIELDS = [
     *("value", "n", "reference", "extractor", "weights_sha256", "resize", "comparable_with_papers", "reason"),
-    *("protocol", "preparation"),
+    *("protocol", "preparation", "interval"),
 ]
 
 
@@ -66,6 +66,34 @@ def test_a_value_that_is_no_number_is_null_with_the_reason(value: float) -> None
     score = scores.by_key["psnr"]
     assert score.value is None and score.reason == f"the computed value is {value}" and not score.comparable_with_papers
     json.dumps(scores.as_json(), allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "error", "interval"),
+    [
+        ("fid", 5.0, 1.0, (3.04, 6.96)),
+        ("fid", 5.0, 10.0, (0.0, 24.6)),
+        ("kid", 0.1, 0.1, (-0.096, 0.296)),
+        ("recall", 0.9, 0.1, (0.704, 1.0)),
+    ],
+)
+def test_an_interval_ends_where_the_metric_does(
+    key: str, value: float, error: float, interval: tuple[float, float]
+) -> None:
+    scores = Scores()
+    scores.put(key, score_or_null(lambda: value, 9, "real", None, Standing(), lambda: error))
+    low, high = scores.by_key[key].interval or (None, None)
+    assert (low, high) == pytest.approx(interval)
+
+
+def test_where_the_error_is_unknown_there_is_no_interval() -> None:
+    def fails() -> float:
+        raise TooFew("density needs at least 6 images")
+
+    scores = Scores()
+    for error in (None, fails, lambda: float("nan")):
+        scores.put("fid", score_or_null(lambda: 5.0, 9, "real", None, Standing(), error))
+        assert scores.by_key["fid"].value == 5 and scores.by_key["fid"].interval is None
 
 
 def test_too_few_images_give_null_and_the_reason() -> None:

@@ -15,6 +15,11 @@ from vqscale.data.shards import Manifest
 from vqscale.evaluation import passes, samples
 from vqscale.evaluation.features import Extractor
 
+WITH_INTERVALS = {
+    *("fid", "kid", "inception_score", "precision", "recall", "density", "coverage"),
+    *("reconstruction_mse", "psnr", "ssim", "reconstruction_fid"),
+}
+
 
 @pytest.fixture(autouse=True)
 def cheap_network(monkeypatch: pytest.MonkeyPatch, quick: Extractor) -> None:
@@ -60,6 +65,10 @@ def test_everything_that_can_be_had(world: Any, tmp_path: Path, capsys: pytest.C
     assert (scores["fid"]["protocol"], scores["psnr"]["protocol"]) == ("adm_gfid", "rfid_imagenet_val")
     assert scores["fid"]["preparation"] == "preparation unknown" and scores["inception_score"]["preparation"] is None
     assert scores["nll/top"]["protocol"] is None
+    assert {key for key, score in scores.items() if score["interval"]} == WITH_INTERVALS
+    for key in WITH_INTERVALS:
+        low, high = scores[key]["interval"]
+        assert low <= scores[key]["value"] <= high and low < high
     assert scores["bits_per_dim"]["value"] == pytest.approx(
         (16 * scores["nll/top"]["value"] + 64 * scores["nll/bottom"]["value"]) / (np.log(2) * 3 * 16**2)
     )

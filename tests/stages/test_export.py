@@ -23,6 +23,8 @@ from vqscale.api import VQVAE, sample
 from vqscale.data.images import decode_image, to_float, to_uint8
 from vqscale.data.parts import read_samples
 from vqscale.data.shards import Manifest, resolve
+from vqscale.evaluation.report import format_score
+from vqscale.evaluation.scores import Score
 from vqscale.sources import Source, load_model
 from vqscale.stages.export import ExportConfig, Exported, card
 
@@ -92,7 +94,8 @@ def test_the_card_says_what_the_runs_say(whole_chain: Path, exported: Path, tmp_
     text = (exported / "README.md").read_text()
     assert text.startswith("---\nlicense: cc0-1.0\n") and "Drawn figures, ten kinds." in text
     scores = json.loads((whole_chain / "evaluate" / "scores.json").read_text())
-    error = f"{scores['reconstruction_mse']['value']:.3f}"
+    error = format_score("reconstruction_mse", Score(**scores["reconstruction_mse"]))
+    assert re.fullmatch(r"0\.\d{3} \(0\.\d+–0\.\d+\)", error)
     assert (
         f"| Reconstruction MSE, in [-1, 1] units | {error} | 62 | no: papers have no common protocol for it |" in text
     )

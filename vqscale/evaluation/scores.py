@@ -3,6 +3,7 @@
 In: values as they are computed.  Out: one object per metric, in a fixed order; the metrics left out, and why.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vqscale.evaluation.features import Extractor
+from vqscale.evaluation.intervals import interval
 from vqscale.evaluation.metrics import TooFew
 from vqscale.evaluation.protocols import Standing
 
@@ -31,6 +33,7 @@ _TABLE = (
     ("fid", "FID", "", "lower", "samples", "inception"),
     ("sfid", "sFID (spatial features)", "", "lower", "samples", "inception"),
     ("fd_lite0", "FD-lite0", "", "lower", "samples", "lite0"),
+    ("fd_lite2", "FD-lite2", "", "lower", "samples", "lite2"),
     ("kid", "KID", "", "lower", "samples", "any"),
     ("inception_score", "Inception score", "", "higher", "samples", "any"),
     ("precision", "Precision", "", "higher", "samples", "any"),
@@ -43,6 +46,7 @@ _TABLE = (
     ("lpips", "Reconstruction LPIPS", "", "lower", "reconstruction"),
     ("reconstruction_fid", "Reconstruction FID", "", "lower", "reconstruction", "inception"),
     ("reconstruction_fd_lite0", "Reconstruction FD-lite0", "", "lower", "reconstruction", "lite0"),
+    ("reconstruction_fd_lite2", "Reconstruction FD-lite2", "", "lower", "reconstruction", "lite2"),
     ("nll", "NLL", "nats per code", "lower", "nll"),
     ("bits_per_code", "NLL", "bits per code", "lower", "nll"),
     ("nll_shuffled_class", "NLL with shuffled classes", "nats per code", "", "nll"),
@@ -56,6 +60,12 @@ _TABLE = (
     ("cas_top5", "CAS top-5", "", "higher", "cas"),
 )
 METRICS = {row[0]: Metric(*row) for row in _TABLE}
+_RANGES = {  # of values, where it is not 0 and more
+    "kid": (-math.inf, math.inf),
+    "inception_score": (1, math.inf),
+    "ssim": (-1, 1),
+    **dict.fromkeys(("precision", "recall", "coverage"), (0, 1)),
+}
 
 
 def keys_of(family: str) -> list[str]:
@@ -69,7 +79,8 @@ class Score:
 
     n: images it is computed from. reference: the set it is measured against. extractor, weights_sha256, resize: the
     network behind it, None without one. reason: why value is null, or why it can't be compared with papers. protocol:
-    the one that decides this, None where papers have none. preparation: of the reference images, in words.
+    the one that decides this, None where papers have none. preparation: of the reference images, in words. interval:
+    of 95 %, over other images of the same kind and number; None where it is not computed.
     """
 
     value: float | None
@@ -82,6 +93,7 @@ class Score:
     reason: str = ""
     protocol: str | None = None
     preparation: str | None = None
+    interval: tuple[float, float] | None = None
 
 
 def metric_of(key: str) -> Metric:
@@ -121,6 +133,7 @@ class Scores:
         if score.value is not None and not math.isfinite(score.value):
             why = f"the computed value is {score.value}"
             score = dataclasses.replace(score, value=None, comparable_with_papers=False, reason=why)
+        score = dataclasses.replace(score, interval=_possible_part(key, score))
         if self.wants(key.split("/")[0]):
             self.by_key[key] = score
 
@@ -147,10 +160,23 @@ class Scores:
         return {key: dataclasses.asdict(score) for key, score in self.in_order().items()}
 
 
+def _possible_part(key: str, score: Score) -> tuple[float, float] | None:
+    """The interval without what lies outside the metric's range; None if it or the value is not finite."""
+    if score.value is None or score.interval is None or not all(map(math.isfinite, score.interval)):
+        return None
+    least, most = _RANGES.get(key.split("/")[0], (0, math.inf))
+    return max(least, score.interval[0]), min(most, score.interval[1])
+
+
 def score_or_null(
-    compute: Callable[[], float], n: int, reference: str | None, extractor: Extractor | None, standing: Standing
+    compute: Callable[[], float],
+    n: int,
+    reference: str | None,
+    extractor: Extractor | None,
+    standing: Standing,
+    error: Callable[[], float] | None = None,
 ) -> Score:
-    """A score; where there are too few images, one without a value."""
+    """A score; where there are too few images, one without a value. error: the standard error, for the interval."""
     value, reason = None, standing.reason
     try:
         value = float(compute())
@@ -158,4 +184,8 @@ def score_or_null(
         reason = str(few)
     name, sha256, resize = (extractor.name, extractor.weights_sha256, extractor.resize) if extractor else (None,) * 3
     rest = standing.protocol, standing.preparation
-    return Score(value, n, reference, name, sha256, resize, not reason, reason, *rest)
+    between = None
+    if value is not None and error is not None:
+        with contextlib.suppress(TooFew):
+            between = interval(value, error())
+    return Score(value, n, reference, name, sha256, resize, not reason, reason, *rest, interval=between)

@@ -24,7 +24,7 @@ from vqscale.config import Request, level_names, read_request
 from vqscale.data.images import preparation
 from vqscale.data.shards import Manifest, resolve
 from vqscale.evaluation.figures import is_number, metrics_of_run
-from vqscale.evaluation.report import format_value, template, with_unit
+from vqscale.evaluation.report import format_score, template, with_unit
 from vqscale.evaluation.scores import METRICS, Score, is_of_curve, metric_of
 from vqscale.fields import Choice, NonNegativeInt
 from vqscale.files import read_json, write_atomically
@@ -152,7 +152,7 @@ def card(models: Sequence[Exported], experiment: Path, config: ExportConfig) -> 
     scores = next(filter(None, (_scores(models, path) for path in sorted(experiment.glob("evaluate*")))), {})
     filters: dict[str, Any] = {
         "code": lambda text: Markup(f"`{printable(text).replace('`', chr(39))}`"),
-        "value": lambda value, key: Markup(format_value(key, value)),
+        "with_interval": lambda score, key: Markup(format_score(key, score)),
         "with_unit": with_unit,
         "yaml": lambda text: Markup(text if re.fullmatch(r"[\w.+-]+", text) else json.dumps(text)),
     }

@@ -72,7 +72,7 @@ def main(config: TrainClassifierConfig) -> None:
 def _extractor(config: TrainClassifierConfig, device: torch.device) -> Extractor | None:
     linear = config.model.network == "linear"
     if linear != bool(config.features):
-        needed = "needs features=lite0 or features=inception" if linear else "takes images, not features; leave it out"
+        needed = "needs features=lite0, lite2 or inception" if linear else "takes images, not features; leave it out"
         raise ValueError(f"features={config.features}: model.network={config.model.network} {needed}")
     if not linear:
         return None
