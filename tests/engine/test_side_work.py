@@ -27,9 +27,9 @@ def test_the_share_is_of_the_time_since_the_last_one(
             assert figures == {"fd_seconds": seconds, "fd_fraction": seconds / length}
         work.log_total()
     assert caplog.messages == [
-        "FD: 4.0 s, 4.0 % of the training time since the last",
-        "FD: 1.0 s, 2.0 % of the training time since the last",
-        "FD in all: 5.0 s, 3.3 % of the training time",
+        "FD: 4.0 s, 4.0 % of the training time since the last one",
+        "FD: 1.0 s, 2.0 % of the training time since the last one",
+        "FD total: 5.0 s, 3.3 % of the training time",
     ]
 
 

@@ -89,7 +89,15 @@ def test_the_distance_is_that_of_evaluate_and_leaves_training_as_it_is(chain: Pa
 
 
 @pytest.mark.parametrize(
-    ("case", "strategy"), [(VQVAE, "ddp"), (TOP, "ddp"), (BOTTOM, "ddp"), (VQVAE, "fsdp"), (TOP, "fsdp")]
+    ("case", "strategy"),
+    [
+        (VQVAE, "ddp"),
+        (TOP, "ddp"),
+        (BOTTOM, "ddp"),
+        (VQVAE, "fsdp"),
+        (TOP, "fsdp"),
+        ((*TOP, "precision=fp32"), "zero2"),
+    ],
 )
 def test_two_ranks_agree_with_one(chain: Path, case: tuple[str, ...], strategy: str) -> None:
     stage, name, key, *more = case
@@ -220,4 +228,4 @@ def test_a_prior_draws_at_its_own_cadence_and_its_cost_is_told(chain: Path, caps
     assert [seen for seen, _ in values("rare", BOTTOM[2])] == [64, 128, 160]
     assert all(0 < share <= 1 for _, share in values("rare", "fd_fraction"))
     told = capsys.readouterr().err
-    assert told.count("of the training time since the last") == 3 and "FD in all: " in told
+    assert told.count("of the training time since the last one") == 3 and "FD total: " in told

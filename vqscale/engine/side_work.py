@@ -44,11 +44,11 @@ class SideWork:
         self._total_seconds += seconds
         self._total_time += now - self._started
         self._seconds, self._started = 0.0, now
-        log.info("%s: %.1f s, %.1f %% of the training time since the last", self._name, seconds, 100 * fraction)
+        log.info("%s: %.1f s, %.1f %% of the training time since the last one", self._name, seconds, 100 * fraction)
         return {f"{self._name.lower()}_seconds": seconds, f"{self._name.lower()}_fraction": fraction}
 
     def log_total(self) -> None:
         """Of all evaluations since `start`."""
         if self._total_time:
             share = 100 * self._total_seconds / self._total_time
-            log.info("%s in all: %.1f s, %.1f %% of the training time", self._name, self._total_seconds, share)
+            log.info("%s total: %.1f s, %.1f %% of the training time", self._name, self._total_seconds, share)
