@@ -4,10 +4,9 @@ In: features, logits or values of images.  Out: standard errors; the randomness 
 
 A smooth metric moves by an image's influence, over n, when that image weighs more: the variance of the metric is that
 of the influences over n (the infinitesimal jackknife, Jaeckel 1972; Efron and Stein 1981). Shares of neighbourhoods are
-not smooth: they are computed again on random halves (Shao and Wu 1989). Both keep every image at most once. A bootstrap
-draws images twice, and a Fréchet distance of fewer distinct images is larger: its replicates all lie too high.
-An interval is about the expectation of the metric at as many images as it was computed from, the bias of which at a
-small n it does not show.
+not smooth: they are computed again on random halves (Shao and Wu 1989). Neither uses an image twice. A bootstrap does,
+and a Fréchet distance of fewer distinct images is larger: its replicates all lie too high.
+An interval is about the expectation of the metric at its own number of images. It does not show the bias at small n.
 Shapes: m generated and n real images, f features, c logits.
 """
 
