@@ -32,7 +32,7 @@ class DistanceConfig(FitConfig):
     outputs: ClassVar[tuple[str, ...]] = (*FitConfig.outputs, "statistics")
 
     evaluate_fd: bool = False  # also a Fréchet distance: docs/evaluation.md, "While training"
-    fd_extractor: Annotated[str, Choice("lite0", "inception")] = "lite0"  # the network of its features
+    fd_extractor: Annotated[str, Choice("lite0", "lite2", "inception")] = "lite0"  # the network of its features
     fd_weights: PathText = ""  # path of that network's weights; inception needs it
     allow_unverified_weights: bool = False  # take weights of an unknown sha256
 
