@@ -1,5 +1,6 @@
 """Indexes through the node's cache: read once, verified, counted, and replaced like the copies of tars."""
 
+import errno
 import multiprocessing
 import os
 from dataclasses import replace
@@ -10,7 +11,7 @@ import pytest
 from support.file_calls import counted
 
 from vqscale.data import cache as cache_module
-from vqscale.data.cache import Cache, NoRoom, Tars
+from vqscale.data.cache import Cache, NoRoom, RemoteTar, Tars
 from vqscale.data.images import ImageReader
 from vqscale.data.sequential import sequential_batches
 from vqscale.data.shards import Manifest, ShardInfo
@@ -120,6 +121,21 @@ def test_a_cache_that_went_away_costs_reads_and_nothing_else(indexed: Path, cach
     tars = Tars(indexed, manifest, cache)
     cache.shards.rename(cache.folder / "away")
     assert tars.read_index(1).keys == manifest.index(indexed, 1).keys
+
+
+def test_without_file_locks_indexes_are_read_from_where_they_are(
+    indexed: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(cache_module.fcntl, "flock", no_locks)
+    tars = Tars(indexed, Manifest.load(indexed), cache)
+    open_before = len(os.listdir("/proc/self/fd"))
+    assert len(tars.read_index(0)) == 7 and copies(cache) == [] == copies(cache, ".part")
+    with pytest.raises(ValueError, match=r"cache_dir=.*: No locks available while keeping https://host/0.tar"):
+        RemoteTar("https://host/0.tar", 1, "0" * 64, cache).open()
+    assert len(os.listdir("/proc/self/fd")) == open_before
 
 
 def test_a_description_cannot_name_files_outside_the_cache(indexed: Path, cache: Cache, tmp_path: Path) -> None:

@@ -275,19 +275,25 @@ def _open_copy(path: Path, size: int) -> int | None:
 
 
 def _lock(path: Path, flags: int) -> int | None:
-    """The file's descriptor, locked by us alone; None while another has it, or when it was removed meanwhile."""
+    """The file's descriptor, locked by us alone; None while another has it, or when it was removed meanwhile.
+
+    Raises OSError where a file cannot be made, or the file system has no locks.
+    """
     try:
         descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except FileNotFoundError:
         if flags & os.O_CREAT:
             raise  # there is no folder
         return None
-    with contextlib.suppress(OSError):
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(descriptor), os.stat(path)):
-            return descriptor
-    os.close(descriptor)
-    return None
+    is_ours = False
+    try:
+        with contextlib.suppress(BlockingIOError, FileNotFoundError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_ours = os.path.samestat(os.fstat(descriptor), os.stat(path))
+    finally:
+        if not is_ours:
+            os.close(descriptor)
+    return descriptor if is_ours else None
 
 
 def _index_bytes(path: Path, sha256: str, cache: Cache) -> bytes:
@@ -297,6 +303,8 @@ def _index_bytes(path: Path, sha256: str, cache: Cache) -> bytes:
         try:
             descriptor = _lock(part, os.O_RDWR | os.O_CREAT)
         except OSError:
+            with contextlib.suppress(OSError):
+                part.unlink()
             return path.read_bytes()
         if descriptor is None:
             time.sleep(_POLL / 10)  # another process, or thread, reads it
