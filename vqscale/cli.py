@@ -26,6 +26,7 @@ STAGES = {
     "extract_codes": "image shards + VQ-VAE-2 -> code shards",
     "train_prior": "code shards -> a class-conditional prior of one level",
     "sample": "VQ-VAE-2 + priors -> sample shards",
+    "tune_sampling": "VQ-VAE-2 + priors + images -> the sampling options that come nearest, as a sample.yaml",
     "train_classifier": "images, samples or reconstructions -> a classifier, for CAS and rejection sampling",
     "evaluate": "samples, reconstructions, codes -> scores.json and report.html",
 }
