@@ -76,6 +76,7 @@ def test_every_stage_that_computes_names_its_batch() -> None:
     keys = {stage: cli.stage_module(stage).Config.batch_key for stage in cli.STAGES}
     trainers = dict.fromkeys(("train_vqvae", "train_prior", "train_classifier"), "micro_batch")
     others = {"pack": "", "index": "", "extract_codes": "block", "sample": "batch", "evaluate": "batch"}
+    others["tune_sampling"] = "batch"
     assert keys == trainers | others
 
 

@@ -82,6 +82,22 @@ def test_it_searches_what_there_is_and_leaves_a_config_of_sample(
     assert "nothing left to do" in capsys.readouterr().err and results(run) == before
 
 
+def test_the_report_of_evaluate_shows_the_search(world: Any, tmp_path: Path) -> None:
+    run, report, config = tmp_path / "run", tmp_path / "scores" / "report.html", tmp_path / "small" / "evaluate.yaml"
+    assert cli.main(words(world, run)) == 0
+    config.parent.mkdir()
+    config.write_text("metrics: [psnr]\n")
+    evaluated = ["evaluate", str(config), *world.overrides(run_dir=report.parent)]
+    assert cli.main(evaluated) == 0
+    assert "Not searched: `vqscale tune_sampling`" in report.read_text()
+    assert cli.main([*evaluated, f"tuning={run}"]) == 0  # a new input: all is made anew
+    page = report.read_text()
+    assert ", of the defaults " in page and "Fréchet distance over temperature.bottom" in page
+    (run / "tuned.json").write_text('{"objective": 1}')
+    assert cli.main([*evaluated, f"tuning={run}"]) == 0
+    assert "Not searched: `vqscale tune_sampling`" in report.read_text()
+
+
 @pytest.mark.parametrize("draws", [3, 9, 19])
 def test_stopped_and_run_again_is_as_never_stopped(
     world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, draws: int

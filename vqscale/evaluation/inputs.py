@@ -69,6 +69,7 @@ class EvaluateConfig(ReadsShards):
     classifier_samples: PathText = run_of("train_classifier_samples")  # learned from samples, for CAS
     classifier_reconstructions: PathText = run_of("train_classifier_reconstructions")  # learned from reconstructions
     classifier_real: PathText = run_of("train_classifier_real")  # learned from real images, for CAS and rejection
+    tuning: PathText = run_of("tune_sampling")  # a search for sampling options, whose curves the report shows
     metrics: list[str] = field(default_factory=list)  # keys of scores.json without the level; [] = all possible
     protocol: Annotated[str, Choice("", *PROTOCOLS)] = ""  # measure as these papers do, or refuse; "" = judge alone
     extractor: Annotated[str, Choice(*EXTRACTORS)] = "lite0"  # vgg16: for precision and recall as first published
@@ -223,6 +224,7 @@ def find_inputs(config: EvaluateConfig, device: torch.device, topology: Topology
     """
     absent: dict[str, str] = {}
     weights = {key: Path(getattr(config, key)) for key in ("weights", "vgg16_weights")}
+    weights["tuning"] = Path(config.tuning) / "tuned.json"
     ranks: Any = {"device": device, "topology": topology}
     model = partial(load_model, weights_kind=config.weights_kind, **ranks)
     classifier = partial(ImageClassifier.load, weights={config.extractor: config.weights}, **ranks)

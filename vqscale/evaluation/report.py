@@ -21,6 +21,7 @@ from vqscale.evaluation.figures import ERROR_FULL, Chart, chart_svg, error_map, 
 from vqscale.evaluation.reconstructions import Examples
 from vqscale.evaluation.samples import Neighbours
 from vqscale.evaluation.scores import Score, is_of_curve, metric_of
+from vqscale.evaluation.search import SearchResult
 from vqscale.text import printable_lines, redact_url
 
 # What the papers state. Grade P: read in the paper or the authors' code; S: transcribed by a secondary source. Values
@@ -67,6 +68,7 @@ class Report:
     usage: Mapping[str, Int[np.ndarray, " k"]] = field(default_factory=dict)
     curves: Mapping[str, list[dict[str, Any]]] = field(default_factory=dict)
     neighbours: Neighbours | None = None
+    search: SearchResult | None = None
     checks: Sequence[str] = ()
     provenance: Sequence[Mapping[str, Any]] = ()
     footer: str = ""
@@ -87,6 +89,7 @@ def render(report: Report) -> str:
         error_full=ERROR_FULL,
         error_map=error_map,
         usage_svg=usage_svg,
+        chart_svg=chart_svg,
     )
 
 

@@ -24,6 +24,7 @@ from vqscale.evaluation.protocols import benchmark_of
 from vqscale.evaluation.reconstructions import Examples, ReconstructionResults
 from vqscale.evaluation.samples import SampleResults
 from vqscale.evaluation.scores import Scores, is_of_curve
+from vqscale.evaluation.search import read_result
 from vqscale.files import read_json, write_atomically, write_json
 from vqscale.rundir import read_status
 from vqscale.text import printable, redact_url
@@ -61,6 +62,7 @@ def write_results(bench: Bench, inputs: Inputs, results: Results) -> None:
             examples=examples,
             usage=results.codes.usage,
             neighbours=results.samples.neighbours,
+            search=read_result(Path(config.tuning)),
             checks=results.samples.checks,
             curves={model.path.name: metrics_of_run(model.path) for model in inputs.models.values()},
             provenance=_provenance(run_dir, inputs),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vqscale.evaluation.figures import Chart, is_number
-from vqscale.files import read_jsonl
+from vqscale.files import read_json, read_jsonl
 
 Setting = dict[str, Any]  # "temperature.top" -> its value, of every option and level that is searched
 
@@ -28,7 +28,7 @@ class Line:
 
 def read_search(path: Path) -> list[Line]:
     """The lines of search.jsonl in the order in which they were measured; none where there is no file."""
-    return [Line(**line) for line in read_jsonl(path)]
+    return [Line(**line) for line in read_jsonl(path) if line.keys() == Line.__dataclass_fields__.keys()]
 
 
 def search_charts(lines: Sequence[Line], objective: str) -> list[Chart]:
@@ -51,6 +51,23 @@ def _curve(lines: Iterable[Line], key: str, n: int, objective: str) -> dict[floa
         rest = str({**line.setting, key: None})
         groups.setdefault(rest, {})[line.setting[key]] = getattr(line, objective)
     return dict(sorted(max(groups.values(), key=len, default={}).items()))
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """For the report."""
+
+    words: str
+    charts: list[Chart]
+
+
+def read_result(folder: Path) -> SearchResult | None:
+    """Of the run in a folder; None where no search has finished there, or its tuned.json is damaged."""
+    tuned, lines = read_json(folder / "tuned.json"), read_search(folder / "search.jsonl")
+    try:
+        return SearchResult(result_in_words(tuned), search_charts(lines, tuned["objective"]))
+    except (KeyError, TypeError, AttributeError, ValueError):
+        return None
 
 
 def result_in_words(tuned: Mapping[str, Any]) -> str:

@@ -116,7 +116,7 @@ Config = TuneSamplingConfig
 def main(config: TuneSamplingConfig) -> None:
     """Search into `config.run_dir`. Raises ValueError for models or images that do not belong together, or too few."""
     with runtime.run(config, "tune_sampling") as run:
-        chain = load_chain(sample_config(config, {}), run.topology.device)
+        chain = load_chain(sample_config(config, {}), run.topology.device, run.topology)
         bench, training, reference = open_images(config, chain, run)
         assert bench.extractor is not None
         images = {"training": training.fingerprint, "reference": reference.fingerprint}
@@ -152,7 +152,7 @@ def open_images(config: TuneSamplingConfig, chain: Chain, run: runtime.Run) -> t
     or of other classes or another size than the models'."""
     none = [f"classifier_{name}" for name in LEARNED_FROM] + [f"prior_{level}" for level in level_names(3)]
     evaluation = EvaluateConfig(**_shared(config, EvaluateConfig) | dict.fromkeys(["samples", "codes", *none], "none"))
-    inputs = find_inputs(evaluation, run.topology.device)
+    inputs = find_inputs(evaluation, run.topology.device, run.topology)
     both = [_checked(key, getattr(inputs, key) or inputs.absent[key], chain) for key in ("training", "reference")]
     return open_bench(evaluation, run, Scores(["precision"])), both[0], both[1]
 
@@ -167,6 +167,16 @@ def _checked(key: str, data: Any, chain: Chain) -> DataSet:
     if list(data.manifest.classes) != chain.classes:
         raise ValueError(f"{key}={data.name}: has other classes ({theirs}) than the priors ({ours})")
     return data
+
+
+def values_of(config: TuneSamplingConfig) -> dict[str, list[Any]]:
+    """By option the values that are tried."""
+    return {
+        "temperature": config.temperatures,
+        "top_p": config.top_ps,
+        "guidance": config.guidances,
+        "guidance_schedule": config.guidance_schedules,
+    }
 
 
 def axes_of(chain: Chain) -> Iterator[tuple[str, str]]:
@@ -184,8 +194,7 @@ class Tuner:
         self.config, self.bench, self.run = config, bench, bench.run
         self._chain, self._reference, self._began = chain, reference, time.monotonic()
         self._resolution = chain.vqvae.description["resolution"]
-        shards = range(len(training.manifest.shards))
-        self._labels = np.sort(np.concatenate([training.manifest.index(training.folder, n).labels for n in shards]))
+        self._labels = np.sort(training.labels())
         self._codes: dict[str, tuple[Setting, dict[range, Tensor]]] = {}  # by level
         self._path = self.run.run_dir / "search.jsonl"
         self.lines = self.run.topology.on_main(lambda: read_search(self._path))
@@ -206,7 +215,7 @@ class Tuner:
         for number in range(self.config.rounds):
             before = best
             for level, option in axes_of(self._chain):
-                best = self._along(best, f"{option}.{level}", getattr(self.config, f"{option}s"))
+                best = self._along(best, f"{option}.{level}", values_of(self.config)[option])
             if best == before and number:
                 break
         return best
@@ -415,7 +424,7 @@ def plan(config: TuneSamplingConfig) -> str:
     """The most that the search can draw, for --dry-run."""
     chain = load_chain(sample_config(config, {}), torch.device("cpu"))
     axes = list(axes_of(chain))
-    coarse = sum(len(getattr(config, f"{option}s")) + 2 * config.refinements for _, option in axes)
+    coarse = sum(len(values_of(config)[option]) + 2 * config.refinements for _, option in axes)
     full = len(axes) * (1 + config.survivors + config.refinements)
     return (
         f"\noptions: {', '.join(f'{option}.{level}' for level, option in axes)}"
