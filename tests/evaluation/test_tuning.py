@@ -14,13 +14,13 @@ from support.extractors import projection
 from vqscale import cli
 from vqscale.config import as_dict, load
 from vqscale.evaluation import passes
-from vqscale.evaluation.search import Line, search_charts
+from vqscale.evaluation.search import Line, judge, search_charts
 from vqscale.evaluation.statistics import FeatureSet, moments_of
 from vqscale.models.pretrained import save_pretrained
 from vqscale.sources import load_model
 from vqscale.stages import tune_sampling as stage
 from vqscale.stages.sample import SampleConfig
-from vqscale.stages.tune_sampling import Tuner, TuneSamplingConfig, halfway, judge
+from vqscale.stages.tune_sampling import Tuner, TuneSamplingConfig, halfway
 
 CONFIG = Path(__file__).parents[2] / "configs" / "debug" / "tune_sampling.yaml"
 RESULTS = ("search.jsonl", "search.png", "tuned.json", "sample.yaml")
@@ -173,8 +173,9 @@ class Landscape(Tuner):
 def test_the_search_ends_in_the_valley_and_leaves_out_what_lies_behind_a_rise(
     objective: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stage, "axes_of", lambda _: [("top", "temperature"), ("top", "top_p")])
     values = {"temperatures": [0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2], "top_ps": [0.8, 0.9, 1.0]}
+    axes = [("temperature.top", values["temperatures"]), ("top_p.top", values["top_ps"])]
+    monkeypatch.setattr(stage, "axes_of", lambda *_: axes)
     tuner = Landscape(TuneSamplingConfig(objective=objective, **values), {"temperature.top": 0.84, "top_p.top": 1.0})
     assert tuner.search() == {"temperature.top": 0.85, "top_p.top": 1.0}
     tried = {line.setting["temperature.top"] for line in tuner.lines}
@@ -214,8 +215,8 @@ def test_the_difference_of_near_settings_is_surer_than_either() -> None:
         ({"reference": "{tmp}/nowhere"}, "nowhere does not exist"),
         ({"reference": "{root}/samples"}, "reference={root}/samples: these are samples"),
         ({"reference_images": 7}, "reference={root}/pack: 7 images, at least 8 are needed"),
-        ({"samples": 7}, "samples=7: must be at least 8"),
-        ({"coarse_samples": 64}, "coarse_samples=64 is more than samples=48"),
+        ({"coarse_samples": 7}, "coarse_samples=7: must be from 8 to samples=48"),
+        ({"coarse_samples": 64}, "coarse_samples=64: must be from 8 to samples=48"),
         ({"objective": "kid"}, "objective=kid: choose from fd, f1"),
         ({"extractor": "inception"}, "there is no network"),
         ({"prior_bottom": "{root}/prior_top"}, "this is a prior of the top level"),

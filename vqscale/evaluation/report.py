@@ -21,7 +21,6 @@ from vqscale.evaluation.figures import ERROR_FULL, Chart, chart_svg, error_map, 
 from vqscale.evaluation.reconstructions import Examples
 from vqscale.evaluation.samples import Neighbours
 from vqscale.evaluation.scores import Score, is_of_curve, metric_of
-from vqscale.evaluation.search import SearchResult
 from vqscale.text import printable_lines, redact_url
 
 # What the papers state. Grade P: read in the paper or the authors' code; S: transcribed by a secondary source. Values
@@ -68,7 +67,7 @@ class Report:
     usage: Mapping[str, Int[np.ndarray, " k"]] = field(default_factory=dict)
     curves: Mapping[str, list[dict[str, Any]]] = field(default_factory=dict)
     neighbours: Neighbours | None = None
-    search: SearchResult | None = None
+    search: tuple[str, Sequence[Chart]] | None = None  # of sampling options: in words, and curves
     checks: Sequence[str] = ()
     provenance: Sequence[Mapping[str, Any]] = ()
     footer: str = ""

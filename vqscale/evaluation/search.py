@@ -1,16 +1,27 @@
-"""The search for sampling options, as `vqscale tune_sampling` leaves it on disk: its lines, and its curves.
+"""The search for sampling options, `vqscale tune_sampling`: how settings are measured, its lines on disk, its curves.
 
-In: search.jsonl and tuned.json of such a run.  Out: `Line`s; charts for its own picture and the report of `evaluate`.
+In: features; search.jsonl and tuned.json of such a run.  Out: `Line`s, a `Judgement`; charts for the run's own picture
+and the report of `evaluate`.  Shapes: m generated and n real images, f features.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vqscale.evaluation import intervals
 from vqscale.evaluation.figures import Chart, is_number
+from vqscale.evaluation.metrics import frechet, precision_recall
+from vqscale.evaluation.statistics import FeatureSet
 from vqscale.files import read_json, read_jsonl
 
+Interval = dict[str, float]  # value, low, high
+Judgement = dict[str, dict[str, Interval]]  # by metric: chosen, defaults, difference
 Setting = dict[str, Any]  # "temperature.top" -> its value, of every option and level that is searched
 
 
@@ -29,6 +40,48 @@ class Line:
 def read_search(path: Path) -> list[Line]:
     """The lines of search.jsonl in the order in which they were measured; none where there is no file."""
     return [Line(**line) for line in read_jsonl(path) if line.keys() == Line.__dataclass_fields__.keys()]
+
+
+def compared(setting: Setting, n: int, generated: FeatureSet, real: FeatureSet) -> Line:
+    """One line of the search."""
+    return Line(n, setting, frechet(generated, real), *shares(generated.features, real.features))
+
+
+def shares(generated: Float[Tensor, "m f"], real: Float[Tensor, "n f"]) -> tuple[float, float, float]:
+    """Precision, recall, and their harmonic mean F1 (0 where both are 0), of features [m, f] and [n, f]."""
+    precision, recall = precision_recall(generated, real)
+    return precision, recall, 2 * precision * recall / max(precision + recall, 1e-12)
+
+
+def judge(chosen: FeatureSet, defaults: FeatureSet, real: FeatureSet, seed: int) -> Judgement:
+    """fd, precision, recall and f1 of both, and chosen less defaults, each with a 95 % interval.
+
+    Both are of the same sample ids and are measured against the same images: what these vary by goes out of the
+    difference.
+    """
+    sets, theirs = (chosen, defaults), real.gaussians["pooled"]
+    each = [intervals.frechet_influences(one.gaussians["pooled"], theirs, one.features, real.features) for one in sets]
+    each.append((each[0][0] - each[1][0], each[0][1] - each[1][1]))
+    errors = [math.hypot(*map(intervals.error_of_mean, pair)) for pair in each]
+    scores = {"fd": _three([frechet(one, real) for one in sets], errors)}
+    width = chosen.features.shape[1]
+
+    def both(generated: Tensor, images: Tensor) -> list[float]:
+        first, second = (shares(part, images[:, :width]) for part in generated.split(width, dim=1))
+        return [*first, *second, *(a - b for a, b in zip(first, second, strict=True))]
+
+    pairs = torch.cat((chosen.features, defaults.features), dim=1), real.features.repeat(1, 2)
+    values, errors = both(*pairs), intervals.errors_by_halves(both, *pairs, seed)
+    for place, name in enumerate(("precision", "recall", "f1")):
+        scores[name] = _three(values[place:6:3], errors[place::3])
+    return scores
+
+
+def _three(values: Sequence[float], errors: Sequence[float]) -> dict[str, Interval]:
+    """Of two values, their difference and the standard errors of all three."""
+    three = zip(("chosen", "defaults", "difference"), [*values, values[0] - values[1]], errors, strict=True)
+    ends = {name: (value, *intervals.interval(value, error)) for name, value, error in three}
+    return {name: {"value": value, "low": low, "high": high} for name, (value, low, high) in ends.items()}
 
 
 def search_charts(lines: Sequence[Line], objective: str) -> list[Chart]:
@@ -53,19 +106,11 @@ def _curve(lines: Iterable[Line], key: str, n: int, objective: str) -> dict[floa
     return dict(sorted(max(groups.values(), key=len, default={}).items()))
 
 
-@dataclass(frozen=True)
-class SearchResult:
-    """For the report."""
-
-    words: str
-    charts: list[Chart]
-
-
-def read_result(folder: Path) -> SearchResult | None:
-    """Of the run in a folder; None where no search has finished there, or its tuned.json is damaged."""
+def read_result(folder: Path) -> tuple[str, list[Chart]] | None:
+    """Of the run in a folder, in words and curves; None where no search has finished, or its tuned.json is damaged."""
     tuned, lines = read_json(folder / "tuned.json"), read_search(folder / "search.jsonl")
     try:
-        return SearchResult(result_in_words(tuned), search_charts(lines, tuned["objective"]))
+        return result_in_words(tuned), search_charts(lines, tuned["objective"])
     except (KeyError, TypeError, AttributeError, ValueError):
         return None
 

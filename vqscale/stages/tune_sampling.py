@@ -12,10 +12,9 @@ Shapes: b samples, n sorted labels, R pixels a side.
 """
 
 import json
-import math
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,40 +29,20 @@ from vqscale import runtime
 from vqscale.batch import Batch
 from vqscale.config import ReadsShards, StageConfig, as_dict, level_names, run_of
 from vqscale.data.images import to_uint8
-from vqscale.evaluation import intervals
+from vqscale.evaluation import passes, search
 from vqscale.evaluation.features import EXTRACTORS
 from vqscale.evaluation.figures import charts_png
 from vqscale.evaluation.inputs import LEARNED_FROM, DataSet, EvaluateConfig, find_inputs
-from vqscale.evaluation.metrics import PRC_NEIGHBOURS, frechet, precision_recall
-from vqscale.evaluation.passes import (
-    Bench,
-    chunk_collector,
-    compute_chunks,
-    feature_rows,
-    features_of,
-    open_bench,
-    read_chunks,
-    unfinished,
-)
+from vqscale.evaluation.metrics import PRC_NEIGHBOURS
 from vqscale.evaluation.scores import Scores
-from vqscale.evaluation.search import Line, Setting, read_search, result_in_words, search_charts
+from vqscale.evaluation.search import Judgement, Line, Setting
 from vqscale.evaluation.statistics import FeatureSet, key_of_facts
-from vqscale.fields import (
-    Choice,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PathText,
-    PositiveFraction,
-    PositiveInt,
-    Range,
-    field_names,
-)
+from vqscale.fields import Choice, NonNegativeFloat, NonNegativeInt, PathText, PositiveFraction, PositiveInt
 from vqscale.files import write_atomically, write_json
 from vqscale.models.sampling import SCHEDULES
 from vqscale.stages.sample import Chain, SampleConfig, draw_level, load_chain
 from vqscale.text import format_duration
 
-Interval = dict[str, float]  # value, low, high
 _FEWEST = 2 * (PRC_NEIGHBOURS + 1)  # images, of whose halves precision and recall are defined
 _DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "guidance": 0.0, "guidance_schedule": "constant"}
 _GOLDEN = (5**0.5 - 1) / 2  # steps of this share fill [0, 1) evenly, however many they are
@@ -85,8 +64,8 @@ class TuneSamplingConfig(ReadsShards):
     training: PathText = run_of("pack")  # real images that guide the search (the train part)
     reference: PathText = run_of("pack")  # real images that judge its result (the holdout part)
     objective: Annotated[str, Choice("fd", "f1")] = "fd"  # the least Fréchet distance, or the best F1: see docs
-    samples: Annotated[int, Range(ge=_FEWEST)] = 2_000  # drawn of a setting that may win
-    coarse_samples: Annotated[int, Range(ge=_FEWEST)] = 500  # drawn of any setting
+    samples: PositiveInt = 2_000  # drawn of a setting that may win
+    coarse_samples: PositiveInt = 500  # drawn of any setting
     survivors: PositiveInt = 2  # rivals that go on from coarse_samples to samples, of each option and level
     rounds: PositiveInt = 2  # through all options at most; the search ends after one that changed nothing
     refinements: NonNegativeInt = 1  # times to look halfway between the best value and its neighbours
@@ -106,8 +85,9 @@ class TuneSamplingConfig(ReadsShards):
     reference_images: NonNegativeInt = 0  # at most so many reference images; 0 = all
 
     def __post_init__(self) -> None:
-        if self.coarse_samples > self.samples:
-            raise ValueError(f"coarse_samples={self.coarse_samples} is more than samples={self.samples}")
+        if not _FEWEST <= self.coarse_samples <= self.samples:
+            needed = f"must be from {_FEWEST} to samples={self.samples}"
+            raise ValueError(f"coarse_samples={self.coarse_samples}: {needed}")
 
 
 Config = TuneSamplingConfig
@@ -121,7 +101,7 @@ def main(config: TuneSamplingConfig) -> None:
         assert bench.extractor is not None
         images = {"training": training.fingerprint, "reference": reference.fingerprint}
         run.check_inputs(chain.fingerprints | images | {"extractor": bench.extractor.weights_sha256})
-        done = [run.run_dir / name for name in ("tuned.json", "sample.yaml", "search.png")]
+        done = [run.run_dir / name for name in ("tuned.json", "sample.yaml")]
         if run.topology.on_main(lambda: run.was_done and all(path.is_file() for path in done)):
             runtime.log.info("nothing left to do: the best setting is in %s", run.run_dir / "sample.yaml")
             return
@@ -144,17 +124,17 @@ def sample_config(config: TuneSamplingConfig, setting: Setting) -> SampleConfig:
 
 
 def _shared(config: TuneSamplingConfig, other: type[StageConfig]) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in field_names(other) if name in field_names(type(config))}
+    return {name: value for name, value in vars(config).items() if name in other.__dataclass_fields__}
 
 
-def open_images(config: TuneSamplingConfig, chain: Chain, run: runtime.Run) -> tuple[Bench, DataSet, DataSet]:
+def open_images(config: TuneSamplingConfig, chain: Chain, run: runtime.Run) -> tuple[passes.Bench, DataSet, DataSet]:
     """What computes features, the training and the reference images. Raises ValueError where there are none, too few,
     or of other classes or another size than the models'."""
     none = [f"classifier_{name}" for name in LEARNED_FROM] + [f"prior_{level}" for level in level_names(3)]
     evaluation = EvaluateConfig(**_shared(config, EvaluateConfig) | dict.fromkeys(["samples", "codes", *none], "none"))
     inputs = find_inputs(evaluation, run.topology.device, run.topology)
     both = [_checked(key, getattr(inputs, key) or inputs.absent[key], chain) for key in ("training", "reference")]
-    return open_bench(evaluation, run, Scores(["precision"])), both[0], both[1]
+    return passes.open_bench(evaluation, run, Scores(["precision"])), both[0], both[1]
 
 
 def _checked(key: str, data: Any, chain: Chain) -> DataSet:
@@ -169,36 +149,30 @@ def _checked(key: str, data: Any, chain: Chain) -> DataSet:
     return data
 
 
-def values_of(config: TuneSamplingConfig) -> dict[str, list[Any]]:
-    """By option the values that are tried."""
-    return {
-        "temperature": config.temperatures,
-        "top_p": config.top_ps,
-        "guidance": config.guidances,
-        "guidance_schedule": config.guidance_schedules,
-    }
-
-
-def axes_of(chain: Chain) -> Iterator[tuple[str, str]]:
-    """(level, option) of all that can be searched. A prior without class dropout cannot be guided."""
+def axes_of(chain: Chain, config: TuneSamplingConfig) -> Iterator[tuple[str, list[Any]]]:
+    """All that can be searched, and its values. A prior without class dropout cannot be guided."""
     for level, prior in chain.priors.items():
-        yield from ((level, option) for option in ("temperature", "top_p"))
+        yield f"temperature.{level}", config.temperatures
+        yield f"top_p.{level}", config.top_ps
         if prior.model.config.class_dropout:
-            yield from ((level, option) for option in ("guidance", "guidance_schedule"))
+            yield f"guidance.{level}", config.guidances
+            yield f"guidance_schedule.{level}", config.guidance_schedules
 
 
 class Tuner:
     """The search, on all ranks: each draws its share of a setting's samples, and all take the same way."""
 
-    def __init__(self, config: TuneSamplingConfig, chain: Chain, bench: Bench, training: DataSet, reference: DataSet):
+    def __init__(
+        self, config: TuneSamplingConfig, chain: Chain, bench: passes.Bench, training: DataSet, reference: DataSet
+    ):
         self.config, self.bench, self.run = config, bench, bench.run
         self._chain, self._reference, self._began = chain, reference, time.monotonic()
         self._resolution = chain.vqvae.description["resolution"]
         self._labels = np.sort(training.labels())
         self._codes: dict[str, tuple[Setting, dict[range, Tensor]]] = {}  # by level
         self._path = self.run.run_dir / "search.jsonl"
-        self.lines = self.run.topology.on_main(lambda: read_search(self._path))
-        self.defaults: Setting = {f"{option}.{level}": _DEFAULTS[option] for level, option in axes_of(chain)}
+        self.lines = self.run.topology.on_main(lambda: search.read_search(self._path))
+        self.defaults: Setting = {key: _DEFAULTS[key.split(".")[0]] for key, _ in axes_of(chain, config)}
         self.run.images_seen = sum(self.settings.values())
         self._training, self._training_words = self._features_of(training), training.describe()
 
@@ -212,11 +186,11 @@ class Tuner:
     def search(self) -> Setting:
         """The best setting."""
         best = self.defaults
-        for number in range(self.config.rounds):
+        for _ in range(self.config.rounds):
             before = best
-            for level, option in axes_of(self._chain):
-                best = self._along(best, f"{option}.{level}", values_of(self.config)[option])
-            if best == before and number:
+            for key, values in axes_of(self._chain, self.config):
+                best = self._along(best, key, values)
+            if best == before:
                 break
         return best
 
@@ -277,7 +251,7 @@ class Tuner:
         features = self._features(setting, range(n))
 
         def write() -> Line:
-            line = compared(setting, n, features, self._training)
+            line = search.compared(setting, n, features, self._training)
             text = "".join(json.dumps(vars(line)) + "\n" for line in [*self.lines, line])
             write_atomically(self._path, text)
             return line
@@ -288,25 +262,26 @@ class Tuner:
 
     def _features(self, setting: Setting, ids: range) -> FeatureSet:
         """Of the samples with these ids, from files where they were computed before."""
-        topology, batch = self.run.topology, self.config.batch
-        extractor = self.bench.extractor
+        topology, batch, extractor = self.run.topology, self.config.batch, self.bench.extractor
         assert extractor is not None
         folder = self.run.run_dir / "features" / key_of_facts(setting)[:24]
         chunks = [range(first, min(first + batch, ids.stop)) for first in range(ids.start, ids.stop, batch)]
         mine = chunks[topology.rank :: topology.world_size]
-        missing = unfinished(folder, mine)
+        missing = passes.unfinished(folder, mine)
         changed = [f"{key}={value}" for key, value in setting.items() if value != self.defaults[key]]
         watched = self.bench.watch(missing, " ".join(changed) or "the defaults")
         drawn = (self._draw(setting, chunk) for chunk in watched)
         with self.run.stoppable():  # within a block of samples, too
-            compute_chunks(folder, missing, drawn, lambda images: feature_rows(extractor(images["image"])), batch)
-        collector = chunk_collector(len(ids), self._resolution, extractor, topology)
-        for chunk, rows in read_chunks(folder, mine):
+            passes.compute_chunks(
+                folder, missing, drawn, lambda images: passes.feature_rows(extractor(images["image"])), batch
+            )
+        collector = passes.chunk_collector(len(ids), self._resolution, extractor, topology)
+        for chunk, rows in passes.read_chunks(folder, mine):
             collector.add_chunk(range(chunk.start - ids.start, chunk.stop - ids.start), rows)
         return _in_order(collector.finish())
 
     def _features_of(self, images: DataSet) -> FeatureSet:
-        return _in_order(features_of(self.bench, images, self._resolution))
+        return _in_order(passes.features_of(self.bench, images, self._resolution))
 
     @torch.inference_mode()
     def _draw(self, setting: Setting, ids: range) -> Batch:
@@ -336,20 +311,20 @@ class Tuner:
 
     # --- the end ----------------------------------------------------------------------------------------------------
 
-    def compare(self, best: Setting) -> dict[str, dict[str, Interval]]:
+    def compare(self, best: Setting) -> Judgement:
         """The best setting and the defaults on samples and images that the search has not seen; see `judge`."""
         ids = range(self.config.samples, 2 * self.config.samples)
         real = self._features_of(self._reference)
         chosen, defaults = (self._features(setting, ids) for setting in (best, self.defaults))
-        scores = self.run.topology.on_main(lambda: judge(chosen, defaults, real, self.config.seed))
+        scores = self.run.topology.on_main(lambda: search.judge(chosen, defaults, real, self.config.seed))
         self.run.images_seen += 2 * len(ids)
         return scores
 
-    def write_results(self, best: Setting, scores: Mapping[str, Mapping[str, Interval]]) -> None:
+    def write_results(self, best: Setting, scores: Judgement) -> None:
         """search.png, sample.yaml, tuned.json; the samples' features go."""
         run_dir, config, extractor = self.run.run_dir, self.config, self.bench.extractor
         assert extractor is not None
-        if charts := search_charts(self.lines, config.objective):
+        if charts := search.search_charts(self.lines, config.objective):
             write_atomically(run_dir / "search.png", charts_png(charts))
         written = {key: value for key, value in as_dict(sample_config(config, best)).items() if value not in ("", {})}
         write_atomically(run_dir / "sample.yaml", _HEADER + yaml.safe_dump(written, sort_keys=False))
@@ -359,7 +334,7 @@ class Tuner:
         settings = {"objective": config.objective, "chosen": best, "defaults": self.defaults}
         tuned = settings | {"scores": scores} | about | cost
         write_json(run_dir / "tuned.json", tuned)
-        runtime.log.info("%s", result_in_words(tuned))
+        runtime.log.info("%s", search.result_in_words(tuned))
         shutil.rmtree(run_dir / "features", ignore_errors=True)
 
 
@@ -374,60 +349,12 @@ def halfway(value: float, values: Sequence[float]) -> list[float]:
     return [round((value + other) / 2, 6) for other in values[max(0, here - 1) : here + 2] if other != value]
 
 
-def compared(setting: Setting, n: int, generated: FeatureSet, real: FeatureSet) -> Line:
-    """One line of the search."""
-    return Line(n, setting, frechet(generated, real), *shares(generated.features, real.features))
-
-
-def shares(generated: Tensor, real: Tensor) -> tuple[float, float, float]:
-    """Precision, recall, and their harmonic mean F1 (0 where both are 0), of features [m, f] and [n, f]."""
-    precision, recall = precision_recall(generated, real)
-    return precision, recall, 2 * precision * recall / max(precision + recall, 1e-12)
-
-
-def judge(chosen: FeatureSet, defaults: FeatureSet, real: FeatureSet, seed: int) -> dict[str, dict[str, Interval]]:
-    """fd, precision, recall and f1 of both, and chosen less defaults, each with a 95 % interval.
-
-    Both are of the same sample ids and are measured against the same images: what these vary by goes out of the
-    difference.
-    """
-    influences = [
-        intervals.frechet_influences(one.gaussians["pooled"], real.gaussians["pooled"], one.features, real.features)
-        for one in (chosen, defaults)
-    ]
-    (ours, our_real), (theirs, their_real) = influences
-    distances = [frechet(chosen, real), frechet(defaults, real)]
-    terms = [(ours, our_real), (theirs, their_real), (ours - theirs, our_real - their_real)]
-    errors = [math.hypot(*map(intervals.error_of_mean, pair)) for pair in terms]
-    scores = {"fd": _three(distances, errors)}
-    width = chosen.features.shape[1]
-
-    def both(generated: Tensor, images: Tensor) -> list[float]:
-        first, second = (shares(part, images[:, :width]) for part in generated.split(width, dim=1))
-        return [*first, *second, *(a - b for a, b in zip(first, second, strict=True))]
-
-    pairs = torch.cat((chosen.features, defaults.features), dim=1), real.features.repeat(1, 2)
-    values, errors = both(*pairs), intervals.errors_by_halves(both, *pairs, seed)
-    for place, name in enumerate(("precision", "recall", "f1")):
-        scores[name] = _three(values[place:6:3], errors[place::3])
-    return scores
-
-
-def _three(values: Sequence[float], errors: Sequence[float]) -> dict[str, Interval]:
-    """Of two values, their difference and the standard errors of all three."""
-    three = zip(("chosen", "defaults", "difference"), [*values, values[0] - values[1]], errors, strict=True)
-    ends = {name: (value, *intervals.interval(value, error)) for name, value, error in three}
-    return {name: {"value": value, "low": low, "high": high} for name, (value, low, high) in ends.items()}
-
-
 def plan(config: TuneSamplingConfig) -> str:
     """The most that the search can draw, for --dry-run."""
-    chain = load_chain(sample_config(config, {}), torch.device("cpu"))
-    axes = list(axes_of(chain))
-    coarse = sum(len(values_of(config)[option]) + 2 * config.refinements for _, option in axes)
-    full = len(axes) * (1 + config.survivors + config.refinements)
+    axes = dict(axes_of(load_chain(sample_config(config, {}), torch.device("cpu")), config))
+    coarse = config.rounds * sum(len(values) + 2 * config.refinements for values in axes.values())
+    full = config.rounds * len(axes) * (1 + config.survivors + config.refinements)
     return (
-        f"\noptions: {', '.join(f'{option}.{level}' for level, option in axes)}"
-        f"\nat most, in each of {config.rounds} rounds: {coarse} settings of {config.coarse_samples:,} samples, of "
-        f"which {full} go on to {config.samples:,}; then {2 * config.samples:,} samples to compare"
+        f"\nsearched: {', '.join(axes)}\nat most {coarse} settings of {config.coarse_samples:,} samples, of which "
+        f"{full} go on to {config.samples:,}; then twice {config.samples:,} samples to compare"
     )
