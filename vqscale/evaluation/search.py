@@ -20,8 +20,7 @@ from vqscale.evaluation.metrics import frechet, precision_recall
 from vqscale.evaluation.statistics import FeatureSet
 from vqscale.files import read_json, read_jsonl
 
-Interval = dict[str, float]  # value, low, high
-Judgement = dict[str, dict[str, Interval]]  # by metric: chosen, defaults, difference
+Judgement = dict[str, dict[str, dict[str, float]]]  # metric -> chosen, defaults, difference -> value, low, high
 Setting = dict[str, Any]  # "temperature.top" -> its value, of every option and level that is searched
 
 
@@ -40,11 +39,6 @@ class Line:
 def read_search(path: Path) -> list[Line]:
     """The lines of search.jsonl in the order in which they were measured; none where there is no file."""
     return [Line(**line) for line in read_jsonl(path) if line.keys() == Line.__dataclass_fields__.keys()]
-
-
-def compared(setting: Setting, n: int, generated: FeatureSet, real: FeatureSet) -> Line:
-    """One line of the search."""
-    return Line(n, setting, frechet(generated, real), *shares(generated.features, real.features))
 
 
 def shares(generated: Float[Tensor, "m f"], real: Float[Tensor, "n f"]) -> tuple[float, float, float]:
@@ -72,12 +66,11 @@ def judge(chosen: FeatureSet, defaults: FeatureSet, real: FeatureSet, seed: int)
 
     pairs = torch.cat((chosen.features, defaults.features), dim=1), real.features.repeat(1, 2)
     values, errors = both(*pairs), intervals.errors_by_halves(both, *pairs, seed)
-    for place, name in enumerate(("precision", "recall", "f1")):
-        scores[name] = _three(values[place:6:3], errors[place::3])
-    return scores
+    names = enumerate(("precision", "recall", "f1"))
+    return scores | {name: _three(values[place:6:3], errors[place::3]) for place, name in names}
 
 
-def _three(values: Sequence[float], errors: Sequence[float]) -> dict[str, Interval]:
+def _three(values: Sequence[float], errors: Sequence[float]) -> dict[str, dict[str, float]]:
     """Of two values, their difference and the standard errors of all three."""
     three = zip(("chosen", "defaults", "difference"), [*values, values[0] - values[1]], errors, strict=True)
     ends = {name: (value, *intervals.interval(value, error)) for name, value, error in three}
@@ -87,41 +80,35 @@ def _three(values: Sequence[float], errors: Sequence[float]) -> dict[str, Interv
 def search_charts(lines: Sequence[Line], objective: str) -> list[Chart]:
     """For each option and level the objective over its values, a curve per number of samples."""
     keys = dict.fromkeys(key for line in lines for key, value in line.setting.items() if is_number(value))
-    names = {"fd": "Fréchet distance", "f1": "F1 of precision and recall"}
-    charts = []
-    for key in keys:
-        curves = {f"{n:,} samples": _curve(lines, key, n, objective) for n in sorted({line.n for line in lines})}
-        series = {name: (list(curve), list(curve.values())) for name, curve in curves.items() if len(curve) > 1}
-        if series:
-            charts.append(Chart(names[objective], series, x_label=key))
-    return charts
+    title = {"fd": "Fréchet distance", "f1": "F1 of precision and recall"}[objective]
+    series = {key: _series(lines, key, objective) for key in keys}
+    return [Chart(title, curves, x_label=key) for key, curves in series.items() if curves]
+
+
+def _series(lines: Sequence[Line], key: str, objective: str) -> dict[str, tuple[list[float], list[float]]]:
+    curves = {n: _curve(lines, key, n, objective) for n in sorted({line.n for line in lines})}
+    return {f"{n:,} samples": (list(curve), list(curve.values())) for n, curve in curves.items() if len(curve) > 1}
 
 
 def _curve(lines: Iterable[Line], key: str, n: int, objective: str) -> dict[float, float]:
     """Value -> objective, of the settings that are equal in all else; where there are several such, of the most."""
     groups: dict[str, dict[float, float]] = {}
     for line in (line for line in lines if line.n == n):
-        rest = str({**line.setting, key: None})
-        groups.setdefault(rest, {})[line.setting[key]] = getattr(line, objective)
+        groups.setdefault(str({**line.setting, key: None}), {})[line.setting[key]] = getattr(line, objective)
     return dict(sorted(max(groups.values(), key=len, default={}).items()))
 
 
 def read_result(folder: Path) -> tuple[str, list[Chart]] | None:
-    """Of the run in a folder, in words and curves; None where no search has finished, or its tuned.json is damaged."""
+    """Of the run in a folder, in words and curves; None where no search has finished."""
     tuned, lines = read_json(folder / "tuned.json"), read_search(folder / "search.jsonl")
-    try:
-        return result_in_words(tuned), search_charts(lines, tuned["objective"])
-    except (KeyError, TypeError, AttributeError, ValueError):
-        return None
+    return (result_in_words(tuned), search_charts(lines, tuned["objective"])) if "scores" in tuned else None
 
 
 def result_in_words(tuned: Mapping[str, Any]) -> str:
     """What tuned.json says of the best setting, against the defaults."""
     changed = [f"{key}={value}" for key, value in tuned["chosen"].items() if value != tuned["defaults"][key]]
     scores = tuned["scores"][tuned["objective"]]
-    told = {name: "{value:.4g} ({low:.4g} to {high:.4g})".format(**score) for name, score in scores.items()}
-    return (
-        f"{' '.join(changed) or 'the defaults'}: {tuned['objective']} {told['chosen']}, of the defaults "
-        f"{told['defaults']}, difference {told['difference']}; 95 % intervals, {tuned['samples']:,} samples, "
-        f"against {tuned['reference']}"
-    )
+    ours, theirs, difference = ("{value:.4g} ({low:.4g} to {high:.4g})".format(**score) for score in scores.values())
+    name = f"{' '.join(changed) or 'the defaults'}: {tuned['objective']}"
+    words = f"{name} {ours}, of the defaults {theirs}, difference {difference}; 95 % intervals"
+    return f"{words}, {tuned['samples']:,} samples, against {tuned['reference']}"

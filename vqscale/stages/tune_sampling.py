@@ -33,7 +33,7 @@ from vqscale.evaluation import passes, search
 from vqscale.evaluation.features import EXTRACTORS
 from vqscale.evaluation.figures import charts_png
 from vqscale.evaluation.inputs import LEARNED_FROM, DataSet, EvaluateConfig, find_inputs
-from vqscale.evaluation.metrics import PRC_NEIGHBOURS
+from vqscale.evaluation.metrics import PRC_NEIGHBOURS, frechet
 from vqscale.evaluation.scores import Scores
 from vqscale.evaluation.search import Judgement, Line, Setting
 from vqscale.evaluation.statistics import FeatureSet, key_of_facts
@@ -251,7 +251,8 @@ class Tuner:
         features = self._features(setting, range(n))
 
         def write() -> Line:
-            line = search.compared(setting, n, features, self._training)
+            real = self._training
+            line = Line(n, setting, frechet(features, real), *search.shares(features.features, real.features))
             text = "".join(json.dumps(vars(line)) + "\n" for line in [*self.lines, line])
             write_atomically(self._path, text)
             return line
