@@ -58,10 +58,9 @@ def judge(chosen: FeatureSet, defaults: FeatureSet, real: FeatureSet, seed: int)
     each.append((each[0][0] - each[1][0], each[0][1] - each[1][1]))
     errors = [math.hypot(*map(intervals.error_of_mean, pair)) for pair in each]
     scores = {"fd": _three([frechet(one, real) for one in sets], errors)}
-    width = chosen.features.shape[1]
 
     def both(generated: Tensor, images: Tensor) -> list[float]:
-        first, second = (shares(part, images[:, :width]) for part in generated.split(width, dim=1))
+        first, second = map(shares, generated.chunk(2, dim=1), images.chunk(2, dim=1))
         return [*first, *second, *(a - b for a, b in zip(first, second, strict=True))]
 
     pairs = torch.cat((chosen.features, defaults.features), dim=1), real.features.repeat(1, 2)
