@@ -253,7 +253,7 @@ def _plot(axes: Any, chart: Chart) -> None:
         axes.set_yscale("log")
     axes.ticklabel_format(axis="x", style="sci", scilimits=(-3, 5))
     if not chart.colours and (len(series) > 1 or chart.level is not None):
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=8, loc="upper right")  # "best" may take seconds, and then warns
 
 
 def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
