@@ -14,11 +14,11 @@ from support.pages import self_contained
 from vqscale.data.shards import Manifest, ShardWriter
 from vqscale.evaluation.compare import (
     ComparedRun,
+    best_of,
     compare_reconstructions,
     compare_samples,
     differences,
     grouped,
-    judge,
     render,
     warnings_of,
 )
@@ -115,7 +115,7 @@ def test_the_best_is_marked_only_among_what_was_measured_alike(
 ) -> None:
     first = dataclasses.asdict(FID)
     interval = {"interval": [9.0, 11.0]} if "interval" in changes else {}
-    assert judge(key, [first | interval, None, first | changes]) == ({2 * n for n in best}, note)
+    assert best_of(key, [first | interval, None, first | changes]) == ({2 * n for n in best}, note)
 
 
 def test_scores_are_on_the_page_with_the_winner_or_the_reason() -> None:

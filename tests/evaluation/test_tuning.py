@@ -14,7 +14,7 @@ from support.extractors import projection
 from vqscale import cli
 from vqscale.config import as_dict, load
 from vqscale.evaluation import passes
-from vqscale.evaluation.search import Line, judge, search_charts
+from vqscale.evaluation.search import Line, compare_settings, search_charts
 from vqscale.evaluation.statistics import FeatureSet, moments_of
 from vqscale.models.pretrained import save_pretrained
 from vqscale.sources import load_model
@@ -200,11 +200,11 @@ def test_the_difference_of_near_settings_is_surer_than_either() -> None:
     draw = torch.Generator().manual_seed(0)
     real, base = torch.randn(300, 6, generator=draw), torch.randn(400, 6, generator=draw)
     near = feature_set(base * 1.5 + 0.02 * torch.randn(400, 6, generator=draw))
-    scores = judge(near, feature_set(base * 1.52), feature_set(real), seed=0)
+    scores = compare_settings(near, feature_set(base * 1.52), feature_set(real), seed=0)
     assert list(scores) == ["fd", "precision", "recall", "f1"]
     width = {name: score["high"] - score["low"] for name, score in scores["fd"].items()}
     assert width["difference"] < 0.3 * width["chosen"] and scores["fd"]["difference"]["high"] < 0
-    same = judge(near, near, feature_set(real), seed=0)
+    same = compare_settings(near, near, feature_set(real), seed=0)
     assert all(score["difference"] == {"value": 0, "low": 0, "high": 0} for score in same.values())
 
 

@@ -142,14 +142,14 @@ def _curves(runs: Runs) -> dict[str, bytes]:
 
 
 def score_rows(runs: Runs) -> dict[str, tuple[list[Score | None], set[int], str]]:
-    """By key of scores.json, in the order of the table of metrics: the score of each run, and what `judge` says."""
+    """By key of scores.json, in the order of the table of metrics: the score of each run, and what `best_of` says."""
     keys = {key for run in runs.values() for key in run.scores if not is_of_curve(key)}
     order = sorted(keys, key=lambda key: (_place(key), key))
     columns = {key: [run.scores.get(key) for run in runs.values()] for key in order}
-    return {key: (scores, *judge(key, scores)) for key, scores in columns.items()}
+    return {key: (scores, *best_of(key, scores)) for key, scores in columns.items()}
 
 
-def judge(key: str, scores: Sequence[Score | None]) -> tuple[set[int], str]:
+def best_of(key: str, scores: Sequence[Score | None]) -> tuple[set[int], str]:
     """(which are best, what to know about them). None is, unless all values were measured in the same way."""
     measured = {n: score for n, score in enumerate(scores) if score and score["value"] is not None}
     ways = [_measured_how(score) for score in measured.values()]

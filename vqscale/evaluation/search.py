@@ -1,7 +1,7 @@
 """The search for sampling options, `vqscale tune_sampling`: how settings are measured, its lines on disk, its curves.
 
-In: features; search.jsonl and tuned.json of such a run.  Out: `Line`s, a `Judgement`; charts for the run's own picture
-and the report of `evaluate`.  Shapes: m generated and n real images, f features.
+In: features; search.jsonl and tuned.json of such a run.  Out: `Line`s, `SettingScores`; charts for the run's own
+picture and the report of `evaluate`.  Shapes: m generated and n real images, f features.
 """
 
 import math
@@ -20,7 +20,7 @@ from vqscale.evaluation.metrics import frechet, precision_recall
 from vqscale.evaluation.statistics import FeatureSet
 from vqscale.files import read_json, read_jsonl
 
-Judgement = dict[str, dict[str, dict[str, float]]]  # metric -> chosen, defaults, difference -> value, low, high
+SettingScores = dict[str, dict[str, dict[str, float]]]  # metric -> chosen, defaults, difference -> value, low, high
 Setting = dict[str, Any]  # "temperature.top" -> its value, of every option and level that is searched
 
 
@@ -47,7 +47,7 @@ def shares(generated: Float[Tensor, "m f"], real: Float[Tensor, "n f"]) -> tuple
     return precision, recall, 2 * precision * recall / max(precision + recall, 1e-12)
 
 
-def judge(chosen: FeatureSet, defaults: FeatureSet, real: FeatureSet, seed: int) -> Judgement:
+def compare_settings(chosen: FeatureSet, defaults: FeatureSet, real: FeatureSet, seed: int) -> SettingScores:
     """fd, precision, recall and f1 of both, and chosen less defaults, each with a 95 % interval.
 
     Both are of the same sample ids and are measured against the same images: what these vary by goes out of the

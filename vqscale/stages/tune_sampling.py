@@ -35,7 +35,7 @@ from vqscale.evaluation.figures import charts_png
 from vqscale.evaluation.inputs import LEARNED_FROM, DataSet, EvaluateConfig, find_inputs
 from vqscale.evaluation.metrics import PRC_NEIGHBOURS, frechet
 from vqscale.evaluation.scores import Scores
-from vqscale.evaluation.search import Judgement, Line, Setting
+from vqscale.evaluation.search import Line, Setting, SettingScores
 from vqscale.evaluation.statistics import FeatureSet, key_of_facts
 from vqscale.fields import Choice, NonNegativeFloat, NonNegativeInt, PathText, PositiveFraction, PositiveInt
 from vqscale.files import write_atomically, write_json
@@ -312,16 +312,16 @@ class Tuner:
 
     # --- the end ----------------------------------------------------------------------------------------------------
 
-    def compare(self, best: Setting) -> Judgement:
-        """The best setting and the defaults on samples and images that the search has not seen; see `judge`."""
+    def compare(self, best: Setting) -> SettingScores:
+        """The best setting and the defaults, on samples and images that the search has not seen."""
         ids = range(self.config.samples, 2 * self.config.samples)
         real = self._features_of(self._reference)
         chosen, defaults = (self._features(setting, ids) for setting in (best, self.defaults))
-        scores = self.run.topology.on_main(lambda: search.judge(chosen, defaults, real, self.config.seed))
+        scores = self.run.topology.on_main(lambda: search.compare_settings(chosen, defaults, real, self.config.seed))
         self.run.images_seen += 2 * len(ids)
         return scores
 
-    def write_results(self, best: Setting, scores: Judgement) -> None:
+    def write_results(self, best: Setting, scores: SettingScores) -> None:
         """search.png, sample.yaml, tuned.json; the samples' features go."""
         run_dir, config, extractor = self.run.run_dir, self.config, self.bench.extractor
         assert extractor is not None
