@@ -25,7 +25,7 @@ from safetensors.numpy import save as safetensors_bytes
 
 from vqscale.data.processes import made_progress
 from vqscale.data.remote import is_url
-from vqscale.data.shardtable import INDEX_SUFFIX, ShardInfo, ShardTable, remove_tables, spread
+from vqscale.data.shardtable import INDEX_SUFFIX, ShardInfo, ShardTable, look_together, remove_tables
 from vqscale.files import SEAL, check_seal, replacing, sealed, write_atomically, write_json
 from vqscale.topology import Topology
 
@@ -379,7 +379,7 @@ def missing_file(folder: Path, topology: Topology) -> Path | None:
         shards = Manifest.load(folder).shards
     except (OSError, ValueError):
         return folder / MANIFEST
-    are_whole = spread(topology, range(len(shards)), lambda n: shard_info(folder / shards[n].name) is not None)
+    are_whole = look_together(topology, range(len(shards)), lambda n: shard_info(folder / shards[n].name) is not None)
     return None if all(are_whole) else folder / shards[are_whole.index(False)].name
 
 

@@ -152,7 +152,7 @@ def survey(topology: Topology, count: int, look: Callable[[int], ShardInfo | Non
     return rows
 
 
-def spread(topology: Topology, items: Sequence[Item], look: Callable[[Item], Answer]) -> list[Answer]:
+def look_together(topology: Topology, items: Sequence[Item], look: Callable[[Item], Answer]) -> list[Answer]:
     """Collective: `look(item)` of each item, on every rank. Each item is looked at by one rank, as in `survey`.
 
     A ValueError or OSError of one rank is raised on all, as a ValueError.

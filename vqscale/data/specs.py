@@ -6,7 +6,7 @@ from pathlib import Path
 from webdataset.shardlists import expand_urls
 
 from vqscale.data.remote import check_url, is_url
-from vqscale.data.shardtable import spread
+from vqscale.data.shardtable import look_together
 from vqscale.topology import ALONE, Topology
 
 
@@ -25,7 +25,7 @@ def expand_spec(spec: str, allow_pipe: bool = False, topology: Topology = ALONE)
     else:
         names = expand_urls(spec)
     tars: list[str] = []
-    for of_name in spread(topology, names, lambda name: _existing(name, allow_pipe)):
+    for of_name in look_together(topology, names, lambda name: _existing(name, allow_pipe)):
         if isinstance(of_name, FileNotFoundError):
             raise of_name
         tars += of_name

@@ -181,7 +181,7 @@ class Inputs:
     train_codes: DataSet | None = None
     priors: dict[str, Source] = field(default_factory=dict)  # by level
     classifiers: dict[str, ImageClassifier] = field(default_factory=dict)  # by what they learned from
-    weights: dict[str, str] = field(default_factory=dict)  # by config key, sha256 of files of weights
+    weights: dict[str, str] = field(default_factory=dict)  # by config key, sha256: of weights, of tuning's result
     absent: dict[str, str] = field(default_factory=dict)
 
     @property

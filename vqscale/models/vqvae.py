@@ -220,9 +220,8 @@ class VQVAE(nn.Module):
 
     def decode_upper(self, codes: Sequence[Codes]) -> Image:
         """Images from the codes of the upper levels, top first; every level below them is its mean code."""
-        vectors = [level.quantizer.lookup(c) for level, c in zip(self.levels, codes, strict=False)]
-        lower = list(zip(self.levels, self.grids, strict=True))[len(codes) :]
-        for level, (h, w) in lower:
+        vectors = [level.quantizer.lookup(c) for level, c in zip(self.levels[: len(codes)], codes, strict=True)]
+        for level, (h, w) in zip(self.levels[len(codes) :], self.grids[len(codes) :], strict=True):
             mean = level.quantizer.mean_vector().to(vectors[0].dtype)
             vectors.append(repeat(mean, "d -> b d h w", b=len(codes[0]), h=h, w=w))
         return self._decode(vectors)

@@ -23,7 +23,8 @@ Config = EvaluateConfig
 def main(config: EvaluateConfig) -> None:
     """Evaluate into `config.run_dir`. Raises ValueError for inputs that do not belong together, and for a metric asked
     for by name that cannot be computed."""
-    scores = Scores((config := follow_protocol(config)).metrics)
+    config = follow_protocol(config)
+    scores = Scores(config.metrics)
     check_picture(config.picture)
     with runtime.run(config, "evaluate") as run:
         inputs = find_inputs(config, run.topology.device, run.topology)

@@ -21,7 +21,7 @@ from vqscale.data.images import SUFFIXES
 from vqscale.data.processes import run_jobs
 from vqscale.data.remote import is_url
 from vqscale.data.shards import INDEX_SUFFIX, MANIFEST, Manifest, ShardIndex, ShardInfo, resolve
-from vqscale.data.shardtable import ShardTable, spread, survey
+from vqscale.data.shardtable import ShardTable, look_together, survey
 from vqscale.data.specs import expand_spec
 from vqscale.data.tarindex import index_tar
 from vqscale.data.verify import verify_shard
@@ -100,7 +100,7 @@ def _tars(config: IndexConfig, topology: Topology) -> dict[str, list[str]]:
     tars = {split: expand_spec(spec, config.allow_pipe, topology) for split, spec in specs.items() if spec}
     if "holdout" not in tars:
         return tars
-    train, holdout = (spread(topology, tars[split], _identity) for split in tars)
+    train, holdout = (look_together(topology, tars[split], _identity) for split in tars)
     in_train = {*train}
     for tar, identity in zip(tars["holdout"], holdout, strict=True):
         if identity in in_train:

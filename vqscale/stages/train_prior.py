@@ -153,7 +153,7 @@ def open_drawn_images(config: TrainPriorConfig, run: runtime.Run, description: d
         raise ValueError("strategy=zero3: evaluate_fd=true samples with all weights on a rank: choose fsdp or zero2")
     if config.evaluate_every and config.fd_every % config.evaluate_every:
         raise ValueError(f"fd_every={config.fd_every} is not a multiple of evaluate_every={config.evaluate_every}")
-    vqvae = load_model(config.vqvae, "vqvae", device=run.topology.device)
+    vqvae = load_model(config.vqvae, "vqvae", device=run.topology.device, topology=run.topology)
     if description["tokenizer"] != vqvae.fingerprint:
         raise ValueError(
             f"evaluate_fd=true: the codes at {config.data} are of {description['tokenizer']}, "
