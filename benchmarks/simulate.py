@@ -267,8 +267,8 @@ class Sizes:
 
 
 def sizes_of(stage: str) -> Sizes:
-    """By `vqscale plan`, at the TFLOP/s that it assumes. No data set is needed."""
-    request = plan.load([str(CONFIGS / f"{stage}.yaml")])
+    """By `vqscale plan`, at 200 TFLOP/s a rank. No data set is needed."""
+    request = plan.load([str(CONFIGS / f"{stage}.yaml"), "tflops=200"])
     trainer = request.trainer
     description, _ = plan.describe(request)
     with plan.FakeTensorMode():

@@ -34,7 +34,7 @@ STAGES = {
 TOOLS = {
     "run": "a folder of configs -> its whole chain on this machine, resumable, in the minutes that there are",
     "status": "a folder of runs -> how each stage stands",
-    "plan": "a trainer's config -> memory, communication and time at any number of ranks",
+    "plan": "a trainer's config -> memory, communication and time at any number of ranks; a folder of configs -> cost",
     "export": "a run -> a folder to share: model.safetensors, config.json and a model card",
     "import-checkpoint": "a checkpoint of rosinality/vq-vae-2-pytorch -> such a folder",
     "compare": "runs, or experiments -> one page that puts them side by side",

@@ -107,7 +107,8 @@ def measured(tmp_path: Path) -> Path:
 
 def test_a_measured_rate_takes_the_place_of_the_guess(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [str(BOTTOM), *SMALL, "world=8"]
-    guessed, table = planned(capsys, *words)
+    assert "500 TFLOP/s" in planned(capsys, *words)[0], "as measured on one H100"
+    guessed, table = planned(capsys, *words, "tflops=200")
     assert "measured" not in guessed and "200 TFLOP/s" in guessed
     out, faster = planned(capsys, *words, "--from", str(measured))
     assert f"measured in {measured} on NVIDIA H200, 2 ranks under ddp: 50 images/s, 100 TFLOP/s a rank" in out
@@ -238,7 +239,9 @@ def test_imagenet256_fits_one_card_of_80_gb_without_checkpointing(name: str) -> 
 
 
 PAPER_SIZE = sorted(
-    path for name in ("imagenet256", "ffhq1024") for path in (ROOT / "configs" / name).glob("train_prior*")
+    path
+    for name in ("imagenet256", "imagenet256_lean", "ffhq1024")
+    for path in (ROOT / "configs" / name).glob("train_prior*")
 )
 
 

@@ -1,9 +1,11 @@
 """A trainer's config -> what each rank would hold and send, and how long it would take; no GPU and no data needed.
+A folder of configs -> what its chain would cost.
 
 Everything is computed on fake tensors, the model's own step included. Where the data set is not there yet, its facts
 are taken from the experiment's other configs and said to be assumed.
 """
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -26,17 +28,20 @@ from vqscale.engine.footprint import (
     sent_per_step,
 )
 from vqscale.engine.loop import StepFn
-from vqscale.fields import Choice, NonNegativeInt, PathText, PositiveFloat, PositiveInt
+from vqscale.fields import Choice, NonNegativeFloat, NonNegativeInt, PathText, PositiveFloat, PositiveInt
 from vqscale.files import read_json, read_jsonl
 from vqscale.sources import build
-from vqscale.stages import pack, train_prior, train_vqvae
+from vqscale.stages import cost, extract_codes, pack, sample, train_prior, train_vqvae
 from vqscale.text import error_prefix
 from vqscale.topology import STRATEGIES
 from vqscale.training import blank_batch, flops_per_image
 
-USAGE = "CONFIG [--world N,N…] [--strategy NAME] [--from RUN_DIR] [key=value ...]"
+USAGE = "CONFIG|CONFIG_FOLDER [--world N,N…] [--strategy NAME] [--from RUN_DIR] [key=value ...]"
 _GIB, _DAY = 1 << 30, 86_400
 _RATE = "tflops_per_second"
+# TFLOP/s measured on one H100 80GB with torch 2.11 in bf16, steps of configs/imagenet256. The VQ-VAE, not compiled:
+# 3,383 images/s at a batch of 128; the priors, compiled: 99.3 at 48 (top, 523 TFLOP/s) and 36.0 at 16 (bottom, 501).
+_H100 = {"train_vqvae": 96.0, "train_prior": 500.0}
 # What changes how fast the same network runs.
 _HOW = ("precision", "compile", "deterministic", "micro_batch", "global_batch", "model.activation_checkpointing")
 
@@ -48,13 +53,16 @@ class PlanConfig:
     world: str | list[str] = "8,64,512,1024"  # ranks: a number or several
     strategy: Annotated[str, Choice(*STRATEGIES)] = "fsdp"  # as in launch/
     ranks_per_node: PositiveInt = 8  # hsdp shards within a node
-    tflops: PositiveFloat = 200.0  # TFLOP/s that a rank computes with
-    measured_from: PathText = ""  # a run of the same network, whose rate replaces tflops; also from=RUN_DIR
+    tflops: NonNegativeFloat = 0.0  # TFLOP/s that a rank computes with; 0 = measured on one H100: VQ-VAE 96, prior 500
+    measured_from: PathText = ""  # a run of the same network, whose rate replaces tflops, or their folder; also from=
     gb_per_s: PositiveFloat = 25.0  # GB/s that a rank sends at
     write_gb_per_s: PositiveFloat = 1.0  # GB/s of a checkpoint that a node writes
     failure_days: PositiveFloat = 1_900.0  # from one failure of a rank to its next; Llama 3: 54 days x 16,384 / 466
     resolution: NonNegativeInt = 0  # pixels; 0 = the data set's, or the experiment's pack.yaml's
     classes: PositiveInt = 1000  # where there is no data set yet
+    images: PositiveInt = 1_281_167  # to extract codes of, where there is no data set yet: ImageNet's
+    read_gb_per_s: PositiveFloat = 2_000.0  # GB/s that a rank reads weights at while it samples
+    price_per_gpu_hour: NonNegativeFloat = 0.0  # in any currency: a folder's cost is printed in money too
 
 
 Config = PlanConfig
@@ -62,7 +70,7 @@ Config = PlanConfig
 
 @dataclass(frozen=True)
 class Request:
-    """A plan's own config, the trainer it is for, and that trainer's config."""
+    """A plan's own config, the trainer it is for, and that trainer's config; `stage` is "" for a folder of configs."""
 
     plan: PlanConfig
     stage: str
@@ -71,23 +79,32 @@ class Request:
 
 
 def load(words: Sequence[str]) -> Request:
-    """From `CONFIG key=value …`: the config of the trainer that the file is for, and the plan's own keys.
+    """From `CONFIG key=value …`: the config of the trainer that the file is for, and the plan's own keys; of a folder
+    these alone.
 
     Raises ValueError for a file of another stage, and as `config.load` does.
     """
     words = [f"measured_{word}" if word.startswith("from=") else word for word in words]
     asked = configs.read_request(PlanConfig, words, f"plan {USAGE}", paths=1, takes_others=True)
     (path,) = asked.paths
+    if path.is_dir():
+        if asked.others:
+            raise ValueError(f"{asked.others[0]}: {path} is a folder, and only a trainer's config can be overridden")
+        return Request(asked.config, "", None, path)
+    return _trainer_request(asked.config, path, asked.others)
+
+
+def _trainer_request(plan: PlanConfig, path: Path, words: Sequence[str] = ()) -> Request:
     for stage, module in {"train_vqvae": train_vqvae, "train_prior": train_prior}.items():
         if path.stem.startswith(stage):
-            return Request(asked.config, stage, configs.load(module.Config, path, asked.others), path)
-    raise ValueError(f"{path}: plan takes a trainer's config, train_vqvae*.yaml or train_prior*.yaml")
+            return Request(plan, stage, configs.load(module.Config, path, words), path)
+    raise ValueError(f"{path}: plan takes a trainer's config, train_vqvae*.yaml or train_prior*.yaml, or a folder")
 
 
 def main(request: Request) -> None:
     """Print the plan. Raises ValueError where no number of ranks that was asked for can share the global batch, or the
     measured run is of another network."""
-    print("\n".join(lines(request)))
+    print("\n".join(lines(request) if request.stage else chain_lines(request)))
 
 
 def lines(request: Request) -> list[str]:
@@ -99,7 +116,7 @@ def lines(request: Request) -> list[str]:
     plan, trainer = request.plan, request.trainer
     with FakeTensorMode():
         model: Any = build(description)
-    numel = sum(parameter.numel() for parameter in model.parameters())
+    numel = _numel(model)
     columns, refused = [], []
     for world in _worlds(plan.world):
         try:
@@ -113,7 +130,8 @@ def lines(request: Request) -> list[str]:
         f"{request.path}: {request.stage} under {plan.strategy}",
         *([f"assumed, for want of a data set at {trainer.data}: {assumed}"] if assumed else []),
         f"{numel:,} parameters; {flops / 1e12:,.3g} TFLOP per image, forward and backward; {trainer.precision}",
-        f"{steps:,} steps of {trainer.global_batch:,} images; {plan.tflops:g} TFLOP/s, {plan.gb_per_s:g} GB/s a rank",
+        f"{steps:,} steps of {trainer.global_batch:,} images; "
+        f"{_tflops(request):.4g} TFLOP/s, {plan.gb_per_s:g} GB/s a rank",
         *measured,
         f"save_every as if training waited for each save (Daly 2006); {plan.write_gb_per_s:g} GB/s a node, "
         f"{plan.failure_days:g} days to a rank's next failure (write_gb_per_s=, failure_days=)",
@@ -150,9 +168,9 @@ def column(request: Request, description: dict[str, Any], model: Any, world: int
     how: dict[str, Any] = {"precision": trainer.precision, "accumulation": accumulation}
     held = bytes_per_rank(model, plan.strategy, world, nodes, average=bool(trainer.ema_halflife), **how)
     kept, recomputed = (_activations(request, description, micro, checkpointing=on) for on in (False, True))
-    numel = sum(parameter.numel() for parameter in model.parameters())
+    numel = _numel(model)
     sent = sent_per_step(numel, plan.strategy, world, nodes, **how)
-    compute = flops * local / (plan.tflops * 1e12)
+    compute = flops * local / (_tflops(request) * 1e12)
     send = sent / (plan.gb_per_s * 1e9)
     steps = -(-trainer.total_images // trainer.global_batch)
     saved = checkpoint_bytes(numel, average=bool(trainer.ema_halflife))
@@ -173,6 +191,14 @@ def column(request: Request, description: dict[str, Any], model: Any, world: int
         "days, one after the other": steps * (compute + send) / _DAY,
         "save_every, recommended": steps_between_saves * trainer.global_batch,
     }
+
+
+def _tflops(request: Request) -> float:
+    return request.plan.tflops or _H100[request.stage]
+
+
+def _numel(model: Any) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _table(columns: list[dict[str, Any]]) -> list[str]:
@@ -251,6 +277,114 @@ def measured_rate(request: Request, flops: int) -> tuple[float, str]:
         + (f"; peak {peak:.1f} GiB" if peak else "")
         + (f"; that run differs in {'; '.join(how)}" if how else "")
     )
+
+
+# --- the cost of a chain ----------------------------------------------------------------------------------------------
+
+_TRAINERS = ("train_vqvae", "train_prior_top", "train_prior_middle", "train_prior_bottom")
+_COUNTED = (*_TRAINERS[:1], "extract_codes", *_TRAINERS[1:], "sample")
+
+
+@dataclass(frozen=True)
+class Network:
+    """A trainer's network: `flops` of one image, forward and backward; `numel` parameters; where its rate is from."""
+
+    request: Request
+    description: dict[str, Any]
+    flops: int
+    numel: int
+    note: str
+
+    @property
+    def forward_seconds(self) -> float:
+        """Of one image: a third of what training takes."""
+        return self.flops / 3 / (_tflops(self.request) * 1e12)
+
+
+def chain_lines(request: Request) -> list[str]:
+    """Hours, GPU-hours and money of a folder's stages, and what was assumed.
+
+    Raises ValueError for a folder without trainers, or `measured_from` without runs of them.
+    """
+    plan, folder = request.plan, request.path
+    there = [name for name in _COUNTED if (folder / f"{name}.yaml").is_file()]
+    networks = {name: _network(plan, folder / f"{name}.yaml") for name in there if name in _TRAINERS}
+    if "train_vqvae" not in networks:
+        raise ValueError(f"{folder}: there is no train_vqvae.yaml to plan")
+    if plan.measured_from and not any(network.note.startswith("measured") for network in networks.values()):
+        raise ValueError(f"from={plan.measured_from}: it has no run of {', '.join(networks)}")
+    worlds, rows = _worlds(plan.world), dict[str, list[cost.Spent]]()
+    for name in there:
+        if name in networks:
+            rows[name] = [_training(networks[name], world) for world in worlds]
+        elif name == "extract_codes":
+            rows[name] = cost.shared(_extraction_seconds(networks["train_vqvae"], folder), worlds)
+        else:
+            rows[name] = cost.shared(_sampling_seconds(plan, folder, networks), worlds)
+    left_out = sorted({path.stem for path in folder.glob("*.yaml")} - rows.keys())
+    return [
+        f"{folder}: the chain under {plan.strategy}, a stage after the other, sending overlapped with computing",
+        *cost.lines(worlds, rows, plan.price_per_gpu_hour),
+        "",
+        *(f"{name}: {network.note}" for name, network in networks.items()),
+        "extract_codes, sample: assumed, at least so long: their arithmetic at these rates; sampling also reads a "
+        f"PixelCNN's weights once a row, a transformer's once a code, at {plan.read_gb_per_s:,g} GB/s (read_gb_per_s=)",
+        *([f"not counted: {', '.join(left_out)}"] if left_out else []),
+    ]
+
+
+def _network(plan: PlanConfig, path: Path) -> Network:
+    request = _trainer_request(plan, path)
+    description, assumed = describe(request)
+    flops, note = flops_per_image(description, _training_step(request)), "assumed"
+    run_dir = Path(plan.measured_from) / path.stem
+    if plan.measured_from and run_dir.is_dir():
+        request = replace(request, plan=replace(plan, measured_from=str(run_dir)))
+        tflops, note = measured_rate(request, flops)
+        request = replace(request, plan=replace(request.plan, tflops=tflops))
+    elif not plan.tflops:
+        note = "assumed, as measured on one H100 for configs/imagenet256"
+    note += f": {_tflops(request):.4g} TFLOP/s a rank, {plan.gb_per_s:g} GB/s" if note.startswith("assumed") else ""
+    with torch.device("meta"):
+        numel = _numel(build(description))
+    return Network(request, description, flops, numel, f"{note}; no data set: {assumed}" if assumed else note)
+
+
+def _training(network: Network, world: int) -> cost.Spent:
+    """On as many of the ranks as can share the global batch."""
+    plan, trainer = network.request.plan, network.request.trainer
+    ranks = math.gcd(trainer.global_batch, world)
+    local, _, accumulation = local_batching(trainer.global_batch, ranks, trainer.micro_batch)
+    nodes, strategy = -(-ranks // plan.ranks_per_node), plan.strategy if ranks > 1 else "single"
+    how: dict[str, Any] = {"precision": trainer.precision, "accumulation": accumulation}
+    sent = sent_per_step(network.numel, strategy, ranks, nodes, **how)
+    step = max(3 * network.forward_seconds * local, sent / (plan.gb_per_s * 1e9))
+    return cost.Spent(ranks, -(-trainer.total_images // trainer.global_batch) * step)
+
+
+def _extraction_seconds(vqvae: Network, folder: Path) -> float:
+    config = configs.load(extract_codes.Config, folder / "extract_codes.yaml")
+    try:
+        images = Manifest.load(resolve(config.data, "train")).num_samples
+    except FileNotFoundError:
+        images = vqvae.request.plan.images
+    return images * (2 if config.flips else 1) * vqvae.forward_seconds
+
+
+def _sampling_seconds(plan: PlanConfig, folder: Path, networks: dict[str, Network]) -> float:
+    config = configs.load(sample.Config, folder / "sample.yaml")
+    classes = plan.classes if config.classes == "all" else len(config.classes)
+    samples = config.samples_per_class * classes
+    seconds = samples * networks["train_vqvae"].forward_seconds
+    for network in networks.values():
+        if network.request.stage == "train_prior":
+            passes = 2 if config.guidance.get(network.request.trainer.level) else 1
+            height, width = network.description["grid"]
+            readings = height * (width if network.description["config"]["kind"] == "transformer" else 1)
+            read = readings * network.numel * (4 if config.precision == "fp32" else 2)
+            seconds += samples * passes * network.forward_seconds
+            seconds += -(-samples // config.batch) * read / (plan.read_gb_per_s * 1e9)
+    return seconds
 
 
 # --- what the model is built from -------------------------------------------------------------------------------------
