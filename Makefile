@@ -5,13 +5,13 @@ BIN := .venv/bin
 INSTALLED := .venv/installed-from-pyproject
 SCRIPTS := .ci/run $(wildcard slurm/*.sh)
 
-.PHONY: setup test test-slow test-soak lint demo bench bench-full gpu chaos
+.PHONY: setup test test-slow test-soak lint docs demo bench bench-full gpu chaos
 
 setup: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev,lite0,lite2]'
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev,docs,lite0,lite2]'
 	touch $@
 
 test: setup
@@ -29,6 +29,10 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	shellcheck $(SCRIPTS)
+
+# The documents as a site, build/docs/index.html, which opens without a server and without a network.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Damages of every file format by the thousand, then kills and corruptions by the hundred (some 11 minutes).
 chaos: setup

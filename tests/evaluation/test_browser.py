@@ -3,7 +3,6 @@
 import html
 import json
 import re
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.browser import CHROMIUM, QUIET, dumped
 
 from vqscale.evaluation import compare
 from vqscale.evaluation.reconstructions import Examples
@@ -18,13 +18,7 @@ from vqscale.evaluation.report import Report, render
 from vqscale.evaluation.samples import Neighbours
 from vqscale.evaluation.scores import METRICS, Score
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here; .ci/run installs one")
-QUIET = (
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
-    *("--disable-background-networking", "--disable-component-update", "--hide-scrollbars"),
-    *("--proxy-server=127.0.0.1:9", "--virtual-time-budget=10000"),  # whatever asked for the network would fail
-)
 WIDTHS = (400, 1400)
 WATCH = (
     "<script>window.errors = []; addEventListener('error', e => errors.push(`${e.message} ${e.target}`), true)</script>"
@@ -87,13 +81,6 @@ def full() -> Report:
         provenance=[{"name": "vqvae: " + long, "fingerprint": "sha256:" + "0" * 64, "config": "seed: 0\n" * 20}],
         footer="the end",
     )
-
-
-def dumped(page: Path, profile: Path) -> str:
-    """The DOM after the page's scripts have run."""
-    assert CHROMIUM is not None
-    command = [CHROMIUM, *QUIET, f"--user-data-dir={profile}", "--window-size=2000,2000", "--dump-dom", page.as_uri()]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
 
 
 def looked_at(text: str, folder: Path) -> list[dict[str, Any]]:
