@@ -38,6 +38,7 @@ TOOLS = {
     "export": "a run -> a folder to share: model.safetensors, config.json and a model card",
     "import-checkpoint": "a checkpoint of rosinality/vq-vae-2-pytorch -> such a folder",
     "compare": "runs, or experiments -> one page that puts them side by side",
+    "doctor": "this machine -> a page to paste into an issue: versions, devices, limits, storage, Slurm",
     "watch": "a run -> its curves in the terminal, or as a PNG",
 }
 _ALIASES = {"world": "plan", "strategy": "plan", "from": "plan", "png": "watch"}  # --world N for world=N

@@ -6,7 +6,7 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
-_LIBRARIES = ("vqscale", "torch", "torchvision", "deepspeed", "accelerate", "webdataset", "numpy", "pillow")
+LIBRARIES = ("vqscale", "torch", "torchvision", "deepspeed", "accelerate", "webdataset", "numpy", "pillow")
 
 
 def git_commit() -> str:
@@ -21,7 +21,7 @@ def git_commit() -> str:
 def versions() -> dict[str, str]:
     """Of Python and the libraries that results depend on."""
     found = {"python": platform.python_version()}
-    for name in _LIBRARIES:
+    for name in LIBRARIES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found
