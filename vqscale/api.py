@@ -26,11 +26,13 @@ class VQVAE:
     """A trained VQ-VAE.
 
     resolution: R. num_codes: K. grids: (h, w) per level, top first. classes: names, in the order of labels; may be
-    empty. fingerprint: of the weights, as data sets of codes state it.
+    empty. fingerprint: of the weights. tokenizer: of the codes, as their data sets state it; the
+    fingerprint, but for a decoder that was tuned alone.
     """
 
-    def __init__(self, model: Any, classes: Sequence[str], fingerprint: str):
+    def __init__(self, model: Any, classes: Sequence[str], fingerprint: str, tokenizer: str = ""):
         self.model, self.classes, self.fingerprint = model, list(classes), fingerprint
+        self.tokenizer = tokenizer or fingerprint
         self.resolution: int = model.resolution
         self.num_codes: int = model.num_codes
         self.grids: list[tuple[int, int]] = model.grids
@@ -42,7 +44,7 @@ class VQVAE:
         Raises FileNotFoundError where there is none, ValueError for one that is unfinished or damaged.
         """
         source = load_model(path, "vqvae", device=_usable_device(device))
-        return cls(source.model, source.description["classes"], source.fingerprint)
+        return cls(source.model, source.description["classes"], source.fingerprint, source.tokenizer)
 
     @torch.inference_mode()
     def encode(self, images: Tensor) -> list[Tensor]:

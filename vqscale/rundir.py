@@ -18,8 +18,9 @@ from vqscale.config import peek
 from vqscale.files import check_seal, read_json
 
 INPUTS = "inputs.json"
+INIT = "init.json"  # what is to be known of the weights that a trainer started from
 # What every run writes, besides its stage's `outputs`.
-BOOKKEEPING = (INPUTS, *"config.yaml command.json status.json log .lock metrics.jsonl tensorboard STOP".split())
+BOOKKEEPING = (INPUTS, INIT, *"config.yaml command.json status.json log .lock metrics.jsonl tensorboard STOP".split())
 _MARKS = ("status.json", "log/job")  # of a run; one that only waits in the queue has the second alone
 _PIPELINE = (
     *("pack", "index", "train_vqvae", "extract_codes"),

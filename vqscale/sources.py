@@ -6,7 +6,9 @@ or  {"kind": "prior", "config": …, "level": "top", "num_codes": 512, "grid": [
 "tokenizer": "sha256:…", "data": "sha256:…", "transform": {…}}  or
 {"kind": "classifier", "config": …, "resolution": 256, "classes": […], "learned_from": "samples", "data": "sha256:…",
 "vqvae": "", "features": "", "features_sha256": "", "feature_width": 0}.
-`transform` is the training images', as their dataset.json has it.
+`transform` is the training images', as their dataset.json has it. `init`: the fingerprint of the weights that the
+training started from. A VQ-VAE that kept its encoder and codebooks has `tokenizer`, the fingerprint that its codes are
+known by, and `encoding`, that of the tensors which they depend on.
 """
 
 from collections.abc import Callable, Mapping
@@ -50,8 +52,25 @@ class Source:
     @property
     def role(self) -> str:
         """vqvae | prior_<level> | classifier."""
-        kind = self.description["kind"]
-        return f"prior_{self.description['level']}" if kind == "prior" else kind
+        return role_of(self.description)
+
+    @property
+    def tokenizer(self) -> str:
+        """The fingerprint that stands for a VQ-VAE's codes: its own, or that of the one whose encoder and codebooks it
+        has kept; of a prior that of its codes."""
+        return self.description.get("tokenizer", self.fingerprint)
+
+
+def role_of(description: Mapping[str, Any]) -> str:
+    """vqvae | prior_<level> | classifier."""
+    kind = description["kind"]
+    return f"prior_{description['level']}" if kind == "prior" else kind
+
+
+def encoding_fingerprint(vqvae: Any) -> str:
+    """Of all that its codes depend on."""
+    tensors = vqvae.state_dict()
+    return fingerprint({name: tensors[name] for name in vqvae.encoding_names()})
 
 
 def build(description: Mapping[str, Any]) -> nn.Module:
@@ -112,7 +131,8 @@ _FACTS: dict[str, tuple[Callable[[Any], bool], str]] = {  # of descriptions: wha
     "level": (lambda value: value in level_names(3), f"one of {', '.join(level_names(3))}"),
     **{key: (_is_count, "an integer of at least 0") for key in ("feature_width", "images_seen")},
     **{
-        key: (_is_name, "text") for key in ("tokenizer", "data", "learned_from", "vqvae", "features", "features_sha256")
+        key: (_is_name, "text")
+        for key in ("tokenizer", "encoding", "init", "data", "learned_from", "vqvae", "features", "features_sha256")
     },
 }
 _REQUIRED = {  # by kind: what stages read of a model, besides what `build` reads
@@ -214,6 +234,11 @@ def load_model(
         )
     model = build(description)
     load_into(model, tensors, path)
+    if description["kind"] == "vqvae" and "tokenizer" in description:
+        if description.get("encoding") != encoding_fingerprint(model):
+            raise ValueError(
+                f"{path}: its encoder or codebooks are not those of the tokenizer that its description names"
+            )
     model.requires_grad_(False).eval().to(device)
     return Source(model, description, fingerprint(model.state_dict()), path, weights, seen)
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -11,17 +11,22 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vqscale.batch import Batch
+from vqscale.config import flatten
 from vqscale.data.cache import Cache
 from vqscale.data.loader import Read, build_loader
 from vqscale.data.sequential import sequential_batches
 from vqscale.data.shards import Manifest
 from vqscale.engine.footprint import step_flops
 from vqscale.engine.loop import AfterStep, Evaluate, FitConfig, StepFn, fit, resumes
-from vqscale.engine.parallel import compile_units, make_engine
+from vqscale.engine.parallel import Initialise, compile_units, make_engine
 from vqscale.engine.side_work import SideWork
-from vqscale.models.init import initialise
+from vqscale.engine.tensors import Tensors
+from vqscale.files import read_json, write_json
+from vqscale.models.init import fill, initialise
+from vqscale.models.pretrained import check_fits
+from vqscale.rundir import INIT
 from vqscale.runtime import Run
-from vqscale.sources import build
+from vqscale.sources import Source, build, encoding_fingerprint, load_model, role_of
 
 _HELD_OUT_BATCH = 64  # images per rank
 _INPUTS = ("data", "tokenizer", "vqvae")  # whose fingerprints a description may have
@@ -54,12 +59,15 @@ def train(
     prepare: Callable[[Any], None] | None = None,
     after_step: AfterStep | None = None,
     side_work: SideWork | None = None,
+    freeze: Sequence[str] = (),
 ) -> None:
     """Build the model of `description` and fit it to the data set in `folder`, or go on where the run ended.
 
     `prepare(model)`: called on all ranks with the initialised, unwrapped model, unless there is a checkpoint; without
     it the model is built on the meta device. `after_step(model, …)`: see `fit`. `side_work`: whose clock starts with
-    the training.
+    the training. `freeze`: what `model.freeze` takes; these parts must come from `config.init`.
+
+    Raises ValueError where the weights of `config.init` are not the model's.
     """
     topology = run.topology
     run.check_inputs({key: value for key in _INPUTS if (value := description.get(key))})
@@ -81,14 +89,20 @@ def train(
     )
     with torch.device("cpu" if prepare else "meta"):
         model: Any = build(description)
+    if freeze:
+        model.freeze(freeze)
+    resumed = resumes(run)
+    start, facts = _first_weights(config, run, description, model, freeze, resumed)
+    description = description | facts
     if prepare:
-        initialise(model, config.seed)
-        if not resumes(run):
+        start(model)
+        if not resumed:
             prepare(model)
     if config.compile:
         compile_units(model)
     accumulation = loader.micro_batches_per_step
-    engine = make_engine(model, topology, config, accumulation, partial(initialise, seed=config.seed))
+    engine = make_engine(model, topology, config, accumulation, start)
+    del start  # and the weights in it
     if side_work is not None:
         side_work.start()
     fit(
@@ -100,10 +114,75 @@ def train(
         description=description,
         after_step=partial(after_step, model) if after_step else None,
         evaluate=evaluate,
-        flops_per_image=flops_per_image(description, step_fn, topology.device),
+        flops_per_image=flops_per_image(description, step_fn, topology.device, freeze),
     )
     if side_work is not None:
         side_work.log_total()
+
+
+def _first_weights(
+    config: FitConfig, run: Run, description: Mapping[str, Any], model: Any, freeze: Sequence[str], resumed: bool
+) -> tuple[Initialise, dict[str, Any]]:
+    """(what fills a model, what its description says of `config.init`). A resumed run does not read `config.init`."""
+    draw = partial(initialise, seed=config.seed)
+    if not config.init:
+        for key, value in (("freeze", list(freeze)), ("init_ignore", config.init_ignore)):
+            if value:
+                raise ValueError(f"{key}={value} needs init=, the run or exported folder to start from")
+        return draw, {}
+    path = run.run_dir / INIT
+    if resumed:
+        return draw, run.topology.on_main(lambda: read_json(path))
+    source = load_model(config.init, role_of(description), topology=run.topology)
+    tensors = _tensors_of(source, model, config)
+    facts = {"init": source.fingerprint}
+    _warn_of_differences(source, description, config)
+    if freeze:
+        _refuse_other_encoding(source, description, model, tensors, config)
+    if set(freeze) == {"encoder", "quantizer"}:
+        facts |= {"tokenizer": source.tokenizer, "encoding": encoding_fingerprint(source.model)}
+    if run.topology.is_main:
+        write_json(path, facts)
+    log.info("starting from %s, %s", config.init, source.fingerprint)
+    return partial(_fill_from, tensors, draw), facts
+
+
+def _fill_from(tensors: Tensors, draw: Initialise, model: Any) -> None:
+    draw(model)
+    own = model.state_dict()
+    for name, tensor in tensors.items():
+        fill(own[name], tensor)
+
+
+def _tensors_of(source: Source, model: Any, config: FitConfig) -> Tensors:
+    """Those to start from. Raises ValueError naming a tensor that does not fit the model, or a useless prefix."""
+    tensors = source.model.state_dict()
+    for prefix in config.init_ignore:
+        if not any(name.startswith(prefix) for name in [*tensors, *model.state_dict()]):
+            raise ValueError(f"init_ignore: no tensor's name begins with {prefix!r}; there is {next(iter(tensors))}, …")
+    return check_fits(model, tensors, f"init={source.path}", config.init_ignore)
+
+
+def _warn_of_differences(source: Source, description: Mapping[str, Any], config: FitConfig) -> None:
+    here = dict(flatten(description["config"]))
+    for key, there in flatten(source.description["config"]):
+        if here.get(key, there) != there:
+            log.warning("init=%s: trained with model.%s=%s, now %s", config.init, key, there, here[key])
+    for key in ("tokenizer", "classes") if description["kind"] == "prior" else ():
+        if source.description[key] != description[key]:
+            log.warning("init=%s: trained with other %s than those of the data", config.init, key)
+
+
+def _refuse_other_encoding(
+    source: Source, description: Mapping[str, Any], model: Any, tensors: Tensors, config: FitConfig
+) -> None:
+    """Frozen parts must be the source's, and compute what they compute there."""
+    if missing := sorted(set(model.encoding_names()) - tensors.keys()):
+        raise ValueError(f"init_ignore={config.init_ignore} leaves out {missing[0]}, on which frozen codes depend")
+    there, here = (dict(flatten(one)) for one in (source.description, description))
+    for key in ("resolution", "config.rectified_skip"):
+        if there.get(key) != here[key]:
+            raise ValueError(f"init={source.path}: {key} is {there.get(key)}, here {here[key]}; freeze needs the same")
 
 
 def blank_batch(description: Mapping[str, Any], count: int) -> Batch:
@@ -119,7 +198,9 @@ def blank_batch(description: Mapping[str, Any], count: int) -> Batch:
     return cast(Batch, batch)
 
 
-def flops_per_image(description: Mapping[str, Any], step_fn: StepFn, device: torch.device | str = "cpu") -> int:
+def flops_per_image(
+    description: Mapping[str, Any], step_fn: StepFn, device: torch.device | str = "cpu", freeze: Sequence[str] = ()
+) -> int:
     """FLOPs of a training step, forward and backward, without what checkpointing computes again; nothing is computed.
 
     The forward of a frozen network, whose outputs the model learns from, counts; its weights are on `device`.
@@ -128,6 +209,8 @@ def flops_per_image(description: Mapping[str, Any], step_fn: StepFn, device: tor
     mode = FakeTensorMode(allow_non_fake_inputs=True) if frozen else contextlib.nullcontext()
     with mode, torch.device(device if frozen else "meta"):
         model: Any = build(description).eval()  # dropout and codebook statistics need none
+        if freeze:
+            model.freeze(freeze)
         batch = blank_batch(description, 1)
         for unit in model.wrap_units():
             unit.activation_checkpointing = False

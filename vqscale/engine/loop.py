@@ -27,7 +27,7 @@ from vqscale.engine.parallel import Engine, autocast
 from vqscale.engine.skipped import SkippedSteps
 from vqscale.engine.tensors import Tensors, first_not_finite
 from vqscale.engine.throughput import ComputeRate, StepTrace, device_name
-from vqscale.fields import Choice, Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt, Range
+from vqscale.fields import Choice, Fraction, NonNegativeFloat, NonNegativeInt, PathText, PositiveInt, Range
 from vqscale.files import read_jsonl
 from vqscale.runtime import Run
 from vqscale.stopping import Agreement, Leave
@@ -58,6 +58,8 @@ class FitConfig(ReadsShards):
         "ema_rampup precision deterministic compile".split()
     )
 
+    init: PathText = ""  # a run or an exported folder whose weights a new run starts from; "" = random weights
+    init_ignore: list[str] = field(default_factory=list)  # tensors that are not taken from it: how their names begin
     total_images: PositiveInt = 100_000  # train until this many images were seen
     global_batch: PositiveInt = 64  # images per optimizer step, over all ranks
     micro_batch: NonNegativeInt = 0  # the most images a rank holds at once; 0 = no limit

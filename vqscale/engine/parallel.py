@@ -74,7 +74,7 @@ class TorchEngine:
         self._accumulation = accumulation
         self.module = module.to(dtype=DTYPES[precision]) if precision == "fp64" else module
         self.model = _distribute(self.module, topology, precision, initialise)
-        self._names = {parameter: name for name, parameter in self.module.named_parameters()}
+        self._names = {parameter: name for name, parameter in self.module.named_parameters() if parameter.requires_grad}
         self._optimizer = build_adamw(self._names, **optimizer)
 
     @property
@@ -138,7 +138,8 @@ class TorchEngine:
     def bytes_on_this_rank(self) -> dict[str, int]:
         """Bytes kept between steps, by what they are for."""
         adam = [local_part(moment) for moment in moments(self._optimizer, self._names).values()]
-        return {"parameters": total_bytes(self.local_weights().values()), "optimizer": total_bytes(adam)}
+        weights = [local_part(parameter.detach()) for parameter in self.module.parameters()]
+        return {"parameters": total_bytes(weights), "optimizer": total_bytes(adam)}
 
 
 def autocast(topology: Topology, precision: str) -> contextlib.AbstractContextManager[Any]:
@@ -175,7 +176,7 @@ def _distribute(module: nn.Module, topology: Topology, precision: str, initialis
     if topology.strategy != "ddp":
         return module
     for parameter in module.parameters():
-        if 1 in parameter.shape:
+        if parameter.requires_grad and 1 in parameter.shape:
             parameter.register_hook(partial(_with_strides, parameter.stride()))
     on_gpu = [topology.local_rank] if topology.device.type == "cuda" else None
     with warnings.catch_warnings():  # its successor does not exist in every torch that we support

@@ -55,8 +55,8 @@ class ZeroEngine:
             raise ValueError(f"precision={precision} under strategy={topology.strategy}: choose fp32 or bf16")
         self._topology = topology
         self.module = module
-        self._shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
-        self._parameters = dict(module.named_parameters())
+        self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self._shapes = {name: parameter.shape for name, parameter in self._parameters.items()}
         stage = int(topology.strategy.removeprefix("zero"))
         deepspeed = _import_deepspeed(topology)
         groups = adamw_groups(self._parameters.values(), optimizer["weight_decay"])
@@ -68,6 +68,9 @@ class ZeroEngine:
                 config=_config(stage, precision, accumulation, max_norm),
                 dist_init_required=False,
             )
+        # Parameters that are not trained are whole under stages 1 and 2; stage 3 shards them too.
+        self._frozen = {n: p for n, p in module.named_parameters() if stage == 3 and n not in self._parameters}
+        self._gathered = deepspeed.zero.GatheredParameters
         self._ranges = _Stage3(self._optimizer, topology) if stage == 3 else _Stage12(self._optimizer)
         self._adam: Any = self._optimizer.optimizer
         for flat in self._ranges.flats:
@@ -118,8 +121,9 @@ class ZeroEngine:
 
     def as_checkpoint_tensors(self, averages: Tensors) -> Tensors:
         """Parameters, persistent buffers, optimizer moments and averages under the model's own names, as tensors that
-        any sharding can read; copies, except for the buffers. Collective."""
-        state = self.module.state_dict()
+        any sharding can read; copies, except for buffers and what stages 1 and 2 do not train. Collective."""
+        with self._gathered([*self._frozen.values()]):
+            state = {n: t.clone() if n in self._frozen else t for n, t in self.module.state_dict().items()}
         tensors = {f"model.{name}": value for name, value in state.items() if name not in self._parameters}
         for prefix, local in self._local_ranges(averages):
             tensors |= {f"{prefix}{name}": self._as_rows(name, values) for name, values in local.items()}
@@ -135,12 +139,15 @@ class ZeroEngine:
                 rows = tensors[f"{prefix}{name}"]
                 assert isinstance(rows, DTensor)
                 values.copy_(rows.full_tensor().flatten()[self._fragments[name].start :][: values.numel()])
+        with self._gathered([*self._frozen.values()], modifier_rank=0):
+            for name, parameter in self._frozen.items():
+                parameter.data.copy_(tensors[f"model.{name}"])
         self._ranges.publish()
 
     def bytes_on_this_rank(self) -> dict[str, int]:
         """Bytes kept between steps, by what they are for; `master` is ZeRO's second copy of the weights."""
         moments = [self._adam.state[flat][moment] for flat in self._ranges.flats for moment in MOMENTS]
-        working_copies = [getattr(p, "ds_tensor", p) for p in self._parameters.values()]  # of stage 3 this rank's part
+        working_copies = [getattr(p, "ds_tensor", p) for p in self.module.parameters()]  # of stage 3 this rank's part
         return {
             "parameters": total_bytes(working_copies),
             "optimizer": total_bytes(moments),

@@ -382,7 +382,7 @@ def _check_fresh(config: EvaluateConfig, inputs: Inputs) -> None:
 
 
 def _other_tokenizers(config: EvaluateConfig, inputs: Inputs) -> Iterator[tuple[str, str]]:
-    tokenizers = [("vqvae", inputs.vqvae.fingerprint)] if inputs.vqvae else []
+    tokenizers = [("vqvae", inputs.vqvae.tokenizer)] if inputs.vqvae else []
     tokenizers += [("codes", data.manifest.extra["tokenizer"]) for data in (inputs.codes, inputs.train_codes) if data]
     for level, prior in inputs.priors.items():
         tokenizers.append((f"prior_{level}", prior.description["tokenizer"]))

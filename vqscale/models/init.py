@@ -46,7 +46,7 @@ def initialise(model: nn.Module, seed: int) -> None:
     """
     for path, parameter in model.named_parameters():  # tied weights once, under their first name
         module = model.get_submodule(path.rpartition(".")[0])
-        _fill(parameter, _draw(module, path, parameter.shape, generator(seed, key_of(path))))
+        fill(parameter, _draw(module, path, parameter.shape, generator(seed, key_of(path))))
     for prefix, module in model.named_modules():
         fill_buffers = getattr(module, "init_buffers", None)
         if fill_buffers is not None:
@@ -75,9 +75,11 @@ def _fan_in(module: nn.Module, shape: torch.Size) -> float:
     return math.prod(shape[1:])
 
 
-def _fill(parameter: Tensor, drawn: Tensor) -> None:
-    if isinstance(parameter, DTensor):
-        whole = drawn.to(parameter.device, parameter.dtype)
-        # src_data_rank=None: every rank has drawn the same tensor and cuts its own part, without communication
-        drawn = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
-    parameter.copy_(drawn)
+@torch.no_grad()
+def fill(tensor: Tensor, whole: Tensor) -> None:
+    """Copy a whole tensor, the same on every rank, into one that may be sharded."""
+    if isinstance(tensor, DTensor):
+        whole = whole.to(tensor.device, tensor.dtype)
+        # src_data_rank=None: every rank has the same tensor and cuts its own part, without communication
+        whole = distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None)
+    tensor.copy_(whole)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import resource
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -194,12 +194,17 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def check_fits(model: nn.Module, tensors: Mapping[str, Tensor], where: str | Path) -> None:
-    """Tensors must be exactly a model's parameters and persistent buffers: names, shapes and kinds of numbers.
+def check_fits(
+    model: nn.Module, tensors: Mapping[str, Tensor], where: str | Path, ignore: Sequence[str] = ()
+) -> dict[str, Tensor]:
+    """Tensors must be exactly a model's parameters and persistent buffers: names, shapes and kinds of numbers. Those
+    whose names begin as one of `ignore` does are left out. Returns the others.
 
     Raises ValueError naming `where`, the tensor and both shapes.
     """
-    own = model.state_dict()
+    ignored = tuple(ignore)
+    own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(ignored)}
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(ignored)}
     if missing := sorted(own.keys() - tensors.keys()):
         raise ValueError(f"{where}: {missing[0]} is missing ({len(missing)} of the model's {len(own)} tensors are)")
     if unknown := sorted(tensors.keys() - own.keys()):
@@ -212,6 +217,7 @@ def check_fits(model: nn.Module, tensors: Mapping[str, Tensor], where: str | Pat
             raise ValueError(f"{where}: {name} has shape {list(given.shape)}, the model needs {list(tensor.shape)}")
         if given.is_floating_point() != tensor.is_floating_point():
             raise ValueError(f"{where}: {name} is {given.dtype}, the model needs {tensor.dtype}")
+    return tensors
 
 
 def load_into(model: nn.Module, tensors: Mapping[str, Tensor], where: str | Path) -> None:

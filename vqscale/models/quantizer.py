@@ -108,9 +108,14 @@ class VectorQuantizer(nn.Module):
         if config.codebook == "gradient":
             self.adam_mean = nn.Buffer(torch.zeros(shape))
             self.adam_square = nn.Buffer(torch.zeros(shape))
+        self.frozen = False  # statistics are still reported, but nothing is learned from them
         self.candidates = Candidates()
         self.images = 0  # images behind the statistics, on this rank
         self.vectors_per_image = 0
+
+    @property
+    def _restarts(self) -> bool:
+        return self.config.restart_below > 0 and not self.frozen
 
     def init_buffers(self, generator: torch.Generator) -> None:
         """A random codebook (unit normal) and empty statistics; `set_codebook` is the better start."""
@@ -177,7 +182,7 @@ class VectorQuantizer(nn.Module):
         self.sums.index_add_(0, flat_codes, inputs.reshape(-1, inputs.shape[-1]))
         self.images += codes.shape[0]
         self.vectors_per_image = codes[0].numel()
-        if self.config.restart_below > 0:
+        if self._restarts:
             errors = (inputs - vectors).square().sum(-1)
             self.candidates.add(inputs.flatten(1, 2), errors.flatten(1), position)
 
@@ -190,7 +195,7 @@ class VectorQuantizer(nn.Module):
     def pack_statistics(self, key: int, ranks: Ranks) -> list[Tensor]:
         """This rank's part of what is summed over ranks: counts, sums, candidates."""
         parts = [self.counts, self.sums.flatten()]
-        if self.config.restart_below > 0:
+        if self._restarts:
             parts.append(self.candidates.pack(key, self.config.num_codes, ranks).flatten())
         return parts
 
@@ -202,12 +207,13 @@ class VectorQuantizer(nn.Module):
         agree = counts.double().sum() == expected  # a recomputed forward would have counted twice
         torch._assert_async(agree, f"codebook statistics do not hold {expected} vectors once each")
         sums = sums.view(codes, dim)
-        self.updates.add_(1)
-        if self.config.codebook == "gradient":
-            self._gradient_step(counts, sums, expected, learning_rate)
-        self._average(counts, sums)
+        if not self.frozen:
+            self.updates.add_(1)
+            if self.config.codebook == "gradient":
+                self._gradient_step(counts, sums, expected, learning_rate)
+            self._average(counts, sums)
         restarts = torch.zeros((), device=total.device)
-        if self.config.restart_below > 0:
+        if self._restarts:
             restarts = self._restart(rearrange(candidates, "(s c) -> s c", c=dim + 2), key)
         return {"perplexity": perplexity(counts).float(), "used_codes": (counts > 0).sum(), "restarts": restarts}
 

@@ -17,7 +17,7 @@ first.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Annotated, NamedTuple
@@ -178,6 +178,21 @@ class VQVAE(nn.Module):
         """By level name, top first."""
         return {name: level.quantizer for name, level in zip(self.level_names, self.levels, strict=True)}
 
+    def encoding_names(self) -> list[str]:
+        """Tensors that codes depend on: all but what only the last decoder uses. The decoders of upper levels count."""
+        decoding = tuple(f"levels.{len(self.levels) - 1}.{part}." for part in ("upsample", "decoder"))
+        return [name for name in self.state_dict() if not name.startswith(decoding)]
+
+    def freeze(self, parts: Collection[str]) -> None:
+        """Keep these parts as they are in training. encoder: all parameters that codes depend on; quantizer: the
+        codebooks. With both, codes stay the same. For the plain model, before it is wrapped."""
+        if "encoder" in parts:
+            parameters = dict(self.named_parameters())
+            for name in parameters.keys() & set(self.encoding_names()):
+                parameters[name].requires_grad_(False)
+        for quantizer in self.quantizers.values():
+            quantizer.frozen = "quantizer" in parts
+
     def wrap_units(self) -> list[nn.Module]:
         """The residual blocks: what the engine may checkpoint, compile and shard on its own."""
         return [module for module in self.modules() if isinstance(module, ResidualBlock)]
@@ -269,17 +284,24 @@ class VQVAE(nn.Module):
 
     @torch.no_grad()
     def init_codebooks(
-        self, batches: Iterable[Tensor], *, seed: int, between: Callable[[], None] = lambda: None
+        self,
+        batches: Iterable[Tensor],
+        *,
+        seed: int,
+        between: Callable[[], None] = lambda: None,
+        keep: Collection[str] = (),
     ) -> None:
-        """Fit the codebooks to batches of images, level by level from the top: a lower level's encoder vectors depend
-        on the quantized levels above. For the plain model, before it is wrapped. `between` is called before each batch
-        is encoded."""
+        """Fit the codebooks, but those of the levels in `keep`, to batches of images, level by level from the top: a
+        lower level's encoder vectors depend on the quantized levels above. For the plain model, before it is wrapped.
+        `between` is called before each batch is encoded."""
         images = list(batches)
         if not images:
             raise ValueError("codebook init needs at least one batch of images, got 0")
         training = self.training
         self.eval()
         for index, (name, level) in enumerate(zip(self.level_names, self.levels, strict=True)):
+            if name in keep:
+                continue
             key = mix(seed, key_of("codebook"), key_of(name))
             vectors = self._sample_vectors(images, index, key, between)
             level.quantizer.set_codebook(fit_codebook(vectors, self.num_codes, key))

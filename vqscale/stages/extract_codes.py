@@ -75,7 +75,7 @@ def main(config: ExtractCodesConfig) -> None:
             _check_fits(config, manifest, source)
             _refuse_other_source(run.run_dir / split / "source.json", source, manifest)
         data = " ".join(manifest.fingerprint for manifest in images.values())
-        run.check_inputs({"vqvae": source.fingerprint, "data": data})
+        run.check_inputs({"vqvae": source.tokenizer, "data": data})
         extracted = [_extract_split(config, run, source, split, manifest) for split, manifest in images.items()]
         if not any(extracted):
             runtime.log.info("nothing left to do: the codes are in %s", run.run_dir)
@@ -182,7 +182,7 @@ def _check_fits(config: ExtractCodesConfig, manifest: Manifest, source: Source) 
 
 def _refuse_other_source(path: Path, source: Source, manifest: Manifest) -> None:
     """Earlier versions recorded the inputs here and not in the run's inputs.json. Raises ValueError for others."""
-    inputs = {"tokenizer": source.fingerprint, "data": manifest.fingerprint}
+    inputs = {"tokenizer": source.tokenizer, "data": manifest.fingerprint}
     for key, recorded in read_json(path).items():
         if inputs.get(key, recorded) != recorded:
             raise ValueError(
@@ -234,7 +234,7 @@ def _write_manifest(
     topology, model = run.topology, source.model
     levels = {name: list(grid) for name, grid in zip(model.level_names, model.grids, strict=True)}
     extra = {
-        "tokenizer": source.fingerprint,
+        "tokenizer": source.tokenizer,
         "tokenizer_model": source.description,
         "num_codes": model.num_codes,
         "levels": levels,

@@ -176,10 +176,10 @@ def load_chain(config: SampleConfig, device: torch.device, topology: Topology = 
         prior = model(path, f"prior_{name}")
         if prior.description["level"] != name:
             raise ValueError(f"prior_{name}={path}: this is a prior of the {prior.description['level']} level")
-        if prior.description["tokenizer"] != vqvae.fingerprint:
+        if prior.description["tokenizer"] != vqvae.tokenizer:
             raise ValueError(
                 f"prior_{name}={path}: trained on codes of {prior.description['tokenizer']}, "
-                f"but vqvae={config.vqvae} is {vqvae.fingerprint}"
+                f"but vqvae={config.vqvae} is {vqvae.tokenizer}"
             )
         priors[name] = prior
     chain = Chain(vqvae, priors, load_judge(config, priors["top"].description["classes"], device, topology))
@@ -303,7 +303,7 @@ def _write_manifest(config: SampleConfig, chain: Chain, folder: Path, shards: Sh
     provenance = {
         "vqvae": chain.vqvae.fingerprint,
         "priors": {level: prior.fingerprint for level, prior in chain.priors.items()},
-        "tokenizer": chain.vqvae.fingerprint,
+        "tokenizer": chain.vqvae.tokenizer,
         "training_transform": chain.priors["top"].description.get("transform", {}),
         "seed": config.seed,
         "samples_per_class": config.samples_per_class,

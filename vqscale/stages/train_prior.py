@@ -154,10 +154,10 @@ def open_drawn_images(config: TrainPriorConfig, run: runtime.Run, description: d
     if config.evaluate_every and config.fd_every % config.evaluate_every:
         raise ValueError(f"fd_every={config.fd_every} is not a multiple of evaluate_every={config.evaluate_every}")
     vqvae = load_model(config.vqvae, "vqvae", device=run.topology.device, topology=run.topology)
-    if description["tokenizer"] != vqvae.fingerprint:
+    if description["tokenizer"] != vqvae.tokenizer:
         raise ValueError(
             f"evaluate_fd=true: the codes at {config.data} are of {description['tokenizer']}, "
-            f"but vqvae={config.vqvae} is {vqvae.fingerprint}"
+            f"but vqvae={config.vqvae} is {vqvae.tokenizer}"
         )
     folder, manifest = held_out_codes(config)
     n = min(config.fd_samples, manifest.num_samples)

@@ -42,6 +42,9 @@ class TrainVQVAEConfig(DistanceConfig):
     flip: bool = True  # mirror half of the images
     init_images: PositiveInt = 2_048  # images whose encodings the codebooks start from
     evaluate_images: PositiveInt = 1_024  # held-out images per evaluation
+    freeze: list[Annotated[str, Choice("encoder", "quantizer")]] = field(
+        default_factory=list
+    )  # parts kept as in `init`
     grid_images: PositiveInt = 8  # originals and reconstructions in the picture of an evaluation
 
 
@@ -66,6 +69,7 @@ def main(config: TrainVQVAEConfig) -> None:
             prepare=lambda model: _init_codebooks(model, folder, reader, config, run),
             after_step=lambda model, **step: model.update_codebooks(run.topology, seed=config.seed, **step),
             side_work=distance.cost if distance else None,
+            freeze=config.freeze,
         )
 
 
@@ -99,13 +103,16 @@ def training_step(model: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
 def _init_codebooks(
     model: VQVAE, folder: Path, reader: ImageReader, config: TrainVQVAEConfig, run: runtime.Run
 ) -> None:
-    """Codebooks from the first images of the order, which stay unconsumed: rank 0 computes, all ranks receive."""
+    """Codebooks from the first images of the order, which stay unconsumed, but those that `init` brings: rank 0
+    computes, all ranks receive."""
     topology = run.topology
     model.to(topology.device)
-    stopped = False
-    if topology.is_main:
+    stopped, keep = False, _levels_of_init(model, config)
+    if topology.is_main and len(keep) < len(model.level_names):
         batches = -(-config.init_images // _INIT_BATCH)
-        with tqdm(total=batches * (1 + len(model.level_names)), unit="batch", desc="codebook initialisation") as bar:
+        with tqdm(
+            total=batches * (1 + len(model.level_names) - len(keep)), unit="batch", desc="codebook initialisation"
+        ) as bar:
 
             def progress() -> None:
                 run.poll_signals()
@@ -113,7 +120,7 @@ def _init_codebooks(
 
             images = _first_images(folder, reader, config, topology.device, progress)
             try:
-                model.init_codebooks(images, seed=config.seed, between=progress)
+                model.init_codebooks(images, seed=config.seed, between=progress, keep=keep)
             except Leave:
                 stopped = True
     if topology.gather(stopped)[0]:
@@ -121,6 +128,13 @@ def _init_codebooks(
     for _, buffer in model.named_buffers():
         topology.broadcast_(buffer)
     assert_same_everywhere(dict(model.named_buffers()), topology)
+
+
+def _levels_of_init(model: VQVAE, config: TrainVQVAEConfig) -> list[str]:
+    """The levels whose codebooks `init` brings."""
+    names = {level: f"levels.{index}.quantizer.embedding" for index, level in enumerate(model.level_names)}
+    ignored = tuple(config.init_ignore)
+    return [level for level, name in names.items() if config.init and not name.startswith(ignored)]
 
 
 def _first_images(
