@@ -104,6 +104,7 @@ def test_a_bug_says_how_to_see_more(words: list[str], capsys: pytest.CaptureFixt
         (["pack"], "pack needs a config file"),
         (["pack", "nowhere.yaml"], "config file nowhere.yaml does not exist"),
         (["pack", "{path}", "sed=1"], "unknown key sed; did you mean seed?"),
+        (["pack", "{path}", "--sed=1"], "unknown key sed; did you mean seed?"),
         (["pack", "{path}", "seed"], "override 'seed' is not of the form key=value"),
     ],
 )
@@ -112,6 +113,12 @@ def test_mistakes_on_the_command_line(
 ) -> None:
     assert cli.main([word.format(path=words[1]) for word in arguments]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_words_with_dashes_are_keys_as_sweeps_pass_them(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*words, "--seed=7", "--ending=bug", "--fresh=True", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "seed: 7" in printed and "would end bug" in printed and "fresh: true" in printed
 
 
 def test_dry_run_prints_and_runs_nothing(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:

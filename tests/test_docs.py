@@ -6,12 +6,15 @@ for what only the reader knows.
 
 import argparse
 import contextlib
+import os
 import re
 import shlex
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image, ImageDraw
 from support.reduced import REDUCED
 
@@ -166,6 +169,42 @@ def test_other_programs(command: Command) -> None:
 def test_help_is_printed(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(command.words[1:]) == 0
     assert "keys and defaults" in capsys.readouterr().out
+
+
+def words_of_sweep(text: str) -> list[str]:
+    """The command of W&B's first run: of every parameter the first value."""
+    sweep = yaml.safe_load(text)
+    given = [f"--{key}={one['values'][0]}" for key, one in sweep["parameters"].items()]
+    return [part for word in sweep["command"] for part in (given if word == "${args}" else [word])]
+
+
+def words_of_task(command: Command, task: int, folder: Path) -> list[str]:
+    """The words that `vqscale` gets from a task of an array, of which a shell makes them."""
+    (folder / "vqscale").write_text('#!/bin/sh\nprintf "%s\\n" vqscale "$@"\n')
+    (folder / "vqscale").chmod(0o755)
+    environment = {"PATH": f"{folder}:{os.defpath}", "SLURM_ARRAY_TASK_ID": str(task)}
+    wrapped = command.words[command.words.index("--wrap") + 1]
+    done = subprocess.run(
+        ["sh", "-c", wrapped], cwd=folder, env=environment, capture_output=True, text=True, check=True
+    )
+    return done.stdout.splitlines()
+
+
+def test_the_sweeps_of_the_tutorial(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "tutorial.md").read_text()
+    (sweep,) = re.findall(r"^```yaml\n(method:.*?)^```", text, re.MULTILINE | re.DOTALL)
+    (lines,) = [line for line in shell_lines(text) if line.startswith("printf")]
+    subprocess.run(["sh", "-c", lines], cwd=tmp_path, check=True)
+    (array,) = [c for c in COMMANDS if "--wrap" in c.words]
+    runs = []
+    monkeypatch.setattr(cli.stage_module("train_vqvae"), "main", runs.append)
+    monkeypatch.setenv("WANDB_RUN_ID", "a1b2")
+    for words in (words_of_sweep(sweep), *(words_of_task(array, task, tmp_path) for task in (1, 2, 3))):
+        monkeypatch.chdir(ROOT)
+        assert words[0] == "vqscale" and cli.main(words[1:]) == 0, words
+    assert [run.run_dir for run in runs] == [f"runs/sweep/{name}" for name in ("a1b2", 1, 2, 3)]
+    assert [run.learning_rate for run in runs] == [1e-4, 1e-4, 3e-4, 1e-3]
+    assert runs[0].model.hidden == 64 and runs[0].trackers == ["wandb"]
 
 
 PLANS = {" ".join(c.words): c for c in TOOL_COMMANDS if c.stage == "plan" and c.paths[0] != "CONFIG"}

@@ -151,6 +151,11 @@ def test_code_lines_are_counted_without_blanks_comments_and_docstrings() -> None
     assert code_lines(source) == 5
 
 
+def test_type_checkers_find_the_types_of_an_installed_package() -> None:
+    declared = re.search(r"\[tool.setuptools.package-data\]\nvqscale = (\[.*\])", (ROOT / "pyproject.toml").read_text())
+    assert declared and "py.typed" in ast.literal_eval(declared[1]) and (ROOT / "vqscale" / "py.typed").is_file()
+
+
 def test_one_launch_file_per_strategy() -> None:
     files = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / "launch").iterdir()}
     assert files.keys() == set(topology.STRATEGIES)

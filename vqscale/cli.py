@@ -7,6 +7,7 @@ import argparse
 import difflib
 import importlib
 import os
+import re
 import signal
 import sys
 import time
@@ -91,7 +92,8 @@ def _flags(arguments: argparse.Namespace) -> list[str]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run one command; returns the exit code."""
+    """Run one command; returns the exit code. `--key=value`, as sweeps pass it, is the same as `key=value`."""
+    argv = [re.sub(r"^--([\w.]+=)", r"\1", word) for word in argv]
     if len(argv) > 1 and argv[0] in STAGES | TOOLS and argv[1] in ("-h", "--help"):
         print(_stage_help(argv[0]))
         return 0
