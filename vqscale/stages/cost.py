@@ -17,12 +17,8 @@ class Spent:
     seconds: float
 
     @property
-    def hours(self) -> float:
-        return self.seconds / _HOUR
-
-    @property
     def gpu_hours(self) -> float:
-        return self.ranks * self.hours
+        return self.ranks * self.seconds / _HOUR
 
 
 def shared(seconds: float, worlds: Sequence[int]) -> list[Spent]:
@@ -32,7 +28,10 @@ def shared(seconds: float, worlds: Sequence[int]) -> list[Spent]:
 
 def lines(worlds: Sequence[int], stages: Mapping[str, Sequence[Spent]], price: float) -> list[str]:
     """`stages`: by name, one `Spent` for each of `worlds`; `price`: of a GPU-hour, 0 = no money."""
-    measures: dict[str, Callable[[Spent], float]] = {"hours": lambda s: s.hours, "GPU-hours": lambda s: s.gpu_hours}
+    measures: dict[str, Callable[[Spent], float]] = {
+        "hours": lambda s: s.seconds / _HOUR,
+        "GPU-hours": lambda s: s.gpu_hours,
+    }
     if price:
         measures[f"money at {price:g} per GPU-hour"] = lambda s: s.gpu_hours * price
     table = [_row("ranks", [f"{world:,}" for world in worlds])]
@@ -46,15 +45,12 @@ def lines(worlds: Sequence[int], stages: Mapping[str, Sequence[Spent]], price: f
 
 
 def _fewer(worlds: Sequence[int], stages: Mapping[str, Sequence[Spent]]) -> list[str]:
-    used = {
-        name: [f"{spent.ranks} of {world}" for spent, world in zip(row, worlds, strict=True) if spent.ranks < world]
-        for name, row in stages.items()
-    }
-    return [
-        f"{name}: on {', '.join(ranks)} ranks, which its global_batch divides by"
-        for name, ranks in used.items()
-        if ranks
+    """A line for each stage and number of ranks that it cannot use all of."""
+    pairs = [
+        (name, spent.ranks, world) for name, row in stages.items() for spent, world in zip(row, worlds, strict=True)
     ]
+    note = "ranks, as all cannot share its global_batch"
+    return [f"{name}: on {ranks} of {world} {note}" for name, ranks, world in pairs if ranks < world]
 
 
 def _row(name: str, cells: Sequence[str]) -> str:
