@@ -31,6 +31,7 @@ MAY_IMPORT["training"] = MAY_IMPORT["evaluation"] - {"evaluation"}
 MAY_IMPORT["stages"] = MAY_IMPORT["evaluation"] | {"training"}
 MAY_IMPORT["stages/run"] = MAY_IMPORT["stages/sizing"] = MAY_IMPORT["stages"] | {"stages"}  # they run and size stages
 MAY_IMPORT["stages/plan"] = MAY_IMPORT["stages"] | {"stages"}  # it reads the trainers' configs
+MAY_IMPORT["stages/completion"] = MAY_IMPORT["stages"] | {"stages"}  # it reads all Configs
 MAY_IMPORT["stages/tune_sampling"] = MAY_IMPORT["stages"] | {"stages"}  # it samples as the stage does
 MAY_IMPORT["api"] = MAY_IMPORT["stages"] | {"stages"}  # it samples as the stage does
 MAY_IMPORT |= {

@@ -40,6 +40,7 @@ TOOLS = {
     "import-checkpoint": "a checkpoint of rosinality/vq-vae-2-pytorch -> such a folder",
     "compare": "runs, or experiments -> one page that puts them side by side",
     "doctor": "this machine -> a page to paste into an issue: versions, devices, limits, storage, Slurm",
+    "completion": "bash or zsh -> a script by which it completes commands, keys and paths",
     "watch": "a run -> its curves in the terminal, or as a PNG",
 }
 _ALIASES = {"world": "plan", "strategy": "plan", "from": "plan", "png": "watch"}  # --world N for world=N
