@@ -28,7 +28,8 @@ MAY_IMPORT = {part: BASE | {part} for part in ("data", "models", "engine")}
 MAY_IMPORT["sources"] = BASE | {"data", "models", "engine"}
 MAY_IMPORT["evaluation"] = MAY_IMPORT["sources"] | {"sources", "evaluation"}
 MAY_IMPORT["training"] = MAY_IMPORT["evaluation"] - {"evaluation"}
-MAY_IMPORT["stages"] = MAY_IMPORT["evaluation"] | {"training"}
+MAY_IMPORT["hub"] = BASE | {"models"}
+MAY_IMPORT["stages"] = MAY_IMPORT["evaluation"] | {"training", "hub"}
 MAY_IMPORT["stages/run"] = MAY_IMPORT["stages/sizing"] = MAY_IMPORT["stages"] | {"stages"}  # they run and size stages
 MAY_IMPORT["stages/plan"] = MAY_IMPORT["stages"] | {"stages"}  # it reads the trainers' configs
 MAY_IMPORT["stages/completion"] = MAY_IMPORT["stages"] | {"stages"}  # it reads all Configs
@@ -61,6 +62,7 @@ DOORS = {
     "fsspec": "data/remote.py",
     "torch_fidelity": "evaluation/",
     "lpips": "evaluation/features.py",
+    "huggingface_hub": "hub.py",
 }
 
 

@@ -1,7 +1,7 @@
 """The Python API: trained models on disk -> codes, images, samples.
 
-In: paths of exported folders or of done runs.  Out: tensors.  Images are float [n, 3, R, R] in [-1, 1]; codes are one
-int64 [n, h, w] per level, the top level first, in 0 … K - 1.
+In: paths of exported folders or of done runs, or names on the Hugging Face Hub.  Out: tensors.  Images are float
+[n, 3, R, R] in [-1, 1]; codes are one int64 [n, h, w] per level, the top level first, in 0 … K - 1.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vqscale.config import from_dict, level_names
 from vqscale.data.images import decode_image, read_image_file, resize_center_crop, to_float
+from vqscale.hub import local_folder
 from vqscale.sources import load_model
 from vqscale.stages.sample import SampleConfig, check_options, chosen_classes, draw, load_chain
 from vqscale.text import error_prefix
@@ -38,12 +39,17 @@ class VQVAE:
         self.grids: list[tuple[int, int]] = model.grids
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, device: str = "cpu") -> "VQVAE":
+    def from_pretrained(cls, path: str | Path, *, revision: str | None = None, device: str = "cpu") -> "VQVAE":
         """From an exported folder, a done run of train_vqvae, or a folder that holds either beside its priors.
 
-        Raises FileNotFoundError where there is none, ValueError for one that is unfinished or damaged.
+        Text of the form org/name that is no folder here names a repository on the Hugging Face Hub; revision: a branch,
+        a tag or a commit of it. What is downloaded stays in the Hub's cache.
+
+        Raises FileNotFoundError where there is none, ValueError for one that is unfinished or damaged, OSError for a
+        download that fails.
         """
-        source = load_model(path, "vqvae", device=_usable_device(device))
+        usable = _usable_device(device)
+        source = load_model(local_folder(path, ["vqvae"], revision), "vqvae", device=usable)
         return cls(source.model, source.description["classes"], source.fingerprint, source.tokenizer)
 
     @torch.inference_mode()
@@ -105,6 +111,7 @@ def _picture(path: str | Path) -> Tensor:
 def sample(
     path: str | Path,
     *,
+    revision: str | None = None,
     classes: Any = "all",
     samples_per_class: int = 1,
     seed: int = 0,
@@ -119,17 +126,20 @@ def sample(
     """New images, float [n, 3, R, R] in [-1, 1], class by class in the order of `classes`.
 
     path: a folder with a VQ-VAE and a prior per level, exported (`vqvae`, `prior_top`, …) or an experiment's done runs
-    (`train_vqvae`, `train_prior_top`, …). classes: "all", or names (text) and indices (integers). seed: the same seed
-    gives the same images, those of `vqscale sample` with the same seed and batch. temperature, top_k, top_p, guidance:
-    as there; one number, or one by level: {"top": 0.9}. threads: of the CPU, during this call; 0 = as torch is set.
+    (`train_vqvae`, `train_prior_top`, …), or the name of such a folder on the Hub, with its revision, as
+    `VQVAE.from_pretrained` takes it. classes: "all", or names (text) and indices (integers). seed: the same seed gives
+    the same images, those of `vqscale sample` with the same seed and batch. temperature, top_k, top_p, guidance: as
+    there; one number, or one by level: {"top": 0.9}. threads: of the CPU, during this call; 0 = as torch is set.
 
     Raises FileNotFoundError for a model that is not there, ValueError for models that do not belong together, an
-    unknown class or an option out of range.
+    unknown class or an option out of range, OSError for a download that fails.
     """
     options = {"seed": seed, "samples_per_class": samples_per_class, "batch": batch, "threads": threads}
-    inputs = dict.fromkeys(["vqvae", *(f"prior_{level}" for level in level_names(3))], str(path))
-    config = _checked(inputs | options)
-    chain = load_chain(config, _usable_device(device))
+    models = ["vqvae", *(f"prior_{level}" for level in level_names(3))]
+    _checked(options)  # before anything is downloaded
+    usable = _usable_device(device)
+    inputs = dict.fromkeys(models, str(local_folder(path, models, revision)))
+    chain = load_chain(_checked(inputs | options), usable)
     by_level = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance}
     levels = chain.vqvae.model.level_names
     config = _checked(inputs | options | {key: _by_level(value, levels) for key, value in by_level.items()})

@@ -43,7 +43,13 @@ TOOLS = {
     "completion": "bash or zsh -> a script by which it completes commands, keys and paths",
     "watch": "a run -> its curves in the terminal, or as a PNG",
 }
-_ALIASES = {"world": "plan", "strategy": "plan", "from": "plan", "png": "watch"}  # --world N for world=N
+_ALIASES = {
+    "world": "plan",
+    "strategy": "plan",
+    "from": "plan",
+    "png": "watch",
+    "push": "export",
+}  # --world N for world=N
 EXIT_INTERRUPTED = 130  # by Ctrl-C before there was anything to save
 HEAD_START = 3.0  # seconds that the first rank has to report an error before the others do
 

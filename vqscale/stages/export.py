@@ -1,7 +1,8 @@
 """Trained models -> folders to share: model.safetensors, config.json and a model card, README.md.
 
 In: a run directory, or the folder of an experiment's runs.  Out: one folder for a run; for an experiment one per
-model, `vqvae`, `prior_top`, …, and one card for all of them.
+model, `vqvae`, `prior_top`, …, and one card for all of them.  With `push`, the same as a repository on the Hugging Face
+Hub.
 
 The bytes of model.safetensors depend on the weights only, and the fingerprint is the run's own: codes and priors of the
 run belong to its export.  What the card says is read from the runs; facts that are missing are skipped, and scores are
@@ -20,6 +21,7 @@ from typing import Annotated, Any
 
 from markupsafe import Markup
 
+from vqscale import hub
 from vqscale.config import Request, level_names, read_request
 from vqscale.data.images import preparation
 from vqscale.data.shards import Manifest, resolve
@@ -28,7 +30,7 @@ from vqscale.evaluation.report import format_score, template, with_unit
 from vqscale.evaluation.scores import METRICS, Score, is_of_curve, metric_of
 from vqscale.fields import Choice, NonNegativeInt
 from vqscale.files import read_json, write_atomically
-from vqscale.models.pretrained import save_pretrained
+from vqscale.models.pretrained import CONFIG, WEIGHTS, save_pretrained
 from vqscale.rundir import recorded_status
 from vqscale.sources import Source, load_model
 from vqscale.text import markdown, printable, printable_lines, redact_url
@@ -45,6 +47,9 @@ class ExportConfig:
     weights_kind: Annotated[str, Choice("", "ema", "raw")] = ""  # "" = ema if there is one
     checkpoint: NonNegativeInt = 0  # of one run: images seen; 0 = the last checkpoint of a done run
     licence: str = ""  # of the weights, e.g. cc0-1.0; the card says where there is none
+    push: str = ""  # org/name: a repository on the Hugging Face Hub, made if there is none, which gets the folder too
+    private: bool = False  # of push: a new repository is for its owners only
+    dataset: str = ""  # org/name of the training images on the Hub, for the card's metadata
     about: str = ""  # a line of Markdown for the card: what the images are, where they come from
 
 
@@ -80,8 +85,13 @@ class Exported:
 
 
 def main(request: Request[ExportConfig]) -> None:
-    """Write the folders. Raises ValueError for a run that is not done, FileNotFoundError where there is none."""
+    """Write the folders. Raises ValueError for a run that is not done, FileNotFoundError where there is none.
+
+    A push comes last: where it fails, the folder is whole, and the same command pushes again.
+    """
     config, (run_dir, out) = request.config, request.paths
+    if config.push:
+        hub.check_push(config.push)
     runs = trained_runs(run_dir)
     alone = runs == [run_dir]
     if config.checkpoint and not alone:
@@ -94,6 +104,9 @@ def main(request: Request[ExportConfig]) -> None:
         _write(one.source, out / one.folder)
         print(f"{out / one.folder}: {one.source.role}, {one.source.fingerprint}")
     write_atomically(out / "README.md", card(models, runs[0].resolve().parent, config))
+    if config.push:
+        files = [(Path(one.folder) / name).as_posix() for one in models for name in (CONFIG, WEIGHTS)]
+        print(hub.push(out, ["README.md", *files], config.push, private=config.private))
 
 
 def trained_runs(path: Path) -> list[Path]:
@@ -159,8 +172,9 @@ def card(models: Sequence[Exported], experiment: Path, config: ExportConfig) -> 
     page = template(Path(__file__).with_name("card.md"), markdown, filters, keep_trailing_newline=True)
     return page.render(
         title=experiment.name,
+        config=config,
+        metrics=sorted({key.split("/")[0] for key in scores}),
         about=printable_lines(config.about) or "A model trained with vqscale.",
-        licence=config.licence,
         models=models,
         kinds={one.source.description["kind"] for one in models},
         description=models[0].source.description,
