@@ -172,7 +172,9 @@ def card(models: Sequence[Exported], experiment: Path, config: ExportConfig) -> 
     page = template(Path(__file__).with_name("card.md"), markdown, filters, keep_trailing_newline=True)
     return page.render(
         title=experiment.name,
-        config=config,
+        licence=config.licence,
+        push=config.push,
+        dataset=config.dataset,
         metrics=sorted({key.split("/")[0] for key in scores}),
         about=printable_lines(config.about) or "A model trained with vqscale.",
         models=models,
