@@ -26,7 +26,7 @@ from vqscale.stages import extract_codes
 from vqscale.topology import cores
 
 WORKERS = (4, 8, 14)
-SHARDS = 4  # that are made; the others are copies
+SHARDS = 1  # that are made; the others are copies
 
 
 def data(case: Case) -> None:

@@ -99,7 +99,7 @@ def train(
         if not resumed:
             prepare(model)
     if config.compile:
-        compile_units(model)
+        compile_units(model, topology.strategy)
     accumulation = loader.micro_batches_per_step
     engine = make_engine(model, topology, config, accumulation, start)
     del start  # and the weights in it

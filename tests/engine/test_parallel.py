@@ -7,6 +7,7 @@ import pytest
 import torch
 from support.distributed import run_ranks
 from support.training import WIDTH, MemoryLoader, TinyConfig, TinyModel, losses, sample, train, whole
+from support.vqvaes import vqvae
 from torch import Tensor, nn
 
 from vqscale.config import StageConfig
@@ -229,6 +230,18 @@ def _train_compiled_or_not(compiled: bool) -> dict[str, torch.Tensor]:
     if compiled:
         assert sum(torch._dynamo.utils.counters["stats"].values()) > 0, "nothing was compiled"
     return {name: whole(tensor) for name, tensor in engine.as_checkpoint_tensors({}).items()}
+
+
+@pytest.mark.parametrize(
+    "strategy, method", [("single", "compiled_units"), ("ddp", "compiled_units"), ("fsdp", "wrap_units")]
+)
+def test_units_that_are_sharded_on_their_own_are_compiled_on_their_own(
+    monkeypatch: pytest.MonkeyPatch, strategy: str, method: str
+) -> None:
+    module, compiled = vqvae(), list[torch.nn.Module]()
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda unit: compiled.append(unit))
+    compile_units(module, strategy)
+    assert compiled == getattr(module, method)()
 
 
 @pytest.mark.slow

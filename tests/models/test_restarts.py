@@ -5,10 +5,8 @@ import torch
 from support.quantizers import D, K, Rank, inputs, learn, quantizer, state, update, with_dead_codes
 from torch import Tensor
 
-from vqscale.models.quantizer import (
-    QuantizerConfig,
-    VectorQuantizer,
-)
+from vqscale.models.codebook import choose_restarts
+from vqscale.models.quantizer import QuantizerConfig, VectorQuantizer
 
 # ---- restarts
 
@@ -128,6 +126,15 @@ def test_a_sample_seen_by_two_ranks_is_caught():
         q(part, torch.arange(4))
     with pytest.raises(RuntimeError, match="belongs to no rank, or to two"):
         Ranks(2).run(ranks, 4)
+
+
+def test_codes_used_alike_restart_in_their_own_order():
+    """As they do on a GPU, where `topk` has another order among equals."""
+    used = torch.tensor([2.0, 0.0, 1.0, 0.0, 0.0, 1.0, 0.0, 2.0] * 40)
+    pool = torch.cat([torch.randn(180, D), torch.ones(180, 2)], dim=1)
+    codes, restart, _ = choose_restarts(used, pool, torch.tensor(0.5), key=3)
+    expected = [*(used == 0).nonzero()[:, 0].tolist(), *(used == 1).nonzero()[:, 0].tolist()][:180]
+    assert codes.tolist() == expected and restart.sum() == 160
 
 
 def test_restarts_differ_with_the_key():

@@ -371,3 +371,39 @@ def test_what_cannot_be_captured_is_told_once_and_drawn_eagerly(monkeypatch, cap
     assert torch.equal(sample_codes(model, label, above, seed=2, sample_ids=ids), expected)
     (record,) = caplog.records
     assert record.getMessage().endswith("which is slower: operation not permitted when stream is capturing")
+
+
+def test_kernels_that_cannot_be_compiled_run_one_by_one_with_one_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on a GPU whose machine has no C compiler."""
+
+    def fails(_function: Any) -> Any:
+        def compiled(*_tensors: Tensor) -> None:
+            raise RuntimeError("no C compiler was found\nand much more")
+
+        return compiled
+
+    monkeypatch.setattr(causal, "on_cpu", lambda _tensor: False)
+    monkeypatch.setattr(torch, "compile", fails)
+    store = causal.fused(causal.normalise_into.__wrapped__)
+    x, out = torch.randn(2, 8), torch.zeros(2, 8)
+    for _ in range(2):
+        store(out.zero_(), x)
+        assert torch.equal(out, causal.normalise(x))
+    assert [record.message for record in caplog.records if record.name == "vqscale"] == [
+        "sampling goes on with plain kernels, which is slower: no C compiler was found"
+    ]
+
+
+def test_an_operation_without_memory_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_function: Any) -> Any:
+        def compiled(*_tensors: Tensor) -> None:
+            raise torch.OutOfMemoryError("out of memory")
+
+        return compiled
+
+    monkeypatch.setattr(causal, "on_cpu", lambda _tensor: False)
+    monkeypatch.setattr(torch, "compile", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        causal.fused(causal.normalise_into.__wrapped__)(torch.zeros(2, 8), torch.randn(2, 8))

@@ -219,15 +219,17 @@ def test_checkpointing_the_whole_model_is_caught_not_counted_twice():
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo looks at activations' .grad
-@pytest.mark.parametrize("whole", [True, False], ids=["whole model", "residual blocks"])
-def test_compiled_training_equals_eager(whole):
+@pytest.mark.parametrize(
+    "units", ["", "compiled_units", "wrap_units"], ids=["whole model", "networks", "residual blocks"]
+)
+def test_compiled_training_equals_eager(units):
     eager, compiled = vqvae(), vqvae()
     call: nn.Module = compiled
-    if whole:
+    if not units:
         call = torch.compile(compiled, backend="aot_eager")  # type: ignore[assignment]
     else:
-        for block in compiled.wrap_units():
-            block.compile(backend="aot_eager")
+        for unit in getattr(compiled, units)():
+            unit.compile(backend="aot_eager")
     optimizers = [torch.optim.Adam(model.parameters(), lr=1e-3) for model in (eager, compiled)]
     try:
         for step in range(3):

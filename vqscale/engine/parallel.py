@@ -246,9 +246,11 @@ def make_engine(
     return TorchEngine(module, topology, initialise=initialise, **common)
 
 
-def compile_units(module: nn.Module) -> None:
-    """torch.compile on each of the model's units, in place; names stay as they are."""
-    for unit in module.wrap_units():  # type: ignore[operator]
+def compile_units(module: nn.Module, strategy: str = "single") -> None:
+    """torch.compile on each of the model's units, in place; names stay as they are. Units that are sharded on their own
+    are compiled on their own; otherwise a model may name larger ones in `compiled_units()`."""
+    larger = getattr(module, "compiled_units", None) if strategy in ("single", "ddp") else None
+    for unit in (larger or module.wrap_units)():  # type: ignore[operator]
         unit.compile()
 
 

@@ -16,6 +16,8 @@ Legend: b batch, i rows, j columns, c hidden, r residual, d class, e conditionin
 row, t positions in raster order, s slices of a product's outputs, n heads.
 """
 
+import functools
+import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -33,6 +35,7 @@ from vqscale.models.init import with_init_scale
 Stream = Float[Tensor, "b i j c"]
 Key = Int[Tensor, " b"]
 
+log = logging.getLogger("vqscale")
 _ALIGNMENT = 8  # numbers that attention kernels read at once
 
 
@@ -106,6 +109,44 @@ class CachedBlock:
 def on_cpu(tensor: Tensor) -> bool:
     """Whether per-code products are laid out for a CPU."""
     return tensor.device.type == "cpu"
+
+
+def fused(function: Callable[..., None]) -> Callable[..., None]:
+    """`function` of tensors, compiled into one kernel on a GPU, where its operations are too small to be worth several.
+    If that fails, it runs operation by operation, and the log says so once."""
+    compiled: Callable[[], Callable[..., None]] = functools.cache(lambda: torch.compile(function))
+    failed = False
+
+    @functools.wraps(function)
+    def run(*tensors: Tensor) -> None:
+        nonlocal failed
+        if failed or on_cpu(tensors[0]):
+            return function(*tensors)
+        try:
+            return compiled()(*tensors)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            log.warning("sampling goes on with plain kernels, which is slower: %s", str(error).splitlines()[0])
+            failed = True
+        return function(*tensors)
+
+    return run
+
+
+@fused
+def normalise_into(out: Float[Tensor, "b c"], x: Float[Tensor, "b c"]) -> None:
+    """out = `normalise(x)`."""
+    out.copy_(normalise(x))
+
+
+@fused
+def gate_into(out: Tensor, signal: Tensor, opening: Tensor) -> None:
+    """out = `gate` of the two halves. On a CPU they are used up."""
+    if on_cpu(out):
+        torch.mul(signal.tanh_(), opening.sigmoid_(), out=out)
+    else:
+        out.copy_(torch.tanh(signal) * torch.sigmoid(opening))
 
 
 def num_slices(layer: nn.Linear | nn.Conv2d, outputs: int) -> int:
@@ -278,10 +319,10 @@ class CachedGatedBlock(CachedBlock):
         self.horizontal_gates.copy_(rearrange(left, "(w b) (s r) -> w s b r", w=width, s=weights.slices))
 
     def step(self, x: Float[Tensor, "b c"], column: int) -> None:
-        self.slots[column].copy_(normalise(x))
+        normalise_into(self.slots[column], x)
         gates, signal, opening = self.gates[column]
         gates.baddbmm_(self.windows[column], self.weights.window)
-        torch.mul(signal.tanh_(), opening.sigmoid_(), out=self.gated_slices)
+        gate_into(self.gated_slices, signal, opening)
         x.addmm_(self.gated, self.weights.horizontal_out)
 
 

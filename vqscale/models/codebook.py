@@ -182,10 +182,10 @@ def choose_restarts(
     """(codes, which of them to restart, at which vectors): those with a count below the threshold, least used first.
 
     Vectors are drawn from the pool without replacement, with a chance in proportion to the squared quantization error,
-    so that a busy background is not covered twice.
+    so that a busy background is not covered twice. Codes used alike come in their own order, on any device.
     """
     vectors, errors, owners = pool.tensor_split([-2, -1], dim=1)
     torch._assert_async((owners == 1).all(), "a candidate for restarts belongs to no rank, or to two")
     order = weighted_order(errors[:, 0], mix(key, 2))
-    size, codes = cluster_size.topk(len(pool), largest=False)
-    return codes, (size < threshold) & (errors[order, 0] > 0), vectors[order]
+    codes = cluster_size.argsort(stable=True)[: len(pool)]  # `topk` breaks ties in another order on a GPU
+    return codes, (cluster_size[codes] < threshold) & (errors[order, 0] > 0), vectors[order]

@@ -194,8 +194,12 @@ class VQVAE(nn.Module):
             quantizer.frozen = "quantizer" in parts
 
     def wrap_units(self) -> list[nn.Module]:
-        """The residual blocks: what the engine may checkpoint, compile and shard on its own."""
+        """The residual blocks: what the engine may checkpoint and shard on its own."""
         return [module for module in self.modules() if isinstance(module, ResidualBlock)]
+
+    def compiled_units(self) -> list[nn.Module]:
+        """Whole encoders and decoders: more can be fused in them than in residual blocks. The quantizers stay eager."""
+        return [part for level in self.levels for part in (level.encoder, *level.upsample, level.decoder)]
 
     def forward(self, image: Image, position: Int[Tensor, " b"] | None = None) -> VQVAEOutput:
         """Reconstruct images in [-1, 1]; in training also gather the codebooks' statistics.
