@@ -14,6 +14,7 @@ from vqscale.data.shards import Manifest
 from vqscale.models.classifier import Classifier, ClassifierConfig
 from vqscale.models.init import initialise
 from vqscale.models.pretrained import save_pretrained
+from vqscale.sources import load_model
 
 CONFIG = ClassifierConfig(hidden=4, stages=1, blocks=1)
 
@@ -58,6 +59,19 @@ def test_the_accuracy_is_that_of_the_classifiers_on_real_images(world: Any, tmp_
     assert scores["cas_top1"]["extractor"] == "small ResNet" and not scores["cas_top1"]["comparable_with_papers"]
     assert "learned from samples" in scores["cas_top1"]["reference"]
     assert "CAS top-1, real" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_the_class_accuracy_is_that_of_the_classifier_of_real_images_on_samples(world: Any, tmp_path: Path) -> None:
+    save(tmp_path / "images", world, "images")
+    real = {"classifier_real": tmp_path / "images", "metrics": "[class_accuracy]"}
+    assert run(world, tmp_path, **real) == 0
+    (key, score), *others = json.loads((tmp_path / "run" / "scores.json").read_text()).items()
+    assert key == "class_accuracy" and not others and score["n"] == Manifest.load(world.root / "samples").num_samples
+    with torch.no_grad():
+        model = load_model(tmp_path / "images", "classifier").model
+        right = model(world.samples.float() / 127.5 - 1).argmax(1) == torch.arange(21) % 3
+    assert score["value"] == pytest.approx(float(right.double().mean()))
+    assert run(world, tmp_path, **real, samples="none") == 1
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,7 @@ _TABLE = (
     ("bits_per_dim", "Bits per dimension, codes only", "bits", "lower", "nll"),
     ("cas_top1", "CAS top-1", "", "higher", "cas"),
     ("cas_top5", "CAS top-5", "", "higher", "cas"),
+    ("class_accuracy", "Class accuracy of samples", "", "higher", "cas"),
 )
 METRICS = {row[0]: Metric(*row) for row in _TABLE}
 _RANGES = {  # of values, where it is not 0 and more

@@ -248,7 +248,7 @@ def _scores(models: Sequence[Exported], evaluation: Path) -> dict[str, Score]:
 
 
 def _needs_samples(key: str) -> bool:
-    return metric_of(key).family == "samples" or key in ("cas_top1", "cas_top5")
+    return metric_of(key).family == "samples" or key in ("cas_top1", "cas_top5", "class_accuracy")
 
 
 def _samples_are_of(models: Sequence[Exported], samples: str, experiment: Path) -> bool:
