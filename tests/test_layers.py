@@ -22,6 +22,7 @@ BASE = {
     "rollcall",
     "watchdog",
     "versions",
+    "trackers",
     "runtime",
 }
 MAY_IMPORT = {part: BASE | {part} for part in ("data", "models", "engine")}
@@ -53,10 +54,11 @@ MAY_IMPORT |= {
     "rollcall": {"topology"},
     "watchdog": {"topology", "files", "rollcall"},
 }
+MAY_IMPORT["trackers"] = {"config", "files", "rundir", "text", "topology"}
 MAY_IMPORT |= {"runtime": BASE - {"seeding"}}
 MAY_IMPORT |= {"cli": BASE | {"stages"}, "__main__": {"cli"}, "__init__": {"api"}}
 DOORS = {
-    "accelerate": "runtime.py",
+    "accelerate": "trackers.py",
     "deepspeed": "engine/zero.py",
     "webdataset": "data/",
     "fsspec": "data/remote.py",

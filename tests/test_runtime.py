@@ -311,7 +311,7 @@ def test_a_tracker_that_fails_is_left_out_and_named(tiny: TinyConfig, caplog: py
         logging.getLogger("vqscale").addHandler(caplog.handler)
         track = run.start_trackers([], 0)
         broken = Broken()
-        run.trackers.append(broken)
+        run.trackers.opened.append(broken)
         track({"loss": 1.0}, 1)
         track({"loss": 1.0}, 2)
         logging.getLogger("vqscale").removeHandler(caplog.handler)
@@ -329,6 +329,7 @@ def test_trackers_get_the_config_and_a_project_of_the_experiments_name(
 ) -> None:
     class Tracker:
         name = "wandb"
+        tracker = None
         started: ClassVar[list[Any]] = []
 
         def __init__(self, project: str, **options: Any):
@@ -348,7 +349,8 @@ def test_trackers_get_the_config_and_a_project_of_the_experiments_name(
     with runtime.run(replace(tiny, run_dir=str(run_dir)), "tiny") as run:
         run.start_trackers(["wandb"], 0)
     project, options, values = Tracker.started
-    assert (project, options) == ("birds", {"name": "train_vqvae"})
+    own = {"dir": str(run_dir), "id": None, "resume": "allow"}
+    assert (project, options) == ("birds", {"name": "train_vqvae", **own})
     assert values["size"] == 3 and values["run_dir"] == str(run_dir)
 
 

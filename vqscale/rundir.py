@@ -19,8 +19,10 @@ from vqscale.files import check_seal, read_json
 
 INPUTS = "inputs.json"
 INIT = "init.json"  # what is to be known of the weights that a trainer started from
+TRACKERS = "trackers.json"  # tracker -> its run's id
+_TRACKED = ("metrics.jsonl", *"tensorboard wandb trackio mlflow".split(), TRACKERS)
 # What every run writes, besides its stage's `outputs`.
-BOOKKEEPING = (INPUTS, INIT, *"config.yaml command.json status.json log .lock metrics.jsonl tensorboard STOP".split())
+BOOKKEEPING = (INPUTS, INIT, *"config.yaml command.json status.json log .lock STOP".split(), *_TRACKED)
 _MARKS = ("status.json", "log/job")  # of a run; one that only waits in the queue has the second alone
 _PIPELINE = (
     *("pack", "index", "train_vqvae", "extract_codes"),
@@ -126,7 +128,7 @@ def remove_outputs(run_dir: Path, stage: str, outputs: Iterable[str]) -> None:
     if writer != stage:
         raise ValueError(f"fresh=true: {run_dir} is a run of {writer}, not of {stage}; nothing was removed")
     # In this order, a removal that is cut short leaves a run that is not done and still refuses another config.
-    for pattern in ("status.json", *outputs, "metrics.jsonl", "tensorboard", INPUTS, "command.json", "config.yaml"):
+    for pattern in ("status.json", *outputs, *_TRACKED, INPUTS, "command.json", "config.yaml"):
         for path in sorted(run_dir.glob(pattern)):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 

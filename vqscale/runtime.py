@@ -1,7 +1,7 @@
 """One run of one stage: its folder, status, log, lock, stop requests and trackers.
 
 In: a stage's config.  Out: `Run`, inside `with runtime.run(config, stage) as run`, and on disk the run directory's
-config.yaml, command.json, status.json and log/<rank>.log.  The only importer of accelerate.
+config.yaml, command.json, status.json and log/<rank>.log.
 """
 
 import contextlib
@@ -11,7 +11,6 @@ import os
 import socket
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -30,6 +29,7 @@ from vqscale.rollcall import RollCall
 from vqscale.stopping import Stoppable, Stopped
 from vqscale.text import one_line, printable, redact_url
 from vqscale.topology import Topology, bring_up, env_int, slower_than_asked, take_down
+from vqscale.trackers import Trackers
 from vqscale.versions import git_commit, versions
 from vqscale.watchdog import Watchdog
 
@@ -103,7 +103,7 @@ class Run(Stoppable):
         self._changes: list[tuple[int, str]] = []  # (level of the log, what), since the last start
         self._facts: dict[str, Any] = {}
         self.previous_status: dict[str, Any] = {}
-        self.trackers: list[Any] = []
+        self.trackers = Trackers()
         self.at_exit = contextlib.ExitStack()  # what must still be done, however the run ends, in the process group
         self._handlers: list[logging.Handler] = []
         self._status_due = 0.0
@@ -230,9 +230,7 @@ class Run(Stoppable):
             self._watchdog.close()
         with contextlib.suppress(Exception):  # the error that ended the run matters more
             self.at_exit.close()
-        for tracker in self.trackers:
-            with contextlib.suppress(Exception):  # as in `start_trackers`
-                tracker.finish()
+        self.trackers.finish()
         for handler in self._handlers:
             log.removeHandler(handler)
             handler.close()
@@ -306,73 +304,14 @@ class Run(Stoppable):
     # --- trackers ---------------------------------------------------------------------------------------------------
 
     def start_trackers(self, names: list[str], resumed_at: int) -> Callable[[dict[str, float], int], None]:
-        """accelerate's trackers by name; returns log(values, images_seen). A tracker that fails is dropped, with a
-        warning, and never stops the run."""
-        self.trackers = _open_trackers(names, self.config, resumed_at, self.topology) if names else []
-        return self._track
-
-    def _track(self, values: dict[str, float], images_seen: int) -> None:
-        for tracker in list(self.trackers):
-            try:
-                tracker.log(values, step=images_seen)
-            except Exception as error:
-                self.trackers.remove(tracker)
-                log.warning("tracker %s failed and is left out from here on: %s", tracker.name, error)
+        """Open trackers by name; returns log(values, images_seen). Collective."""
+        if names:
+            self.trackers.open(names, self.config, resumed_at, self.topology)
+        return self.trackers.log
 
     def log_image(self, name: str, image: torch.Tensor, images_seen: int) -> None:
         """A picture, float [3, h, w] in [0, 1], to the trackers that take pictures."""
-        for tracker in self.trackers:
-            if hasattr(tracker, "log_images"):
-                with contextlib.suppress(Exception):  # as in `start_trackers`: never stops the run
-                    tracker.log_images({name: image[None].cpu().numpy()}, step=images_seen)
-
-
-def _open_trackers(names: list[str], config: StageConfig, resumed_at: int, topology: Topology) -> list[Any]:
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-
-    if unknown := [name for name in names if name not in LOGGER_TYPE_TO_CLASS]:
-        known = ", ".join(LOGGER_TYPE_TO_CLASS)
-        raise ValueError(f"trackers: there is no tracker {unknown[0]!r}; accelerate knows {known}")
-    _adopt_process_group(topology)
-    run_dir = Path(config.run_dir)
-    project = config.experiment or run_dir.absolute().parent.name
-    options: dict[str, tuple[list[Any], dict[str, Any]]] = {
-        "tensorboard": (["tensorboard", run_dir], {"purge_step": resumed_at + 1}),
-        "wandb": ([project], {"name": run_dir.name}),
-    }
-    opened = []
-    for name in names:
-        positional, named = options.get(name, ([project], {}))
-        try:
-            tracker = LOGGER_TYPE_TO_CLASS[name](*positional, **named)
-            tracker.start()
-            if not (name == "tensorboard" and resumed_at):  # which would keep a copy of each start
-                tracker.store_init_configuration(_hyperparameters(config))
-            opened.append(tracker)
-        except Exception as error:
-            log.warning("tracker %s could not start and is left out: %s", name, error)
-    return opened
-
-
-def _hyperparameters(config: StageConfig) -> dict[str, Any]:
-    """The config for trackers: dotted keys, plain values, no secrets."""
-    values = configs.flatten(configs.as_dict(config))
-    return {key: value if isinstance(value, (bool, int, float)) else redact_url(str(value)) for key, value in values}
-
-
-def _adopt_process_group(topology: Topology) -> None:
-    """Tell accelerate of the process group, because trackers ask it who is first. Where it takes a CPU's LOCAL_RANK for
-    a launcher's, it would also choose a thread count and set RANK and others for whatever starts next here."""
-    from accelerate import PartialState
-
-    threads, environment = torch.get_num_threads(), dict(os.environ)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "OMP_NUM_THREADS/MKL_NUM_THREADS unset", UserWarning)
-        PartialState(cpu=topology.device.type == "cpu")
-    torch.set_num_threads(threads)
-    for name in os.environ.keys() - environment.keys():
-        del os.environ[name]
-    os.environ.update(environment)
+        self.trackers.log_image(name, image, images_seen)
 
 
 @contextlib.contextmanager
