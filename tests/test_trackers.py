@@ -134,7 +134,7 @@ def _track(config: TinyConfig) -> list[str]:
 def test_wandb_without_a_login_writes_offline_on_one_rank(tmp_path: Path) -> None:
     installed("wandb")
     config = TinyConfig(run_dir=str(tmp_path / "run"), trackers=["wandb"])
-    nobody = {"HOME": str(tmp_path), "WANDB_API_KEY": "", "WANDB_MODE": "", "WANDB_SILENT": "true"}
+    nobody = {"HOME": str(tmp_path), "WANDB_API_KEY": "", "WANDB_MODE": "online", "WANDB_SILENT": "true"}
     assert run_ranks(_track, 2, config, variables=nobody) == [["wandb"], []]
     assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*"))) == 1
     assert "No API key configured" in (tmp_path / "run" / "log" / "0.log").read_text()
