@@ -4,7 +4,7 @@
 
 # module load python cuda                            # what the nodes need before Python starts
 # PYTHON=$HOME/venvs/vqscale/bin/python              # default: .venv/bin/python of this clone, else python
-# CONTAINER=(apptainer exec --nv vqscale.sif)        # words in front of every Python
+# CONTAINER=(apptainer exec --nv "$HOME/vqscale.sif") # words in front of every Python; with an image, PYTHON=python
 
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0   # the interface between nodes
 # export TMPDIR=/scratch/$USER                       # node-local scratch

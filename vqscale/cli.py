@@ -33,6 +33,7 @@ STAGES = {
 }
 # Commands that make no run: each module holds `USAGE`, `Config`, `load(words) -> request` and `main(request)`.
 TOOLS = {
+    "new": "configs, launch files and Slurm scripts of this version -> a folder to work in",
     "run": "a folder of configs -> its whole chain on this machine, resumable, in the minutes that there are",
     "status": "a folder of runs -> how each stage stands",
     "plan": "a trainer's config -> memory, communication and time at any number of ranks; a folder of configs -> cost",
