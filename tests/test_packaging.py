@@ -78,7 +78,7 @@ def test_an_installed_wheel_needs_nothing_of_the_clone(built: Path, tmp_path: Pa
     (site,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
     others = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
     (site / "dependencies.pth").write_text("\n".join(others))
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
 
     def run(*words: object, cwd: Path = tmp_path) -> str:
         done = subprocess.run([str(w) for w in words], cwd=cwd, env=environment, capture_output=True, text=True)
