@@ -37,32 +37,26 @@ def what_ran(tmp_path: Path) -> tuple[str, str, int, str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("strategy", "world", "engine"),
+    ("strategy", "world", "engine", "ending"),
     [
-        ("single", 1, "torch"),
-        ("ddp", 2, "torch"),
-        ("fsdp", 2, "torch"),
-        ("hsdp", 4, "torch"),
-        ("zero1", 2, "deepspeed"),
-        ("zero2", 2, "deepspeed"),
-        ("zero3", 2, "deepspeed"),
+        ("single", 1, "torch", "stopped"),
+        ("ddp", 2, "torch", "stopped"),
+        ("fsdp", 2, "torch", "done"),
+        ("hsdp", 4, "torch", "done"),
+        ("zero1", 2, "deepspeed", "done"),
+        ("zero2", 2, "deepspeed", "done"),
+        ("zero3", 2, "deepspeed", "done"),
     ],
 )
-def test_accelerate_starts_what_the_file_says(tmp_path: Path, strategy: str, world: int, engine: str) -> None:
+def test_accelerate_starts_what_the_file_says_and_a_stopped_run_is_no_crash_to_it(
+    tmp_path: Path, strategy: str, world: int, engine: str, ending: str
+) -> None:
+    """It starts a single process in another way than several."""
     file = ROOT / "launch" / f"{strategy}.yaml"
-    ended = launch(tmp_path, ["accelerate", "launch", "--config_file", str(file), "--num_processes", str(world)])
-    assert what_ran(tmp_path) == (strategy, engine, world, "done"), ended.stderr[-2000:]
+    launcher = ["accelerate", "launch", "--config_file", str(file), "--num_processes", str(world)]
+    ended = launch(tmp_path, launcher, f"ending={ending}")
+    assert (ended.returncode, *what_ran(tmp_path)) == (0, strategy, engine, world, ending), ended.stderr[-2000:]
     assert sorted(path.name for path in (tmp_path / "run" / "log").iterdir()) == [f"{n}.log" for n in range(world)]
-
-
-@pytest.mark.slow
-def test_a_stopped_run_is_no_crash_to_its_launcher(tmp_path: Path) -> None:
-    for name in ("single", "ddp"):
-        launcher = ["accelerate", "launch", "--config_file", str(ROOT / "launch" / f"{name}.yaml")]
-        folder = tmp_path / name
-        folder.mkdir()
-        ended = launch(folder, launcher, "ending=stopped")
-        assert (ended.returncode, what_ran(folder)[-1]) == (0, "stopped"), ended.stderr[-2000:]
 
 
 @pytest.mark.slow
