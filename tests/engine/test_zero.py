@@ -120,17 +120,23 @@ def test_interrupted_at_the_same_topology_it_is_bit_identical(tmp_path: Path, st
     assert_same_run(tmp_path / "parts", tmp_path / "whole", 0.0)
 
 
+@pytest.fixture(scope="module")
+def alone_in_bf16(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    """The losses of a single process."""
+    run_dir = tmp_path_factory.mktemp("alone_in_bf16")
+    run_ranks(train, 1, config(run_dir, precision="bf16"))
+    return losses(run_dir)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("strategy", "world"), [("ddp", 2), ("fsdp", 2), ("hsdp", 4), ("zero2", 2), ("zero3", 2)])
-def test_bf16_under_every_strategy(tmp_path: Path, strategy: str, world: int) -> None:
+def test_bf16_under_every_strategy(tmp_path: Path, alone_in_bf16: dict[int, float], strategy: str, world: int) -> None:
     """fp32 weights, bf16 arithmetic: another split of the batch rounds differently, by about 2^-9 of a value."""
-    settings = config(tmp_path / "single", precision="bf16")
-    run_ranks(train, 1, settings)
-    ranks = run_ranks(train, world, replace(settings, run_dir=str(tmp_path / "many"), strategy=strategy))
+    ranks = run_ranks(train, world, config(tmp_path, precision="bf16", strategy=strategy))
     held = [tensor for name, tensor in ranks[0]["tensors"].items() if name.startswith("model.")]
     assert {tensor.dtype for tensor in held if tensor.is_floating_point()} == {torch.float32}
-    one, many = losses(tmp_path / "single"), losses(tmp_path / "many")
-    assert max(abs(many[seen] - loss) / loss for seen, loss in one.items()) < 1e-2
+    many = losses(tmp_path)
+    assert max(abs(many[seen] - loss) / loss for seen, loss in alone_in_bf16.items()) < 1e-2
 
 
 def test_what_zero_cannot_do_is_refused(topology: Topology, monkeypatch: pytest.MonkeyPatch) -> None:
