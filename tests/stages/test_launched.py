@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.distributed import run_ranks
 from support.stages import CONFIGS, run_stage
 from support.ties import agree_until_a_tie
 
@@ -52,6 +53,26 @@ def finish(processes: list[subprocess.Popen[str]], run_dir: Path) -> dict[str, A
     return status
 
 
+def _rank(words: list[str]) -> int:
+    return run_stage("train_vqvae", "train_vqvae", *SMALL, *words)
+
+
+def train_whole(run_dir: Path, *overrides: str) -> None:
+    """The same on two ranks that no launcher started, in one go."""
+    words = [f"run_dir={run_dir}", "strategy=fsdp", *overrides]
+    assert run_ranks(_rank, 2, words, timeout=240) == [0, 0]
+
+
+@pytest.fixture(scope="module")
+def alone(whole_chain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of a single process."""
+    run_dir = tmp_path_factory.mktemp("alone") / "run"
+    with pytest.MonkeyPatch.context() as here:
+        here.chdir(whole_chain.parents[1])
+        assert run_stage("train_vqvae", "train_vqvae", f"run_dir={run_dir}", *SMALL) == 0
+    return run_dir
+
+
 def steps(run_dir: Path) -> list[dict[str, float]]:
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "loss" in line]
@@ -68,9 +89,8 @@ def free_port() -> int:
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "zero2"])
-def test_two_machines_train_as_one(chain: Path, strategy: str) -> None:
-    alone, run_dir = chain.parent / "alone", chain.parent / "two"
-    assert run_stage("train_vqvae", "train_vqvae", f"run_dir={alone}", *SMALL) == 0
+def test_two_machines_train_as_one(chain: Path, alone: Path, strategy: str) -> None:
+    run_dir = chain.parent / "two"
     launcher = ["accelerate", "launch", "--config_file", str(ROOT / "launch" / f"{strategy}.yaml")]
     launcher += ["--num_machines", "2", "--num_processes", "2", "--main_process_ip", "127.0.0.1"]
     launcher += ["--main_process_port", str(free_port()), "--rdzv_backend", "static"]
@@ -84,7 +104,7 @@ def test_two_machines_train_as_one(chain: Path, strategy: str) -> None:
 def test_a_rank_that_dies_under_torchrun_is_started_again_and_ends_at_the_same_bits(chain: Path) -> None:
     launcher = ["torchrun", "--standalone", "--nproc-per-node", "2", "--max-restarts", "2"]
     whole, killed = chain.parent / "whole", chain.parent / "killed"
-    finish([start(launcher, whole, "strategy=fsdp")], whole)
+    train_whole(whole)
     process = start(launcher, killed, "strategy=fsdp")
     until = time.monotonic() + 120
     while not list((killed / "checkpoints").glob("0*")):
@@ -120,6 +140,6 @@ def test_a_launcher_that_is_killed_alone_takes_its_ranks_along(chain: Path) -> N
         time.sleep(0.05)
     whole = chain.parent / "whole"
     finish([start(launcher, run_dir, *longer)], run_dir)  # at once: the folder is free again
-    finish([start(launcher, whole, *longer)], whole)
+    train_whole(whole, *longer)
     assert json.loads((run_dir / "command.json").read_text())["resumed_from"] > 0
     assert losses(run_dir) == losses(whole)
