@@ -272,7 +272,7 @@ def sizes_of(stage: str) -> Sizes:
     trainer = request.trainer
     description, _ = plan.describe(request)
     with plan.FakeTensorMode():
-        model: Any = plan.build(description)
+        model: Any = plan.build_model(description)
     numel = sum(parameter.numel() for parameter in model.parameters())
     flops = plan.flops_per_image(description, plan._training_step(request))
     saved, rate = checkpoint_bytes(numel, average=bool(trainer.ema_halflife)), request.plan.tflops * 1e12 / flops

@@ -5,11 +5,14 @@
 # What it takes from the environment, or from the site file (site.example.sh):
 #   STRATEGY        which launch/*.yaml; by default ddp, on one rank single
 #   RANKS_PER_NODE  ranks on a node without GPUs (1); a job with GPUs has one rank per GPU
+#   SWEEP           with --array: a file whose line N has the further key=value words of task N, a run_dir of its own too
 set -euo pipefail
 slurm=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(dirname "$slurm")
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 PYTHON=${PYTHON:-$(if [ -x "$root/.venv/bin/python" ]; then echo "$root/.venv/bin/python"; else echo python; fi)}
+# A task of an array by its number there: the bare id of one of them stands for the whole array.
+this_job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} this_job=${this_job:-${SLURM_JOB_ID:-}}
 CONTAINER=() GUARD_FLAGS=()
 # shellcheck source=/dev/null
 if [ -f "${VQSCALE_SITE:=$slurm/site.sh}" ]; then . "$VQSCALE_SITE"; fi
@@ -31,11 +34,11 @@ guard() {
 
 # once_more [CHANGE]: this job again, changed as `scontrol update` is told; never after scancel. Does not return.
 once_more() {
-    if [ "$(about_job "$SLURM_JOB_ID" JobState)" = CANCELLED ]; then exit 1; fi
+    if [ "$(about_job "$this_job" JobState)" = CANCELLED ]; then exit 1; fi
     trap '' TERM # comes as soon as the job is requeued
-    scontrol requeuehold "$SLURM_JOB_ID"
-    if [ -n "${1:-}" ]; then scontrol update jobid="$SLURM_JOB_ID" "$1"; fi
-    scontrol release "$SLURM_JOB_ID"
+    scontrol requeuehold "$this_job"
+    if [ -n "${1:-}" ]; then scontrol update jobid="$this_job" "$1"; fi
+    scontrol release "$this_job"
     exit 0
 }
 
@@ -47,7 +50,7 @@ leave_out_bad_nodes() {
     bad=$(srun --ntasks-per-node=1 bash -c 'timeout 120 bash -c "$HEALTH_CHECK" >&2 || echo "$SLURMD_NODENAME"' |
         paste -sd,) || true
     if [ -z "$bad" ]; then return; fi
-    excluded=$(about_job "$SLURM_JOB_ID" ExcNodeList)
+    excluded=$(about_job "$this_job" ExcNodeList)
     say "$bad failed the health check: this job starts again elsewhere"
     once_more ExcNodeList="${bad},${excluded#"(null)"}"
 }
@@ -71,6 +74,8 @@ command_of() {
 
 run_stage() {
     local run_dir state progress verdict why log warned="" ranks command
+    # shellcheck disable=SC2046 # words
+    if [ -n "${SWEEP:-}" ]; then set -- "$@" $(sed -n "${SLURM_ARRAY_TASK_ID}p" "$SWEEP"); fi
     trap 'warned=yes' USR1 USR2
     trap ':' TERM # the ranks are told by Slurm itself
     IFS=$'\t' read -r run_dir state progress < <(vqscale status "${@:2}" show=run_dir,state,progress)
@@ -80,7 +85,7 @@ run_stage() {
     fi
     mkdir -p "$run_dir/log"
     echo "$SLURM_JOB_ID" >"$run_dir/log/job"
-    guard "$SLURM_JOB_ID" "$run_dir" >/dev/null || say "no guard: nobody will see it if this job is killed"
+    guard "$this_job" "$run_dir" >/dev/null || say "no guard: nobody will see it if this job is killed"
     if [ -n "${HEALTH_CHECK:-}" ]; then leave_out_bad_nodes; fi
     command_of "$@"
     if [ -n "$warned" ]; then once_more; fi

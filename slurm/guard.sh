@@ -5,8 +5,9 @@
 #SBATCH --requeue
 # guard.sh JOB RUN_DIR, queued by the job scripts to begin when JOB has ended. A script that ends by itself has seen to its
 # run; one that was killed could not, and is queued again here. What waits for a stage of pipeline.sh waits for its guard.
+unset SLURM_ARRAY_JOB_ID # of the task that queued this job
 # shellcheck source=slurm/common.sh
-. "$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\([^ ]*\)/.*|\1|p')/common.sh"
+. "$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\([^ ]*\)/.*|\1|p' | head -n 1)/common.sh"
 job=$1 run_dir=$2
 ending=$(about_job "$job" JobState)/$(about_job "$job" ExitCode)
 if [[ $ending = COMPLETED/* ]]; then exit 0; fi

@@ -7,5 +7,5 @@
 #SBATCH --signal=B:USR2@180
 # sbatch [flags] slurm/train_vqvae2.sh CONFIG [key=value ...]: image shards -> a VQ-VAE-2, on any number of nodes
 # shellcheck source=slurm/common.sh
-. "$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\([^ ]*\)/.*|\1|p')/common.sh"
+. "$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\([^ ]*\)/.*|\1|p' | head -n 1)/common.sh"
 run_stage train_vqvae "$@"

@@ -88,9 +88,7 @@ def train(
         gather=topology.gather,
     )
     with torch.device("cpu" if prepare else "meta"):
-        model: Any = build(description)
-    if freeze:
-        model.freeze(freeze)
+        model = build_model(description, freeze)
     resumed = resumes(run)
     start, facts = _first_weights(config, run, description, model, freeze, resumed)
     description = description | facts
@@ -118,6 +116,14 @@ def train(
     )
     if side_work is not None:
         side_work.log_total()
+
+
+def build_model(description: Mapping[str, Any], freeze: Sequence[str] = ()) -> Any:
+    """The model of a description, on the default device; `freeze`: what `model.freeze` takes."""
+    model: Any = build(description)
+    if freeze:
+        model.freeze(freeze)
+    return model
 
 
 def _first_weights(
@@ -208,9 +214,7 @@ def flops_per_image(
     frozen = description.get("vqvae") or description.get("features")
     mode = FakeTensorMode(allow_non_fake_inputs=True) if frozen else contextlib.nullcontext()
     with mode, torch.device(device if frozen else "meta"):
-        model: Any = build(description).eval()  # dropout and codebook statistics need none
-        if freeze:
-            model.freeze(freeze)
+        model = build_model(description, freeze).eval()  # dropout and codebook statistics need none
         batch = blank_batch(description, 1)
         for unit in model.wrap_units():
             unit.activation_checkpointing = False

@@ -37,6 +37,9 @@ class Stack(nn.Module):
             x = checkpoint(self._ten, block, x, use_reentrant=False) if self.checkpointing else self._ten(block, x)
         return x
 
+    def wrap_units(self) -> list[nn.Module]:
+        return list(self.blocks)
+
     def _ten(self, block: nn.Module, x: Tensor) -> Tensor:
         for _ in range(10):
             x = torch.tanh(block(x))
@@ -53,6 +56,33 @@ def test_flops_and_activations(checkpointing: bool, products: int, least: int, m
         peak = footprint.activation_bytes(model, lambda: model(x).sum())
     assert flops == (products - 1) * 2 * 512**3
     assert least * MIB <= peak <= most * MIB
+
+
+def test_frozen_blocks_keep_nothing_for_backward() -> None:
+    """Half of the blocks: their products are computed once, their outputs are gone, their weights have no state."""
+    with FakeTensorMode():
+        model, x = Stack(checkpointing=False), torch.zeros(512, 512)
+        model.blocks[:5].requires_grad_(False)
+        flops = footprint.step_flops(model, lambda: model(x).sum())
+        peak = footprint.activation_bytes(model, lambda: model(x).sum())
+    assert flops == (50 + 149) * 2 * 512**3
+    assert 50 * MIB <= peak <= 54 * MIB
+    how: dict[str, Any] = {"precision": "fp32", "accumulation": 1, "average": True}
+    for strategy, share in (("single", 1), ("ddp", 1), ("fsdp", 2), ("zero3", 2), ("zero2", 2)):
+        kept = footprint.bytes_per_rank(model, strategy, 2, 1, **how)
+        assert kept["optimizer"] == 2 * kept["average"] == 10 * MIB // share, strategy
+        assert kept["parameters"] == 10 * MIB // (1 if strategy == "zero2" else share)
+        assert kept["gradients"] == 5 * MIB // share
+    assert footprint.checkpoint_bytes(10, average=True, frozen=5) == 4 * (10 + 15)
+
+
+def test_frozen_weights_are_gathered_in_forward_alone() -> None:
+    how: dict[str, Any] = {"precision": "fp32", "accumulation": 2}
+    for strategy, trained, frozen in (("ddp", 8, 0), ("fsdp", 20, 8), ("zero2", 12, 0), ("zero3", 24, 8)):
+        sent = footprint.sent_per_step(1_000_000, strategy, 1000, 125, frozen=400_000, **how)
+        assert sent == pytest.approx(600_000 * 0.999 * trained + 400_000 * 0.999 * frozen, abs=1), strategy
+    sent = footprint.sent_per_step(1_000_000, "hsdp", 32, 4, precision="fp32", accumulation=1, frozen=400_000)
+    assert sent == 4 * (3 * 600_000 + 400_000) * 7 // 8 + 2 * 4 * 75_000 * 3 // 4
 
 
 def _paper_size_top_prior() -> PixelCNN:

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from support.exports import export_all
 from support.runs import write_run
 
@@ -42,6 +43,23 @@ def test_a_page_of_two_experiments(runs: Path, capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().out.endswith("pages/compare.html: 3 runs\n")
 
 
+def test_a_picture_of_held_out_curves(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a", "b"):
+        with open(runs / name / "train_prior_top" / "metrics.jsonl", "a") as file:
+            file.write('{"images_seen": 320, "held_out/nll/top": 2.5, "held_out/fd_lite0/top": 90.0}\n')
+    assert cli.main(["compare", "runs/a", "runs/b", "out=nll.png", "metrics=[nll]"]) == 0
+    assert capsys.readouterr().out == "nll.png: 6 runs\n"
+    assert cli.main(["compare", "runs/a", "runs/b", "out=all.png"]) == 0
+    one, several = (Image.open(name).size for name in ("nll.png", "all.png"))
+    assert one[1] == several[1] and one[0] < several[0]
+    assert cli.main(["compare", "runs/a", "runs/b", "out=none.png", "metrics=[fid]"]) == 1
+    error = capsys.readouterr().err
+    assert (
+        "no run has such held-out curves, there are ['fd_lite0/top', 'nll/top'" in error
+        and not Path("none.png").exists()
+    )
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -51,7 +69,10 @@ def test_a_page_of_two_experiments(runs: Path, capsys: pytest.CaptureFixture[str
         (["runs/a", "runs/none"], "runs/none: no run there (no status.json), and no exported model"),
         (["runs/a", "runs/b", "image=3"], "unknown key image; did you mean images?"),
         (["runs/a", "runs/b", "images=-1"], "images=-1"),
-        (["runs/a", "runs/b", "out=runs/a/train_vqvae/config.yaml"], "neither a folder nor a name that ends in .html"),
+        (
+            ["runs/a", "runs/b", "out=runs/a/train_vqvae/config.yaml"],
+            "neither a folder nor a name that ends in .html or .png",
+        ),
     ],
 )
 def test_mistakes(runs: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:

@@ -109,6 +109,16 @@ def test_a_gpu_that_torch_cannot_use(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert findings["driver"].value == "580.1" and "torch cannot use it" in findings["GPU"].advice
 
 
+def test_slurm_that_is_not_configured_is_one_short_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    program = tmp_path / "sbatch"
+    program.write_text("#!/bin/sh\necho 'sbatch: error: Unknown host\nsbatch: fatal: No configuration' >&2\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path) + os.pathsep + os.environ["PATH"])
+    assert only(doctor._slurm)["version"] == Finding(
+        "version", "sbatch failed: fatal: No configuration", "Slurm is not configured here"
+    )
+
+
 def test_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = SimpleNamespace(name="Tesla T4", total_memory=16 << 30, major=7, minor=5)
     for name, value in {"is_available": True, "device_count": 1, "get_device_properties": gpu}.items():

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.distributed import run_ranks
-from support.stages import run_stage
+from support.stages import CONFIGS, run_stage
 
 from vqscale.cli import main
 from vqscale.data.shards import Manifest
@@ -17,6 +17,7 @@ from vqscale.engine.checkpoint import find_latest
 from vqscale.files import read_json
 from vqscale.models.pretrained import save_pretrained
 from vqscale.sources import load_model
+from vqscale.stages import plan
 
 SOURCE = "runs/debug/train_vqvae"
 SHORT = ["global_batch=32", "total_images=64", "save_every=64", "log_every=32", "evaluate_every=64", "workers=0"]
@@ -40,6 +41,23 @@ def with_classes(folder: Path, names: Sequence[str]) -> None:
         Manifest.of(old.kind, old.shards, names, old.transform, old.extra).save(folder / split)
 
 
+def check_plan(run_dir: str, strategy: str, world: int) -> None:
+    """What the plan says of a run with a frozen encoder is what the run wrote down."""
+    real = read_json(Path(run_dir) / "command.json")
+    words = [f"world={world}", f"strategy={strategy}", *SHORT, *DECODER]
+    request = plan.load([str(CONFIGS / "train_vqvae.yaml"), *words])
+    description, _ = plan.describe(request)
+    flops = plan.flops_of(request, description)
+    assert flops == real["flops_per_image"]
+    model = plan.build_model(description, request.trainer.freeze)
+    column = plan.column(request, description, model, world, flops)
+    for what, ranks in real["bytes_per_rank"].items():
+        assert column[f"{what}, GiB"] * (1 << 30) == pytest.approx(max(ranks), rel=0.02), what
+    thawed = plan.column(request, description, plan.build_model(description), world, flops)
+    for row in ("gradients, GiB", "optimizer, GiB", "average, GiB", *(["sent per step, GB"] if world > 1 else [])):
+        assert 0 < column[row] < thawed[row], row
+
+
 @pytest.fixture
 def tuned(chain: Path) -> Path:
     """A decoder that learned on, with the encoder and the codebooks of the chain's VQ-VAE."""
@@ -58,6 +76,7 @@ def test_a_tuned_decoder_leaves_codes_as_they_were(tuned: Path) -> None:
     assert not torch.equal(before.model(images).reconstruction, after.model(images).reconstruction)
     assert after.fingerprint != before.fingerprint and after.tokenizer == before.tokenizer == before.fingerprint
     assert after.description["init"] == before.fingerprint == read_json(tuned / "init.json")["init"]
+    check_plan("tuned", "single", 1)
 
 
 def test_code_shards_and_priors_stay_valid_for_a_tuned_decoder(
@@ -115,6 +134,7 @@ def _rank(run_dir: str, *words: str) -> int:
 def test_every_strategy_keeps_frozen_parts_and_goes_on_with_them(tuned: Path, strategy: str) -> None:
     words = [f"strategy={strategy}", *DECODER]
     assert run_ranks(_rank, 2, strategy, *words, timeout=300) == [0, 0]
+    check_plan(strategy, strategy, 2)
     assert load_model(strategy).tokenizer == load_model(SOURCE).fingerprint
     expected = tensors(tuned)
     actual = tensors(strategy)

@@ -228,7 +228,7 @@ def test_imagenet256_fits_one_card_of_80_gb_without_checkpointing(name: str) -> 
     assert not request.trainer.model.activation_checkpointing
     description, _ = plan.describe(request)
     with FakeTensorMode():
-        model = plan.build(description)
+        model = plan.build_model(description)
     assert plan.column(request, description, model, 1, flops=1)["total, GiB"] * 2**30 < 0.9 * 80e9
 
 
@@ -244,6 +244,6 @@ def test_a_header_tells_the_size_and_the_command(path: Path) -> None:
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]
     description, _ = plan.describe(plan.load([str(path)]))
     with torch.device("meta"):
-        size = sum(parameter.numel() for parameter in plan.build(description).parameters())
+        size = sum(parameter.numel() for parameter in plan.build_model(description).parameters())
     assert header[-1].startswith(f"# {size / 1e6:.0f}M parameters")
     assert header[-1].endswith(f" vqscale train_prior {path.relative_to(ROOT)}")

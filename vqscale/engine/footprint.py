@@ -26,16 +26,19 @@ def bytes_per_rank(
     module: nn.Module, strategy: str, world_size: int, nodes: int, *, precision: str, accumulation: int, average: bool
 ) -> dict[str, int]:
     """Peak over ranks of the bytes kept: parameters, gradients, optimizer (two moments), master (ZeRO's fp32 copy),
-    average (the weight EMA), and gathered: the whole weights of two units at a time, this one and the next."""
+    average (the weight EMA), and gathered: the whole weights of two units at a time, this one and the next. Frozen
+    parameters have none of these but the first and the last."""
     shapes = [parameter.shape for parameter in module.parameters()]
-    numel = sum(map(math.prod, shapes))
-    part, gathered, master = numel, 0, 0
-    parameters = gradients = numel
+    trained = [parameter.shape for parameter in module.parameters() if parameter.requires_grad]
+    parameters, numel = (sum(map(math.prod, some)) for some in (shapes, trained))
+    part, gathered, master, gradients = numel, 0, 0, numel
     if strategy in SHARDED:
-        part = parameters = _largest_shard(shapes, shard_count(strategy, world_size, nodes))
+        shards = shard_count(strategy, world_size, nodes)
+        parameters, part = _largest_shard(shapes, shards), _largest_shard(trained, shards)
         gradients = part if accumulation == 1 else numel  # reduced once per step: whole until then
     elif strategy == "zero3":
-        part = master = parameters = gradients = sum(-(-math.prod(shape) // world_size) for shape in shapes)
+        parameters, part = (sum(-(-math.prod(shape) // world_size) for shape in some) for some in (shapes, trained))
+        master = gradients = part
     elif strategy.startswith("zero"):
         groups = [group["params"] for group in adamw_groups(module.parameters(), weight_decay=1.0)]
         quantum = _ZERO_ALIGNMENT * world_size
@@ -60,9 +63,10 @@ def gathered_bytes(strategy: str, precision: str) -> int:
     return 2 if precision == "bf16" and strategy in SHARDED else _FP32
 
 
-def checkpoint_bytes(numel: int, *, average: bool) -> int:
-    """Of a whole checkpoint, all ranks' parts: weights, two moments, and the weight EMA. Buffers are left out."""
-    return _FP32 * numel * (4 if average else 3)
+def checkpoint_bytes(numel: int, *, average: bool, frozen: int = 0) -> int:
+    """Of a whole checkpoint, all ranks' parts: weights and, but of `frozen` ones, two moments and the weight EMA.
+    Buffers are left out."""
+    return _FP32 * (numel + (numel - frozen) * (3 if average else 2))
 
 
 def save_interval(save_seconds: float, seconds_between_failures: float) -> float:
@@ -91,19 +95,23 @@ def _unit_sizes(module: Any) -> list[int]:
     return [*units, sum(p.numel() for p in module.parameters()) - sum(units)]
 
 
-def sent_per_step(numel: int, strategy: str, world_size: int, nodes: int, *, precision: str, accumulation: int) -> int:
+def sent_per_step(
+    numel: int, strategy: str, world_size: int, nodes: int, *, precision: str, accumulation: int, frozen: int = 0
+) -> int:
     """Bytes that each rank sends in one optimizer step, by rings: (n - 1) / n of a tensor to scatter-reduce it over n
-    ranks or to gather it, twice that to all-reduce it. Codebook statistics and flags, below a megabyte, are left
-    out."""
+    ranks or to gather it, twice that to all-reduce it. `frozen` weights of all `numel` are gathered in forward alone.
+    Codebook statistics and flags, below a megabyte, are left out."""
 
     def ring(elements: float, ranks: int) -> float:
         return _FP32 * elements * (ranks - 1) / ranks
 
     weight = gathered_bytes(strategy, precision) / _FP32
     sharded = 2 * accumulation * weight + 1  # gathered in forward and in backward of every micro-batch, reduced once
+    trained = numel - frozen
     if strategy == "hsdp":
         shards = shard_count(strategy, world_size, nodes)
-        return int(sharded * ring(numel, shards) + 2 * ring(numel / shards, world_size // shards))
+        within = sharded * ring(trained, shards) + accumulation * weight * ring(frozen, shards)
+        return int(within + 2 * ring(trained / shards, world_size // shards))
     per_step = {
         "single": 0,
         "ddp": 2,
@@ -112,7 +120,8 @@ def sent_per_step(numel: int, strategy: str, world_size: int, nodes: int, *, pre
         "zero2": accumulation + 1,  # reduced after every micro-batch
         "zero3": 3 * accumulation,
     }
-    return int(per_step[strategy] * ring(numel, world_size))
+    in_forward = {"fsdp": accumulation * weight, "zero3": accumulation}.get(strategy, 0)
+    return int(per_step[strategy] * ring(trained, world_size) + in_forward * ring(frozen, world_size))
 
 
 class _LiveBytes(TorchDispatchMode):
@@ -159,7 +168,8 @@ def activation_bytes(module: nn.Module, step: Callable[[], Tensor]) -> int:
     Everything alive at once counts, except for the weights and their gradients: what backward needs, its own
     temporaries, the inputs' conversions, autocast's copies of weights.
     """
-    handles = [p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None)) for p in module.parameters()]
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    handles = [p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None)) for p in trained]
     with _LiveBytes([*module.parameters(), *module.buffers()]) as live:
         step().backward()
     for handle in handles:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vqscale.data.shards import Manifest, resolve
 from vqscale.evaluation.classify import reconstructed
-from vqscale.evaluation.figures import LOGARITHMIC, Chart, chart_svg, colours_of, smoothed
+from vqscale.evaluation.figures import LOGARITHMIC, Chart, chart_svg, charts_png, colours_of, smoothed
 from vqscale.evaluation.inputs import DataSet
 from vqscale.evaluation.metrics import psnr
 from vqscale.evaluation.reconstructions import spread
@@ -79,6 +79,25 @@ def render(runs: Sequence[ComparedRun], *, data: str, images: int, samples: int,
     )
 
 
+def held_out_png(runs: Sequence[ComparedRun], metrics: Collection[str]) -> bytes:
+    """The held-out curves of these metrics, or of all that are no measure of speed, a chart for each and each stage.
+
+    Raises ValueError where no run has one of them.
+    """
+    charts, present = [], set()
+    for stage, group in grouped(runs).items():
+        for metric in _metrics_of(group):
+            series = {
+                name: run.metrics[key] for name, run in group.items() if (key := _HELD_OUT + metric) in run.metrics
+            }
+            present |= {metric} if series else set()
+            if series and (metric.split("/")[0] in metrics or not metrics):
+                charts.append(Chart(f"{stage}: held-out {metric}", series, metric in LOGARITHMIC))
+    if not charts:
+        raise ValueError(f"metrics={list(metrics)}: no run has such held-out curves, there are {sorted(present)}")
+    return charts_png(charts)
+
+
 def grouped(runs: Sequence[ComparedRun]) -> dict[str, Runs]:
     """By stage in the order of the pipeline ("" where a run cannot be read), then by name: the parts of the paths that
     tell the runs of a stage apart."""
@@ -129,13 +148,17 @@ def _place(metric: str) -> int:
 def _curves(runs: Runs) -> dict[str, bytes]:
     """{metric: SVG}, all runs in each."""
     plots = {}
-    metrics = {key.removeprefix(_HELD_OUT) for run in runs.values() for key in run.metrics}
-    for metric in sorted(metrics, key=lambda metric: (_place(metric), metric)):
+    for metric in _metrics_of(runs):
         series = {name: smoothed(run.metrics[metric]) for name, run in runs.items() if metric in run.metrics}
         twin = _HELD_OUT + metric
         series |= {_HELD_OUT + name: run.metrics[twin] for name, run in runs.items() if twin in run.metrics}
         plots[metric] = chart_svg(Chart(metric, series, metric in LOGARITHMIC, colours=colours_of(runs)))
     return plots
+
+
+def _metrics_of(runs: Runs) -> list[str]:
+    metrics = {key.removeprefix(_HELD_OUT) for run in runs.values() for key in run.metrics}
+    return sorted(metrics, key=lambda metric: (_place(metric), metric))
 
 
 # --- scores -----------------------------------------------------------------------------------------------------------

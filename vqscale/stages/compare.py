@@ -6,13 +6,13 @@ It only reads: on any machine that sees the folders, and while the runs go on.
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vqscale.config import Request, flatten, read_request, read_yaml
 from vqscale.data.shards import MANIFEST
-from vqscale.evaluation.compare import ComparedRun, render
+from vqscale.evaluation.compare import ComparedRun, held_out_png, render
 from vqscale.evaluation.figures import is_number, metrics_of_run, series_of
 from vqscale.evaluation.scores import METRICS
 from vqscale.fields import NonNegativeInt, PathText
@@ -30,7 +30,8 @@ _UNREADABLE = (OSError, ValueError, TypeError, AttributeError, LookupError, Over
 class CompareConfig:
     """Where the page goes, and how much it shows."""
 
-    out: PathText = "compare.html"  # the page, or a folder for it
+    out: PathText = "compare.html"  # the page, or a folder for it; a name that ends in .png: the held-out curves alone
+    metrics: list[str] = field(default_factory=list)  # of a .png, such as nll; [] = all that are held out
     data: PathText = ""  # reconstruct held-out images of this data set; "" = the one that the first VQ-VAE learned from
     images: NonNegativeInt = 8  # held-out images that every VQ-VAE reconstructs
     samples: NonNegativeInt = 4  # of each class
@@ -53,9 +54,13 @@ def main(request: Request[CompareConfig]) -> None:
     if len(folders) < 2:
         raise ValueError(f"compare takes two runs or more, there is only {folders[0]}")
     runs = [read_run(folder) for folder in folders]
-    text = render(runs, data=config.data, images=config.images, samples=config.samples, classes=config.classes)
+    content: str | bytes
+    if page.suffix == ".png":
+        content = held_out_png(runs, config.metrics)
+    else:
+        content = render(runs, data=config.data, images=config.images, samples=config.samples, classes=config.classes)
     page.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(page, text)
+    write_atomically(page, content)
     unreadable = [f"; unreadable: {run.path}" for run in runs if run.problem]
     print(printable(f"{page}: {len(runs)} runs{''.join(unreadable)}"))
 
@@ -63,8 +68,8 @@ def main(request: Request[CompareConfig]) -> None:
 def page_path(out: str) -> Path:
     """Raises ValueError for a file that is no page: it could be somebody's."""
     path = Path(out) / "compare.html" if Path(out).is_dir() else Path(out)
-    if path.suffix != ".html":
-        raise ValueError(f"out={out}: neither a folder nor a name that ends in .html")
+    if path.suffix not in (".html", ".png"):
+        raise ValueError(f"out={out}: neither a folder nor a name that ends in .html or .png")
     return path
 
 

@@ -214,12 +214,15 @@ def _environment(_config: DoctorConfig) -> Iterator[Finding]:
 
 
 def _answer(*command: str) -> str:
-    """What a program prints, or why it does not."""
+    """What a program prints, or why it does not: the last line of its errors."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.SubprocessError) as error:
         return f"{command[0]} gives no answer: {error}"
-    return (done.stdout if done.returncode == 0 else f"{command[0]} failed: {done.stderr or done.stdout}").strip()
+    if done.returncode == 0:
+        return done.stdout.strip()
+    *_, reason = ["no message", *(done.stderr or done.stdout).strip().splitlines()]
+    return f"{command[0]} failed: {reason.removeprefix(f'{command[0]}: ')}"
 
 
 PROBES = (_versions, _devices, _machine, _limits, _storage, _slurm, _environment)

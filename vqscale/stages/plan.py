@@ -30,11 +30,10 @@ from vqscale.engine.footprint import (
 from vqscale.engine.loop import StepFn
 from vqscale.fields import Choice, NonNegativeFloat, NonNegativeInt, PathText, PositiveFloat, PositiveInt
 from vqscale.files import read_json, read_jsonl
-from vqscale.sources import build
 from vqscale.stages import cost, extract_codes, pack, sample, train_prior, train_vqvae
 from vqscale.text import error_prefix
 from vqscale.topology import STRATEGIES
-from vqscale.training import blank_batch, flops_per_image
+from vqscale.training import blank_batch, build_model, flops_per_image
 
 USAGE = "CONFIG|CONFIG_FOLDER [--world N,N…] [--strategy NAME] [--from RUN_DIR] [key=value ...]"
 _GIB, _DAY = 1 << 30, 86_400
@@ -109,14 +108,14 @@ def main(request: Request) -> None:
 
 def lines(request: Request) -> list[str]:
     description, assumed = describe(request)
-    flops, measured = flops_per_image(description, _training_step(request)), []
+    flops, measured = flops_of(request, description), []
     if request.plan.measured_from:
         tflops, note = measured_rate(request, flops)
         request, measured = replace(request, plan=replace(request.plan, tflops=tflops)), [note]
     plan, trainer = request.plan, request.trainer
     with FakeTensorMode():
-        model: Any = build(description)
-    numel = _numel(model)
+        model = build_model(description, _freeze(request))
+    numel, frozen = _numel(model)
     columns, refused = [], []
     for world in _worlds(plan.world):
         try:
@@ -129,7 +128,8 @@ def lines(request: Request) -> list[str]:
     head = [
         f"{request.path}: {request.stage} under {plan.strategy}",
         *([f"assumed, for want of a data set at {trainer.data}: {assumed}"] if assumed else []),
-        f"{numel:,} parameters; {flops / 1e12:,.3g} TFLOP per image, forward and backward; {trainer.precision}",
+        f"{numel:,} parameters{f', {frozen:,} of them frozen' if frozen else ''}; "
+        f"{flops / 1e12:,.3g} TFLOP per image, forward and backward; {trainer.precision}",
         f"{steps:,} steps of {trainer.global_batch:,} images; "
         f"{_tflops(request):.4g} TFLOP/s, {plan.gb_per_s:g} GB/s a rank",
         *measured,
@@ -168,12 +168,12 @@ def column(request: Request, description: dict[str, Any], model: Any, world: int
     how: dict[str, Any] = {"precision": trainer.precision, "accumulation": accumulation}
     held = bytes_per_rank(model, plan.strategy, world, nodes, average=bool(trainer.ema_halflife), **how)
     kept, recomputed = (_activations(request, description, micro, checkpointing=on) for on in (False, True))
-    numel = _numel(model)
-    sent = sent_per_step(numel, plan.strategy, world, nodes, **how)
+    numel, frozen = _numel(model)
+    sent = sent_per_step(numel, plan.strategy, world, nodes, frozen=frozen, **how)
     compute = flops * local / (_tflops(request) * 1e12)
     send = sent / (plan.gb_per_s * 1e9)
     steps = -(-trainer.total_images // trainer.global_batch)
-    saved = checkpoint_bytes(numel, average=bool(trainer.ema_halflife))
+    saved = checkpoint_bytes(numel, average=bool(trainer.ema_halflife), frozen=frozen)
     interval = save_interval(saved / (nodes * plan.write_gb_per_s * 1e9), plan.failure_days * _DAY / world)
     steps_between_saves = min(steps, max(1, round(interval / max(compute, send))))
     return {
@@ -197,8 +197,20 @@ def _tflops(request: Request) -> float:
     return request.plan.tflops or _H100[request.stage]
 
 
-def _numel(model: Any) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
+def _freeze(request: Request) -> list[str]:
+    """The parts that are not trained; of a prior none can be."""
+    return getattr(request.trainer, "freeze", [])
+
+
+def flops_of(request: Request, description: dict[str, Any]) -> int:
+    """Of a training step, for each image."""
+    return flops_per_image(description, _training_step(request), freeze=_freeze(request))
+
+
+def _numel(model: Any) -> tuple[int, int]:
+    """(all parameters, those that are frozen)."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(size for size, _ in sizes), sum(size for size, trained in sizes if not trained)
 
 
 def _table(columns: list[dict[str, Any]]) -> list[str]:
@@ -215,8 +227,7 @@ def _activations(request: Request, description: dict[str, Any], micro: int, *, c
     """Bytes of one micro-batch of training. Autocast is the CPU's: its casts are the GPU's too."""
     settings = {**description["config"], "activation_checkpointing": checkpointing}
     with FakeTensorMode():
-        model: Any = build({**description, "config": settings})
-        model.train()
+        model = build_model({**description, "config": settings}, _freeze(request)).train()
         if gathered_bytes(request.plan.strategy, request.trainer.precision) == 2:
             for parameter in model.parameters():
                 parameter.data = parameter.data.to(torch.bfloat16)
@@ -261,7 +272,7 @@ def measured_rate(request: Request, flops: int) -> tuple[float, str]:
         raise ValueError(f"from={run_dir}: a run of {facts.get('stage')}, not of {request.stage}")
     changes = [line for lines in configs.changes(request.trainer, run_dir / "config.yaml").values() for line in lines]
     how = [line for line in changes if line.split(":")[0] in _HOW]
-    if network := [line for line in changes if line not in how and line.startswith(("model.", "level:"))]:
+    if network := [line for line in changes if line not in how and line.startswith(("model.", "level:", "freeze:"))]:
         raise ValueError(f"from={run_dir}: a run of another network: {'; '.join(network)}")
     if (theirs := facts.get("flops_per_image")) != flops:
         raise ValueError(f"from={run_dir}: {theirs} FLOPs per image there, {flops} here: its data have another shape")
@@ -287,18 +298,21 @@ _COUNTED = (*_TRAINERS[:1], "extract_codes", *_TRAINERS[1:], "sample")
 
 @dataclass(frozen=True)
 class Network:
-    """A trainer's network: `flops` of one image, forward and backward; `numel` parameters; where its rate is from."""
+    """A trainer's network: `flops` of one image, forward and backward, and `forward_flops`; parameters, and those that
+    are frozen; where its rate is from."""
 
     request: Request
     description: dict[str, Any]
     flops: int
+    forward_flops: float
     numel: int
+    frozen: int
     note: str
 
     @property
     def forward_seconds(self) -> float:
-        """Of one image: a third of what training takes."""
-        return self.flops / 3 / (_tflops(self.request) * 1e12)
+        """Of one image."""
+        return self.forward_flops / (_tflops(self.request) * 1e12)
 
 
 def chain_lines(request: Request) -> list[str]:
@@ -336,7 +350,8 @@ def chain_lines(request: Request) -> list[str]:
 def _network(plan: PlanConfig, path: Path) -> Network:
     request = _trainer_request(plan, path)
     description, assumed = describe(request)
-    flops, note = flops_per_image(description, _training_step(request)), "assumed"
+    flops, note = flops_of(request, description), "assumed"
+    unfrozen = flops_per_image(description, _training_step(request)) if _freeze(request) else flops
     run_dir = Path(plan.measured_from) / path.stem
     if plan.measured_from and run_dir.is_dir():
         request = replace(request, plan=replace(plan, measured_from=str(run_dir)))
@@ -346,8 +361,9 @@ def _network(plan: PlanConfig, path: Path) -> Network:
         note = "assumed, as measured on one H100 for configs/imagenet256"
     note += f": {_tflops(request):.4g} TFLOP/s a rank, {plan.gb_per_s:g} GB/s" if note.startswith("assumed") else ""
     with torch.device("meta"):
-        numel = _numel(build(description))
-    return Network(request, description, flops, numel, f"{note}; no data set: {assumed}" if assumed else note)
+        numel, frozen = _numel(build_model(description, _freeze(request)))
+    note += f"; no data set: {assumed}" if assumed else ""
+    return Network(request, description, flops, unfrozen / 3, numel, frozen, note)
 
 
 def _training(network: Network, world: int) -> cost.Spent:
@@ -357,8 +373,8 @@ def _training(network: Network, world: int) -> cost.Spent:
     local, _, accumulation = local_batching(trainer.global_batch, ranks, trainer.micro_batch)
     nodes, strategy = -(-ranks // plan.ranks_per_node), plan.strategy if ranks > 1 else "single"
     how: dict[str, Any] = {"precision": trainer.precision, "accumulation": accumulation}
-    sent = sent_per_step(network.numel, strategy, ranks, nodes, **how)
-    step = max(3 * network.forward_seconds * local, sent / (plan.gb_per_s * 1e9))
+    sent = sent_per_step(network.numel, strategy, ranks, nodes, frozen=network.frozen, **how)
+    step = max(network.flops * local / (_tflops(network.request) * 1e12), sent / (plan.gb_per_s * 1e9))
     return cost.Spent(ranks, -(-trainer.total_images // trainer.global_batch) * step)
 
 

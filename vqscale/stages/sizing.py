@@ -15,10 +15,9 @@ from torch import Tensor
 from vqscale.config import load
 from vqscale.data.shards import Manifest, resolve
 from vqscale.models.init import initialise
-from vqscale.sources import build
 from vqscale.stages import evaluate, plan, sample, train_classifier, train_prior, train_vqvae
 from vqscale.topology import cores, device_of
-from vqscale.training import blank_batch
+from vqscale.training import blank_batch, build_model
 
 TRAINERS: dict[str, Any] = {
     "train_vqvae": train_vqvae,
@@ -125,7 +124,7 @@ def seconds_per_image(stage: str, path: Path, words: Sequence[str]) -> float:
     batch = min(32, config.global_batch)
     request = plan.Request(plan.PlanConfig(), stage, config, path)
     description = _description(request)
-    model: Any = build(description)
+    model = build_model(description, getattr(config, "freeze", ()))
     initialise(model, config.seed)
     model.train().to(device_of(config.device))
     optimizer = torch.optim.AdamW(model.parameters())
