@@ -50,8 +50,8 @@ def test_a_picture_of_held_out_curves(runs: Path, capsys: pytest.CaptureFixture[
     assert cli.main(["compare", "runs/a", "runs/b", "out=nll.png", "metrics=[nll]"]) == 0
     assert capsys.readouterr().out == "nll.png: 6 runs\n"
     assert cli.main(["compare", "runs/a", "runs/b", "out=all.png"]) == 0
-    one, several = (Image.open(name).size for name in ("nll.png", "all.png"))
-    assert one[0] < several[0] and one[1] < several[1]
+    with Image.open("nll.png") as one, Image.open("all.png") as several:
+        assert one.width < several.width and one.height < several.height
     assert cli.main(["compare", "runs/a", "runs/b", "out=none.png", "metrics=[fid]"]) == 1
     error = capsys.readouterr().err
     assert (
