@@ -6,7 +6,6 @@ for what only the reader knows.
 
 import argparse
 import contextlib
-import os
 import re
 import shlex
 import subprocess
