@@ -18,6 +18,6 @@ def assert_memory_as_planned(run_dir: Path, name: str, strategy: str, world: int
     request = plan.load([str(CONFIGS / f"{name}.yaml"), f"world={world}", f"strategy={strategy}", *overrides])
     description, assumed = plan.describe(request)
     assert real and not assumed, "the data set is there"
-    column = plan.column(request, description, plan.build(description), world, flops=1)
+    column = plan.column(request, description, plan.build_model(description), world, flops=1)
     for what, ranks in real.items():
         assert column[f"{what}, GiB"] * (1 << 30) == pytest.approx(max(ranks), rel=0.02), what
