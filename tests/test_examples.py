@@ -14,15 +14,17 @@ from vqscale.sources import load_model
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 MODEL = EXAMPLES / "clipart64"
+CLOTHES = EXAMPLES / "fashion32"
 
 
-def test_the_model_is_small_and_its_card_complete() -> None:
-    assert sum(path.stat().st_size for path in MODEL.rglob("*") if path.is_file()) <= 25e6
-    card = (MODEL / "README.md").read_text()
+@pytest.mark.parametrize("model", [MODEL, CLOTHES], ids=lambda path: path.name)
+def test_the_model_is_small_and_its_card_complete(model: Path) -> None:
+    assert sum(path.stat().st_size for path in model.rglob("*") if path.is_file()) <= 25e6
+    card = (model / "README.md").read_text()
     assert "not stated" not in card and "Not recorded" not in card and "No evaluation" not in card
     assert all(f"\n## {title}\n" in card for title in ("Models", "Use", "Data", "Commands", "Scores", "Licence"))
     for name in ("vqvae", "prior_top", "prior_bottom"):
-        fingerprint = json.loads((MODEL / name / "config.json").read_text())["fingerprint"]
+        fingerprint = json.loads((model / name / "config.json").read_text())["fingerprint"]
         assert f"`{fingerprint[:19]}`" in card
 
 
@@ -57,3 +59,13 @@ def test_samples_look_like_what_the_vqvae_knows_and_like_their_class() -> None:
     with torch.inference_mode():
         own, *others = (float(nll(prior(codes[0], (label + n) % count, []), codes[0])) for n in (0, 1, 5, 11))
     assert own < min(others), "a prior that ignored the class would give all four the same"
+
+
+def test_samples_of_clothes_are_in_the_data_sets_order() -> None:
+    names = "tshirt trouser pullover dress coat sandal shirt sneaker bag boot".split()
+    assert vqscale.VQVAE.from_pretrained(CLOTHES).classes == names
+    images = vqscale.sample(CLOTHES, samples_per_class=8, seed=1)
+    assert images.shape == (80, 3, 32, 32)
+    light = dict(zip(names, (images.mean(1).unflatten(0, (10, 8)).mean(1) + 1) / 2, strict=True))
+    assert light["trouser"].mean() < light["pullover"].mean(), "two legs are less than a body and two sleeves"
+    assert light["sneaker"][:9].mean() < 0.1 < light["boot"][:9].mean() + light["bag"][:9].mean(), "sneakers are low"
