@@ -28,6 +28,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/vermin --quiet --target=3.10- --violations --no-tips vqscale
 	shellcheck $(SCRIPTS)
 
 # The documents as a site, build/docs/index.html, which opens without a server and without a network.

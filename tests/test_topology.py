@@ -265,8 +265,8 @@ def test_a_slurm_job_seen_in_part_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("device", "local_rank", "gpus", "words"),
     [
-        ("tpu", "0", 0, "device=tpu: choose auto, cpu or cuda"),
-        ("cuda:7", "0", 1, "device=cuda:7: choose auto, cpu or cuda"),
+        ("tpu", "0", 0, "device=tpu: choose from auto, cpu, cuda, mps"),
+        ("cuda:7", "0", 1, "device=cuda:7: choose from auto, cpu, cuda, mps"),
         ("cuda", "0", 0, f"device=cuda, but torch {torch.__version__} sees no GPU here".replace("+", r"\+")),
         ("auto", "3", 2, "LOCAL_RANK=3, but the GPUs that torch sees here are 2: start fewer processes"),
     ],

@@ -8,8 +8,10 @@ from collections.abc import Callable, Mapping
 from typing import TypedDict, cast
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Float64, Int, UInt8
 from torch import Tensor
+
+WITHOUT_FLOAT64 = ("mps",)  # kinds of devices; it is Apple's
 
 
 class Batch(TypedDict, total=False):
@@ -39,6 +41,16 @@ def to_device(batch: Batch, device: torch.device, non_blocking: bool = False) ->
         if isinstance(value, Tensor)
     }
     return cast(Batch, moved)
+
+
+def float64_device(device: torch.device) -> torch.device:
+    """Where float64 numbers of this device are kept: on it, or on the CPU if it has none."""
+    return torch.device("cpu") if device.type in WITHOUT_FLOAT64 else device
+
+
+def as_float64(tensor: Tensor) -> Float64[Tensor, "..."]:
+    """In float64, on `float64_device` of its device."""
+    return tensor.to(float64_device(tensor.device)).double()
 
 
 def to_host(tensors: Mapping[str, Tensor]) -> Callable[[], dict[str, Tensor]]:

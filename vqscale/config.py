@@ -40,6 +40,7 @@ from vqscale.fields import (
 from vqscale.text import error_prefix
 
 RUNS = Path("runs")
+DEVICES = ("auto", "cpu", "cuda", "mps")
 STRATEGIES = ("single", "ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3")
 _COMMAND_LINE = "command line"
 _LEFT_TO_YOU = "???"
@@ -67,12 +68,13 @@ class StageConfig:
     recomputes: ClassVar[bool] = False  # whether a rerun with another config replaces the results, not refuses
     knobs: ClassVar[frozenset[str]] = frozenset()  # fields that a resumed run may change, with a warning
     outputs: ClassVar[tuple[str, ...]] = ()  # glob patterns: what the stage makes in its run directory
+    needs_float64: ClassVar[bool] = False  # on its device
     batch_key: ClassVar[str] = ""  # the field that says how many images are in memory at a time
 
     run_dir: PathText = ""  # where this stage writes; default runs/<experiment>/<config file's stem>
     experiment: Name = ""  # names the default run directories and inputs; default the name of the config's folder
     seed: NonNegativeInt = 0  # addresses all randomness of the stage
-    device: Annotated[str, Choice("auto", "cpu", "cuda")] = "auto"  # auto: cuda if there is one
+    device: Annotated[str, Choice(*DEVICES)] = "auto"  # auto: cuda if there is one; mps: Apple's GPU
     strategy: Annotated[str, Choice("", *STRATEGIES)] = ""  # "" = what the launcher says
     threads: NonNegativeInt = 0  # CPU threads per rank; 0 = the machine's cores shared by its ranks
     fresh: bool = False  # start over: what an earlier run of this stage made in run_dir is removed first

@@ -5,6 +5,7 @@ old version or the new one, never a part.
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 SEAL = "checksum"
+_FULL_FSYNC = getattr(fcntl, "F_FULLFSYNC", None)  # macOS: its fsync leaves data in the drive's cache
 
 
 @contextlib.contextmanager
@@ -135,6 +137,9 @@ def fsync(path: Path) -> None:
     """Make a file's content, or the renames inside a folder, durable. Raises OSError where that fails."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
+        if _FULL_FSYNC is not None:
+            with contextlib.suppress(OSError):  # network file systems cannot
+                fcntl.fcntl(descriptor, _FULL_FSYNC)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -21,7 +21,18 @@ def total() -> int:
 
 
 def share() -> None:
-    """From here on, processes that are forked count together with this one."""
+    """From here on, processes that are forked, or that take `counter()`, count together with this one."""
     global _count
     with contextlib.suppress(OSError):  # no room for it: then only this process counts
         _count = multiprocessing.RawValue(ctypes.c_uint64, _count.value)
+
+
+def counter() -> Any:
+    """What a child process that is not forked is given when it starts, for its `count_in`."""
+    return _count
+
+
+def count_in(counter: Any) -> None:
+    """From here on, this process adds to its parent's counter."""
+    global _count
+    _count = counter

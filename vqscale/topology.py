@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from vqscale.config import STRATEGIES, StageConfig
+from vqscale.config import DEVICES, STRATEGIES, StageConfig
 
 T = TypeVar("T")
 GROUP_TIMEOUT = datetime.timedelta(minutes=30)
@@ -249,10 +249,12 @@ def bring_up(config: StageConfig) -> Topology:
     nodes = env_int("GROUP_WORLD_SIZE", -(-world // local_world))
     if world < (asked := env_int("SLURM_JOB_NUM_NODES", 1)):
         raise ValueError(f"the Slurm job has {asked} nodes, but this program sees {world} process: start it with srun")
-    device = device_of(config.device)
+    device = device_of("cpu" if config.device == "mps" and config.needs_float64 else config.device)
     precision = getattr(config, "precision", "")
     if device.type == "cpu" and precision == "tf32":
         raise ValueError("precision=tf32 needs a GPU; on a CPU choose fp32 or bf16")
+    if device.type == "mps" and precision in ("tf32", "fp64"):
+        raise ValueError(f"precision={precision} does not exist on device=mps: choose fp32 or bf16")
     set_arithmetic(precision, getattr(config, "deterministic", False))
     torch.set_num_threads(config.threads or _threads_of_user() or max(1, cores() // local_world))
     if device.type == "cpu":
@@ -306,14 +308,17 @@ def cores() -> int:
 
 
 def device_of(asked: str) -> torch.device:
-    if asked not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"device={asked}: choose auto, cpu or cuda")
+    """`auto` is cuda where there is one, else the CPU. Raises ValueError for a device that cannot be used here."""
+    if asked not in DEVICES:
+        raise ValueError(f"device={asked}: choose from {', '.join(DEVICES)}")
     if asked == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device=cuda, but torch {torch.__version__} sees no GPU here")
     if os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
-        if asked == "cuda":
-            raise ValueError("device=cuda, but the launcher says use_cpu: leave one of them out")
+        if asked in ("cuda", "mps"):
+            raise ValueError(f"device={asked}, but the launcher says use_cpu: leave one of them out")
         asked = "cpu"
+    if asked == "mps":
+        return _apple_gpu()
     if asked == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     number, cards = env_int("LOCAL_RANK", 0), torch.cuda.device_count()
@@ -324,9 +329,19 @@ def device_of(asked: str) -> torch.device:
     return device
 
 
+def _apple_gpu() -> torch.device:
+    if not torch.backends.mps.is_available():
+        raise ValueError(f"device=mps, but torch {torch.__version__} sees no Apple GPU here")
+    if (world := env_int("WORLD_SIZE", 1)) > 1:
+        raise ValueError(f"device=mps is for one process, not {world}: start without a launcher, or use device=cpu")
+    return torch.device("mps")
+
+
 def slower_than_asked(config: StageConfig, device: torch.device) -> list[str]:
     """Warnings: what this machine does more slowly than the config lets one expect."""
     precision, lines = getattr(config, "precision", ""), list[str]()
+    if config.device == "mps" and device.type == "cpu":
+        lines.append("device=mps lacks float64, in which this stage computes: it runs on the CPU")
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1")
     if config.device == "auto" and _GPU_DRIVER.exists() and not hidden and not torch.cuda.is_available():
         lines.append(f"device=auto is the CPU: this machine has a GPU, but torch {torch.__version__} cannot use it")

@@ -92,7 +92,7 @@ def _over_processes(
     function: Callable[[Job], Result], jobs: Sequence[Job], workers: int, stop: Callable[[], Any]
 ) -> Iterator[tuple[Job, Result]]:
     # Not fork: the parent runs threads (torch, gloo) whose locks a forked child would inherit.
-    context = multiprocessing.get_context("forkserver")
+    context = multiprocessing.get_context(start_method("forkserver"))
     context.set_forkserver_preload([function.__module__, __name__])
     with _starting():
         beats = context.Value("Q")
@@ -114,6 +114,11 @@ def _over_processes(
             if stopping:
                 for future in [future for future in running if future.cancel()]:
                     del running[future]
+
+
+def start_method(preferred: str) -> str:
+    """How processes start: as preferred, but on macOS afresh, because its own libraries crash in forked ones."""
+    return "spawn" if sys.platform == "darwin" else preferred
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import gc
 import multiprocessing
 import warnings
 from collections.abc import Generator, Sequence
+from functools import partial
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, cast
 
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from vqscale import progress
 from vqscale.batch import Batch
-from vqscale.data.processes import ignore_stop_signals, worker_failure
+from vqscale.data.processes import ignore_stop_signals, start_method, worker_failure
 from vqscale.topology import die_with_parent, keep_freed_memory
 
 _INLINE_BYTES = 1 << 16
@@ -33,9 +35,10 @@ def run_workers(
     options: dict[str, Any] = {}
     if workers:
         dataset = _InWorker(dataset)
+        start = partial(_start_worker, progress.counter())
+        options = {"prefetch_factor": batches_ahead(workers), "worker_init_fn": start}
         # Forked whatever the default is here, in a spawned rank say: else each imports torch for seconds.
-        options = {"prefetch_factor": batches_ahead(workers), "worker_init_fn": _start_worker}
-        options["multiprocessing_context"] = "fork"
+        options["multiprocessing_context"] = start_method("fork")
     with warnings.catch_warnings():
         # Workers mostly wait for storage, so more of them than cores is a choice, not a mistake.
         warnings.filterwarnings("ignore", message="This DataLoader will create")
@@ -134,9 +137,10 @@ def _small_as_arrays(batch: Batch) -> dict[str, Any]:
     return {name: value.numpy() if name in small else value for name, value in batch.items()}  # type: ignore[attr-defined]
 
 
-def _start_worker(_worker: int) -> None:
+def _start_worker(counter: Any, _worker: int) -> None:
     """A worker ends with its parent, leaves signals to it, and uses its memory again, also where the parent trains on a
     GPU and does not."""
+    progress.count_in(counter)
     keep_freed_memory()
     parent = multiprocessing.parent_process()
     die_with_parent(parent.pid or 0 if parent else 0)

@@ -346,8 +346,8 @@ def _bytes_per_rank(engine: Engine, run: Run) -> dict[str, list[int]]:
 
 def _on_device(batches: Iterator[Batch], device: torch.device) -> Generator[Batch, None, None]:
     """The batches on `device`; on a GPU the next one is copied while this one is worked on."""
-    if device.type == "cpu":
-        yield from batches
+    if device.type != "cuda":
+        yield from batches if device.type == "cpu" else (to_device(batch, device) for batch in batches)
         return
     copies, ahead = torch.cuda.Stream(device), None
     for batch in batches:

@@ -33,8 +33,8 @@ class SideWork:
         self._seconds += self._now() - started
 
     def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        if self._device.type != "cpu":
+            torch.accelerator.synchronize(self._device)
         return time.monotonic()
 
     def figures(self) -> dict[str, float]:

@@ -56,6 +56,6 @@ def first_not_finite(tensors: Tensors, topology: Topology) -> str:
         return ""
     # Extremes, and not `isfinite`, because they need no memory of the tensor's size.
     extremes = [torch.stack(torch.aminmax(part)) if part.numel() else part.new_zeros(2) for part in parts]
-    finite = torch.stack([pair.double() for pair in extremes]).isfinite().all(1)
+    finite = torch.stack([pair.isfinite() for pair in extremes]).all(1)
     counts = topology.all_reduce_((~finite).to(torch.int32))
     return next((name for name, count in zip(names, counts.tolist(), strict=True) if count), "")

@@ -245,7 +245,7 @@ def _import_deepspeed(topology: Topology) -> Any:
     except ImportError as error:
         raise ValueError(
             f"strategy={topology.strategy} needs DeepSpeed, which cannot be imported here ({error}): "
-            "pip install deepspeed"
+            "pip install deepspeed (Linux), or choose strategy=single, ddp, fsdp or hsdp"
         ) from error
     if topology.device.type == "cpu":  # it would compile this op on import, for minutes
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Float64, Int, UInt8
 from torch import Tensor
 
+from vqscale.batch import as_float64
 from vqscale.data.images import to_float, to_uint8
 from vqscale.evaluation.features import Extractor, load_extractor
 from vqscale.sources import Source, load_model
@@ -72,8 +73,8 @@ class ImageClassifier:
     @torch.no_grad()
     def probabilities_of(self, images: UInt8[Tensor, "b 3 r r"], labels: Int[Tensor, " b"]) -> Float64[Tensor, " b"]:
         """The classifier's probability of each image's class, on the CPU."""
-        probabilities = self(images).double().softmax(1)
-        return probabilities.gather(1, labels[:, None])[:, 0].cpu()
+        probabilities = as_float64(self(images)).softmax(1)
+        return probabilities.gather(1, labels[:, None].to(probabilities.device))[:, 0].cpu()
 
     def identity(self) -> dict[str, str]:
         """What identifies the classifier and the features that it judges by."""
@@ -84,15 +85,15 @@ class ImageClassifier:
 def hits(logits: Float[Tensor, "b c"], labels: Int[Tensor, " b"]) -> Float64[Tensor, "b 2"]:
     """Whether the label is the most likely class, and whether it is among the five most likely."""
     order = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-    return torch.stack([order[:, 0], order.any(1)], dim=1).double()
+    return as_float64(torch.stack([order[:, 0], order.any(1)], dim=1))
 
 
 def accuracy(logits_of: Any, batches: Iterable[Mapping[str, Any]], topology: Topology) -> tuple[float, float, int]:
     """(top-1, top-5, n) of a function from uint8 images to logits over every image of all ranks' batches."""
-    sums = torch.zeros(3, dtype=torch.float64, device=topology.device)
+    sums = as_float64(torch.zeros(3, device=topology.device))
     for batch in batches:
         image, label, weight = (batch[name].to(topology.device) for name in ("image", "label", "weight"))
-        weight = weight.double()
+        weight = as_float64(weight)
         sums[:2] += (hits(logits_of(image), label) * weight[:, None]).sum(0)
         sums[2] += weight.sum()
     right, right_5, n = topology.all_reduce_(sums).tolist()

@@ -54,6 +54,7 @@ class EvaluateConfig(ReadsShards):
     """What to evaluate; an input that is absent, or `none`, leaves out the metrics that need it."""
 
     recomputes: ClassVar[bool] = True
+    needs_float64: ClassVar[bool] = True
     outputs: ClassVar[tuple[str, ...]] = (
         *("scores.json", "report.html", "samples.png", "nll_by_class.json", "statistics", "bad.jsonl"),
     )

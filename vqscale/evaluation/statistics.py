@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Float, Float32, Float64, Int, UInt8
 from torch import Tensor
 
+from vqscale.batch import as_float64
 from vqscale.files import sha256_of, write_atomically
 
 
@@ -40,13 +41,13 @@ class Moments:
 
     def __init__(self, width: int, device: torch.device | str = "cpu"):
         # One buffer, so that ranks are summed in one collective: [n, sum f, sum f f^T].
-        self._buffer = torch.zeros(1 + width + width * width, dtype=torch.float64, device=device)
+        self._buffer = as_float64(torch.zeros(1 + width + width * width, device=device))
         self.width = width
 
     def add(self, features: Float[Tensor, "b f"], weight: Float[Tensor, " b"] | None = None) -> None:
         """weight: 0 (padding) and 1; None = all 1."""
         kept = features if weight is None else features[weight > 0]
-        kept = kept.to(self._buffer.device, torch.float64)
+        kept = as_float64(kept).to(self._buffer.device)
         self._buffer[0] += len(kept)
         self._buffer[1 : 1 + self.width] += kept.sum(0)
         self._outer.addmm_(kept.T, kept)

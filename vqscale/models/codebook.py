@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 
+from vqscale.batch import as_float64
 from vqscale.seeding import generator, mix, mix_tensor, uniform_array
 
 _ITERATIONS = 10
@@ -65,7 +66,8 @@ class _full_precision_products:
 
 def perplexity(counts: Num[Tensor, " k"]) -> Float[Tensor, ""]:
     """exp of the entropy (nats) of code counts, in float64: K if all codes are used alike, 1 if one is."""
-    share = counts.double() / counts.sum().clamp_min(1)
+    counts = as_float64(counts)
+    share = counts / counts.sum().clamp_min(1)
     return torch.exp(-torch.xlogy(share, share).sum())
 
 

@@ -19,6 +19,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from vqscale.batch import as_float64
 from vqscale.fields import Choice, NonNegativeFloat, NonNegativeInt, PositiveInt, Range, check_values
 from vqscale.models.codebook import choose_restarts, draw_pool, nearest_codes, perplexity, pick_candidates
 
@@ -204,7 +205,7 @@ class VectorQuantizer(nn.Module):
         codes, dim = self.embedding.shape
         counts, sums, candidates = total.tensor_split([codes, codes * (dim + 1)])
         expected = images * self.vectors_per_image
-        agree = counts.double().sum() == expected  # a recomputed forward would have counted twice
+        agree = counts.long().sum() == expected  # a recomputed forward would have counted twice
         torch._assert_async(agree, f"codebook statistics do not hold {expected} vectors once each")
         sums = sums.view(codes, dim)
         if not self.frozen:
@@ -258,7 +259,7 @@ class VectorQuantizer(nn.Module):
         beta1, beta2 = _ADAM_BETAS
         self.adam_mean.mul_(beta1).add_(gradient, alpha=1 - beta1)
         self.adam_square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        steps = self.updates.double()
+        steps = as_float64(self.updates)
         mean = self.adam_mean / (1 - beta1**steps).to(gradient.dtype)
         square = self.adam_square / (1 - beta2**steps).to(gradient.dtype)
         self.embedding.sub_(learning_rate * mean / (square.sqrt() + _ADAM_EPS))

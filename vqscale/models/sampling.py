@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from vqscale.batch import float64_device
 from vqscale.seeding import key_of, mix, uniform_array
 
 log = logging.getLogger("vqscale")
@@ -116,9 +117,10 @@ class RowSampler:
         self._state, self._options = state, options
         (rows, self._width), device = state.codes[:, 0].shape, state.codes.device
         self._batch = rows // 2 if options.guided else rows
-        self._uniforms = torch.zeros(self._width, self._batch, dtype=torch.float64, device=device)
-        self._temperatures = torch.zeros(self._width, dtype=torch.float64, device=device)
-        self._guidance = torch.zeros(self._width, dtype=torch.float64, device=device)
+        self._chooses_on = float64_device(device)
+        self._uniforms = torch.zeros(self._width, self._batch, dtype=torch.float64, device=self._chooses_on)
+        self._temperatures = torch.zeros(self._width, dtype=torch.float64, device=self._chooses_on)
+        self._guidance = torch.zeros(self._width, dtype=torch.float64, device=self._chooses_on)
         self._graphs: dict[tuple[int, ...], tuple[Any, Tensor]] = {}  # with the last logits, which each leaves behind
         self._captures = options.graphs and device.type == "cuda" and not isinstance(state, Reference)
 
@@ -147,7 +149,7 @@ class RowSampler:
         """Fill `state.row`. Returns the last column's logits. To do it twice changes nothing."""
         heat, top_k, top_p, guided, _ = self._options
         for column in range(self._width):
-            logits = self._state.next_logits(column)
+            logits = self._state.next_logits(column).to(self._chooses_on)
             if guided:
                 scale = (1 + self._guidance[column]).to(logits.dtype)
                 logits = torch.lerp(logits[self._batch :], logits[: self._batch], scale)
@@ -240,7 +242,8 @@ def sample_codes(
         state.samplers[options] = RowSampler(state, options)
     temperatures = torch.linspace(temperature, end, height * width, dtype=torch.float64).view(height, width)
     uniforms = draw_uniforms(seed, len(prior.upper_grids), sample_ids, height * width).unflatten(0, (height, width))
-    temperatures, uniforms, along = (rows.to(weight.device) for rows in (temperatures, uniforms, along))
+    device = float64_device(weight.device)
+    temperatures, uniforms, along = (rows.to(device) for rows in (temperatures, uniforms, along))
     state.reset(label, upper)
     for row in range(height):
         state.samplers[options].draw(row, uniforms[row], temperatures[row], along[row])

@@ -114,7 +114,9 @@ def _devices(_config: DoctorConfig) -> Iterator[Finding]:
         gpu = torch.cuda.get_device_properties(index)
         old = "no bf16 here: precision=fp32" if gpu.major < 8 else ""
         yield Finding(f"cuda:{index}", f"{gpu.name}, {gpu.total_memory / _GIB:.1f} GiB, {gpu.major}.{gpu.minor}", old)
-    if not number:
+    if torch.backends.mps.is_available():
+        yield Finding("mps", "Apple's GPU: device=mps")
+    elif not number:
         blind = "torch cannot use it: a torch built for its driver's CUDA, and CUDA_VISIBLE_DEVICES not empty"
         yield Finding("GPU", "torch sees none", blind if driver[:1].isdigit() else "")
     yield Finding("driver", ", ".join(sorted(set(driver.splitlines()))))
@@ -128,7 +130,8 @@ def _machine(_config: DoctorConfig) -> Iterator[Finding]:
     yield Finding("load", f"{load_average:.1f}", busy)
     page_size = os.sysconf("SC_PAGE_SIZE") / _GIB
     yield Finding("memory", f"{os.sysconf('SC_PHYS_PAGES') * page_size:.1f} GiB")
-    yield Finding("free memory", f"{os.sysconf('SC_AVPHYS_PAGES') * page_size:.1f} GiB, not counting caches")
+    if "SC_AVPHYS_PAGES" in os.sysconf_names:  # not on macOS
+        yield Finding("free memory", f"{os.sysconf('SC_AVPHYS_PAGES') * page_size:.1f} GiB, not counting caches")
     limit = Path("/sys/fs/cgroup/memory.max")
     yield Finding("limit of cgroup", limit.read_text().strip() if limit.is_file() else "none found")
 
@@ -139,9 +142,10 @@ def _limits(_config: DoctorConfig) -> Iterator[Finding]:
     yield Finding("open files", _limit(files), few)
     pinned = Path("/sys/class/infiniband").is_dir() and locked != resource.RLIM_INFINITY
     yield Finding("locked memory", _limit(locked), "InfiniBand needs it: ulimit -l unlimited" if pinned else "")
-    shared = shutil.disk_usage("/dev/shm")
-    small = "loaders pass batches through it: docker run --shm-size=16g, or workers=0" if shared.total < _GIB else ""
-    yield Finding("/dev/shm", f"{shared.free / _GIB:.2f} of {shared.total / _GIB:.2f} GiB free", small)
+    if Path("/dev/shm").is_dir():
+        shared = shutil.disk_usage("/dev/shm")
+        few = "loaders pass batches through it: docker run --shm-size=16g, or workers=0" if shared.total < _GIB else ""
+        yield Finding("/dev/shm", f"{shared.free / _GIB:.2f} of {shared.total / _GIB:.2f} GiB free", few)
 
 
 def _limit(value: int) -> str:

@@ -68,7 +68,7 @@ class RunConfig:
     source: PathText = ""  # a folder of pictures, as of `vqscale pack`; "" = what pack.yaml says
     experiment: Name = ""  # the runs are runs/<experiment>/<stage>; default the name of the folder of configs
     minutes: NonNegativeFloat = 0.0  # sizes models, training and sampling to this time; 0 = the configs as they are
-    device: Annotated[str, Choice("auto", "cpu", "cuda")] = "auto"  # auto: cuda if there is one
+    device: Annotated[str, Choice(*configs.DEVICES)] = "auto"  # auto: cuda if there is one; mps: Apple's GPU
 
 
 Config = RunConfig

@@ -143,8 +143,8 @@ def _seconds(call: Callable[[], object], at_least: float) -> float:
 
     def once() -> None:
         call()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
 
     once()
     calls, start = 0, time.perf_counter()

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from vqscale import runtime
-from vqscale.batch import Batch, codes_of, to_device
+from vqscale.batch import Batch, as_float64, codes_of, to_device
 from vqscale.config import as_dict, run_of
 from vqscale.data.codes import CodeReader
 from vqscale.data.images import to_uint8
@@ -228,12 +228,12 @@ def held_out_nll(config: TrainPriorConfig, run: runtime.Run, model: nn.Module) -
     topology = run.topology
     folder, manifest = held_out_codes(config)
     read = reader(config, manifest, flip=False)
-    sums = torch.zeros(2, dtype=torch.float64, device=topology.device)
+    sums = as_float64(torch.zeros(2, device=topology.device))
     for batch in held_out_batches(config, run, folder, read, config.evaluate_images):
         moved = to_device(batch, topology.device)
         codes, above = inputs(moved, config.level)
-        each = code_nll(model(codes, moved["label"], above), codes).flatten(1).mean(1).double()
-        weight = moved["weight"].double()
+        each = as_float64(code_nll(model(codes, moved["label"], above), codes).flatten(1).mean(1))
+        weight = as_float64(moved["weight"])
         sums += torch.stack([(each * weight).sum(), weight.sum()])
     topology.all_reduce_(sums)
     yield f"held_out/nll/{config.level}", float(sums[0] / sums[1])

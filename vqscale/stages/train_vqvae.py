@@ -13,7 +13,7 @@ from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 from vqscale import runtime
-from vqscale.batch import Batch
+from vqscale.batch import Batch, as_float64
 from vqscale.config import as_dict, run_of
 from vqscale.data.cache import Cache
 from vqscale.data.images import ImageReader, to_float, to_uint8
@@ -168,19 +168,20 @@ def held_out_reconstruction(
         distance.begin()
     topology = run.topology
     assert_same_everywhere(dict(model.named_buffers()), topology)  # the codebooks, under any strategy
-    used = torch.zeros(len(model.grids), model.num_codes, dtype=torch.float64, device=topology.device)
-    sums = torch.zeros(3, dtype=torch.float64, device=topology.device)  # squared error, PSNR, images
+    used = as_float64(torch.zeros(len(model.grids), model.num_codes, device=topology.device))
+    sums = as_float64(torch.zeros(3, device=topology.device))  # squared error, PSNR, images
     read = ImageReader(model.resolution, max_pixels=config.max_pixels)
     batches = held_out_batches(config, run, resolve(config.data, "holdout"), read, config.evaluate_images)
     for number, batch in enumerate(batches):
-        stored, weight = batch["image"].to(topology.device), batch["weight"].to(topology.device).double()
+        stored, weight = batch["image"].to(topology.device), batch["weight"].to(topology.device)
         image = to_float(stored)
         output = model(image)
-        error = (output.reconstruction.float().clamp(-1, 1) - image).square().flatten(1).mean(1).double()
+        error = (output.reconstruction.float().clamp(-1, 1) - image).square().flatten(1).mean(1)
+        error, weight = as_float64(error), as_float64(weight)
         psnr = psnr_of(error, peak=2, floor=1e-12)  # the values lie in [-1, 1]
         sums += torch.stack([(error * weight).sum(), (psnr * weight).sum(), weight.sum()])
         for level, codes in enumerate(output.codes):
-            used[level] += torch.bincount(codes[weight > 0].flatten(), minlength=model.num_codes)
+            used[level] += torch.bincount(codes[batch["weight"] > 0].flatten(), minlength=model.num_codes).to(used)
         if distance is not None:
             with distance.cost.timed():
                 distance.add(to_uint8(output.reconstruction), weight)

@@ -53,6 +53,7 @@ _HEADER = "# The setting that vqscale tune_sampling found; tuned.json beside it 
 class TuneSamplingConfig(ReadsShards):
     """Where to look for sampling options, and at what cost."""
 
+    needs_float64: ClassVar[bool] = True
     outputs: ClassVar[tuple[str, ...]] = (
         *("search.jsonl", "search.png", "tuned.json", "sample.yaml", "features", "statistics", "bad.jsonl"),
     )
