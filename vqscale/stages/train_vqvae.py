@@ -174,14 +174,14 @@ def held_out_reconstruction(
     batches = held_out_batches(config, run, resolve(config.data, "holdout"), read, config.evaluate_images)
     for number, batch in enumerate(batches):
         stored, weight = batch["image"].to(topology.device), batch["weight"].to(topology.device)
-        image = to_float(stored)
+        image, real = to_float(stored), weight > 0
         output = model(image)
         error = (output.reconstruction.float().clamp(-1, 1) - image).square().flatten(1).mean(1)
         error, weight = as_float64(error), as_float64(weight)
         psnr = psnr_of(error, peak=2, floor=1e-12)  # the values lie in [-1, 1]
         sums += torch.stack([(error * weight).sum(), (psnr * weight).sum(), weight.sum()])
         for level, codes in enumerate(output.codes):
-            used[level] += torch.bincount(codes[batch["weight"] > 0].flatten(), minlength=model.num_codes).to(used)
+            used[level] += torch.bincount(codes[real].flatten(), minlength=model.num_codes).to(used)
         if distance is not None:
             with distance.cost.timed():
                 distance.add(to_uint8(output.reconstruction), weight)
