@@ -28,8 +28,8 @@ GONE = {
     resource: "prlimit RLIMIT_MSGQUEUE RLIMIT_NICE RLIMIT_OFILE RLIMIT_RTPRIO RLIMIT_SIGPENDING",
 }
 STEPS = {
-    "pack": ["num_drawn=128"],
-    "train_vqvae": "total_images=128 init_images=64 evaluate_images=32 evaluate_every=64 save_every=64".split(),
+    "pack": ["num_drawn=64"],
+    "train_vqvae": "total_images=64 init_images=32 evaluate_images=8 evaluate_every=32 save_every=32".split(),
     "extract_codes": ["workers=0"],
     "train_prior_top": ["total_images=64", "workers=0"],
     "train_prior_bottom": ["total_images=64", "workers=0"],

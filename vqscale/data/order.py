@@ -9,6 +9,7 @@ Letters: n positions.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -69,6 +70,10 @@ class ShuffleOrder:
         self.seed = seed
         self.window = window
         self._epoch = lru_cache(3)(self._lay_out)  # a batch spans two epochs at most, the prefetch one more
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For a worker that is started afresh: it lays out its own epochs."""
+        return ShuffleOrder, (self._sizes, self.seed, self.window)
 
     def locate(
         self, positions: Int[np.ndarray, "n"]

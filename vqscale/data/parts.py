@@ -158,6 +158,7 @@ class PartReader:
         recent_indexes: int,
         cache: Cache,
     ):
+        self._made_from = folder, manifest, part_names, recent_indexes, cache
         self.manifest = manifest
         self.part_names = part_names
         self.tars = Tars(folder, manifest, cache)
@@ -165,6 +166,10 @@ class PartReader:
         self._files = OpenFiles(self.tars, max(256, recent_indexes))
         # Not a method of this class: without a reference cycle, files are closed with the last use of the reader.
         self._index = lru_cache(recent_indexes)(self.tars.read_index)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For a worker that is started afresh: it opens its own files."""
+        return PartReader, self._made_from
 
     def index(self, shard: int) -> ShardIndex:
         """The shard's index. Raises FileNotFoundError or ValueError."""

@@ -46,7 +46,7 @@ def run_workers(
         loader = DataLoader(
             dataset,
             batch_sampler=batches,
-            collate_fn=lambda batch: batch,
+            collate_fn=_as_it_is,
             num_workers=workers,
             pin_memory=pin_memory,
             in_order=True,
@@ -73,6 +73,11 @@ def run_workers(
     finally:
         atexit.unregister(end)
         end()
+
+
+def _as_it_is(batch: Any) -> Any:
+    """The data set makes whole batches. Not a lambda: a worker that is started afresh is sent this."""
+    return batch
 
 
 def batches_ahead(workers: int) -> int:
