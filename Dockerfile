@@ -1,20 +1,20 @@
-# vqscale in a container, for CPUs and for GPUs: PyTorch's CUDA wheels need no more of the host than NVIDIA's driver.
+# vqscale in a container, for CPUs and for GPUs: pip's usual torch has CUDA, and needs only NVIDIA's driver of the host.
 #
 #   docker build -t vqscale .
-#   docker build -t vqscale:cpu --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu .
+#   docker build -t vqscale:cpu --build-arg TORCH_INDEX=URL .    URL: PyTorch's index of wheels for CPUs
 #   docker run --rm --gpus all --shm-size=16g --user "$(id -u):$(id -g)" -v "$PWD:/work" vqscale doctor
 #
 # Loaders pass batches through /dev/shm, of which Docker gives 64 MB: --shm-size=16g, or --ipc=host as NCCL wants it between
 # containers. apptainer.def takes the same steps.
-FROM docker.io/library/python:3.12-slim-bookworm
+FROM python:3.12-slim-bookworm
 LABEL org.opencontainers.image.title="vqscale" \
       org.opencontainers.image.description="Distributed, large-scale training of VQ-VAE-2 and its PixelCNN priors" \
       org.opencontainers.image.licenses="Apache-2.0"
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cu128
+ARG TORCH_INDEX=
 
 # torch.compile and Triton compile when a run starts; no package here compiles when it is installed.
 RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
-RUN pip install --no-cache-dir --index-url "$TORCH_INDEX" torch torchvision
+RUN index="$TORCH_INDEX"; pip install --no-cache-dir ${index:+--index-url "$index"} torch torchvision
 COPY pyproject.toml MANIFEST.in README.md LICENSE CHANGELOG.md /opt/vqscale/
 COPY vqscale /opt/vqscale/vqscale
 COPY configs /opt/vqscale/configs
