@@ -89,13 +89,20 @@ class VQVAESteps:
 class PriorSteps:
     """A class-conditional prior and its training step on random codes."""
 
-    batch = 8
-
-    def __init__(self, way: Way, quick: bool, device: str = "cpu"):
-        side, self.device = 8 if quick else 32, device
-        self.model = PixelCNN(
-            QUICK_PRIOR if quick else PRIOR, num_codes=512, grid=(side, side), num_classes=1000, upper_grids=()
-        )
+    def __init__(
+        self,
+        way: Way,
+        quick: bool,
+        device: str = "cpu",
+        *,
+        batch: int = 8,
+        side: int = 0,
+        config: PriorConfig | None = None,
+    ):
+        """`side`: of the grid, 0 = this benchmark's; `config`: None = this benchmark's."""
+        self.batch, self.device, side = batch, device, side or (8 if quick else 32)
+        config = config or (QUICK_PRIOR if quick else PRIOR)
+        self.model = PixelCNN(config, num_codes=512, grid=(side, side), num_classes=1000, upper_grids=())
         initialise(self.model, seed=0)
 
     def loss(self, model: Any, step: int) -> Tensor:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import vqscale  # noqa: F401  before torch, for the way its threads wait
+
 sys.path.insert(0, str(Path(__file__).parent))  # for `support`, here and in the processes that tests start
 
 from support import shapes  # noqa: E402

@@ -18,6 +18,7 @@ FEW_RANKS = ["--shards", "3000", "--ranks", "8", "--workers", "0"]
 SHORT = {
     "scale": ["--steps", "1", "--worlds", "2", "--strategies", "fsdp", *FEW_RANKS],
     "sampling": ["--levels", *KINDS],
+    "neighbour": ["--work", "prior"],
 }
 # No rows: not of the table.
 EXPERIMENTS = {"paper_step": ["--ranks", "2"], "priors": ["--images", "128"], "simulate": []}
