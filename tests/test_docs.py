@@ -61,8 +61,8 @@ def commands() -> list[Command]:
     for document in DOCUMENTS:
         variables: dict[str, str] = {}
         for line in shell_lines(document.read_text()):
-            if assigned := re.fullmatch(r"([A-Z]+)=(\S+)", line):
-                variables[assigned[1]] = assigned[2]
+            if assigned := re.fullmatch(r'([A-Z]+)=("[^"]*"|\S+)', line):
+                variables[assigned[1]] = assigned[2].strip('"')
                 continue
             for name, value in variables.items():
                 line = line.replace(f"${name}", value)
