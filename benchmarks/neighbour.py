@@ -1,14 +1,12 @@
 """Training and sampling on all cores, alone and beside a busy program, by how long OpenMP's threads look for work.
 
-    python benchmarks/neighbour.py [--json FILE] [--quick] [--minutes M] [--spins N ...] [--work NAME ...] [--alone]
+    python benchmarks/neighbour.py [--json FILE] [--quick] [--minutes M] [--spins N ...] [--work NAME ...]
 
 In: nothing. OpenMP's threads look for each other at the end of every operation, and after so many looks they sleep.
 Rows, for training the VQ-VAE and the top prior of configs/clipart64 and for sampling that prior, in fp32, for vqscale's
 number of looks and those of --spins: `<work>/alone`, the rate over the rate with OpenMP's own number; `<work>/beside`,
 the rate beside one busy single-threaded program over the rate alone; `by default`, that of OpenMP's own number.
 Each number of looks has a process of its own; they take turns, alone and beside the neighbour within one round.
-With --alone there is no neighbour, and each turn is followed by a rest: after `chrt -f 10` it gives the figures of an
-idle machine on one that others use.
 """
 
 import contextlib
@@ -118,8 +116,7 @@ def measure(work: str, counts: Sequence[int], args: Any, seconds: float) -> dict
         while len(alone[DEFAULT]) < rounds and (not alone[DEFAULT] or time.perf_counter() < end):
             for spins, turn in turns.items():
                 alone[spins].append(turn())
-                time.sleep(TURN if args.alone else 0)
-            for spins, turn in () if args.alone else turns.items():
+            for spins, turn in turns.items():
                 with neighbour():
                     beside[spins].append(turn())
     rows = {}
@@ -129,15 +126,13 @@ def measure(work: str, counts: Sequence[int], args: Any, seconds: float) -> dict
         name = {SPINS: "", DEFAULT: " by default"}.get(spins, f" {spins} looks")
         if spins != DEFAULT:
             rows[f"{work}/alone{name}"] = at_least(0.97 if spins == SPINS else None, cost)
-        if beside[spins]:
-            rows[f"{work}/beside{name}"] = at_least(0.5 if spins == SPINS else None, ratio(beside[spins], alone[spins]))
+        rows[f"{work}/beside{name}"] = at_least(0.5 if spins == SPINS else None, ratio(beside[spins], alone[spins]))
     return rows
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = arguments(__doc__, minutes=1.5, devices=("cpu",))
     parser.add_argument("--spins", nargs="+", type=int, default=[], help="further numbers of looks")
-    parser.add_argument("--alone", action="store_true", help="no neighbour, and a rest after each turn")
     parser.add_argument("--work", nargs="+", choices=WORK, default=list(WORK))
     args = parser.parse_args(argv)
     counts = list(dict.fromkeys([DEFAULT, SPINS, *args.spins]))
