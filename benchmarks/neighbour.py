@@ -6,7 +6,8 @@ In: nothing. OpenMP's threads look for each other at the end of every operation,
 Rows, for training the VQ-VAE and the top prior of configs/clipart64 and for sampling that prior, in fp32, for vqscale's
 number of looks and those of --spins: `<work>/alone`, the rate over the rate with OpenMP's own number; `<work>/beside`,
 the rate beside one busy single-threaded program over the rate alone; `by default`, that of OpenMP's own number.
-Each number of looks has a process of its own; they take turns, alone and beside the neighbour within one round.
+Each number of looks has a process of its own; they take turns, alone and beside the neighbour within one round. All are
+started anew several times, each first in its turn: two processes of the same program differ by some percent for good.
 """
 
 import contextlib
@@ -34,7 +35,7 @@ from vqscale.topology import cores, keep_freed_memory
 CONFIG = Path(__file__).parents[1] / "configs" / "clipart64" / "train_prior_top.yaml"
 BATCH, SIDE, GRID = 64, 64, 8  # of configs/clipart64
 DEFAULT = 300_000  # looks of libgomp
-ROUNDS, TURN = 40, 0.5  # at most, and seconds at least
+STARTS, ROUNDS, TURN = 4, 60, 0.5  # of every process; at most; seconds at least
 
 
 def vqvae(quick: bool) -> Trainer:
@@ -108,17 +109,20 @@ def server(work: str, spins: int, quick: bool) -> Iterator[Callable[[], float]]:
 
 def measure(work: str, counts: Sequence[int], args: Any, seconds: float) -> dict[str, Row]:
     """The rows of one kind of work; the first of `counts` is OpenMP's own, the second vqscale's."""
-    rounds = 2 if args.quick else ROUNDS
+    starts, rounds = (1, 2) if args.quick else (STARTS, ROUNDS)
     alone, beside = ({spins: list[float]() for spins in counts} for _ in range(2))
-    with contextlib.ExitStack() as stack:
-        turns = {spins: stack.enter_context(server(work, spins, args.quick)) for spins in counts}
-        end = time.perf_counter() + seconds
-        while len(alone[DEFAULT]) < rounds and (not alone[DEFAULT] or time.perf_counter() < end):
-            for spins, turn in turns.items():
-                alone[spins].append(turn())
-            for spins, turn in turns.items():
-                with neighbour():
-                    beside[spins].append(turn())
+    for start in range(starts):
+        first, least = start % len(counts), len(alone[DEFAULT]) + 1
+        with contextlib.ExitStack() as stack:
+            order = [*counts[first:], *counts[:first]]
+            turns = {spins: stack.enter_context(server(work, spins, args.quick)) for spins in order}
+            end = time.perf_counter() + seconds / starts
+            while len(alone[DEFAULT]) < least or (time.perf_counter() < end and len(alone[DEFAULT]) < rounds):
+                for spins, turn in turns.items():
+                    alone[spins].append(turn())
+                for spins, turn in turns.items():
+                    with neighbour():
+                        beside[spins].append(turn())
     rows = {}
     for spins in counts:
         cost = ratio(alone[spins], alone[DEFAULT])

@@ -6,6 +6,7 @@ In: a stage's config and the environment that `accelerate launch` or `torchrun` 
 import contextlib
 import ctypes
 import datetime
+import gc
 import os
 import signal
 import sys
@@ -19,6 +20,10 @@ import torch
 import torch.distributed as dist
 
 from vqscale.config import DEVICES, STRATEGIES, StageConfig
+
+# A process group of gloo that is garbage waits for its threads when it is collected, and a forked child does not have
+# them: there the collector is to leave what the parent made.
+os.register_at_fork(after_in_child=gc.freeze)
 
 T = TypeVar("T")
 GROUP_TIMEOUT = datetime.timedelta(minutes=30)

@@ -8,6 +8,7 @@ safetensors' `safe_open` are counted. What Python reads from an open file counts
 import contextlib
 import multiprocessing
 import os
+import pathlib
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -90,6 +91,8 @@ def counted(*folders: str | Path) -> Iterator[FileCalls]:
 def _functions() -> Iterator[tuple[Any, str, str]]:
     """(holder, name, kind) of the functions that raise no audit event."""
     yield from ((os, name, "stat") for name in ("stat", "lstat", "access", "readlink", "statvfs"))
+    if accessor := getattr(pathlib, "_normal_accessor", None):  # Python 3.10: its paths keep an `os.stat`
+        yield accessor, "stat", "stat"
     yield os, "pread", "read"
     safe_open = safetensors.safe_open  # which is replaced while this goes on
     for module in list(sys.modules.values()):
