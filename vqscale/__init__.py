@@ -13,7 +13,7 @@ __all__ = ["VQVAE", "sample"]
 
 # How often an OpenMP thread looks for the others before it sleeps. By default it looks for milliseconds, and programs
 # that share cores crawl (benchmarks/neighbour.py). Torch's library reads the variable once, when torch is imported.
-SPINS = 10_000
+SPINS = 3_000
 if "torch" not in sys.modules and {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}.isdisjoint(os.environ):
     os.environ["GOMP_SPINCOUNT"] = str(SPINS)
 

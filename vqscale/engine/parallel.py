@@ -26,6 +26,7 @@ from vqscale.engine.zero import ZeroEngine
 from vqscale.topology import Topology
 
 Initialise = Callable[[nn.Module], None]
+_GRAPHS_PER_UNIT = 8  # at most: in training and in evaluation, for several batch sizes each
 SHARDED = ("fsdp", "hsdp")  # the strategies that shard parameters here
 # Of parameters and inputs
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
@@ -249,8 +250,14 @@ def make_engine(
 def compile_units(module: nn.Module, strategy: str = "single") -> None:
     """torch.compile on each of the model's units, in place; names stay as they are. Units that are sharded on their own
     are compiled on their own; otherwise a model may name larger ones in `compiled_units()`."""
+    from torch._dynamo import config as dynamo  # a second's import, which other runs do without
+
     larger = getattr(module, "compiled_units", None) if strategy in ("single", "ddp") else None
-    for unit in (larger or module.wrap_units)():  # type: ignore[operator]
+    units = (larger or module.wrap_units)()  # type: ignore[operator]
+    # Dynamo counts the graphs of all modules as one function's, and beyond its limit, 8, units would stay eager
+    for limit in ("recompile_limit", "accumulated_recompile_limit"):
+        setattr(dynamo, limit, max(getattr(dynamo, limit), _GRAPHS_PER_UNIT * len(units)))
+    for unit in units:
         unit.compile()
 
 
