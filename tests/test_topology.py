@@ -1,7 +1,5 @@
 import contextlib
 import datetime
-import gc
-import multiprocessing
 import os
 import resource
 import signal
@@ -409,25 +407,3 @@ def test_nccl_remembers_its_last_collectives_unless_the_user_said_otherwise(tmp_
     asked = dict(mine)
     record_flight(tmp_path, asked)
     assert asked == mine
-
-
-def test_a_forked_child_leaves_the_garbage_of_its_parent() -> None:
-    class Group:
-        """Like a process group in a cycle of references: to finish it in the child would wait for ever."""
-
-        def __init__(self) -> None:
-            self.me, self.parent = self, os.getpid()
-
-        def __del__(self) -> None:
-            if os.getpid() != self.parent:
-                os._exit(3)
-
-    gc.disable()
-    try:
-        Group()
-        child = multiprocessing.get_context("fork").Process(target=gc.collect)
-        child.start()
-        child.join()
-    finally:
-        gc.enable()
-    assert child.exitcode == 0

@@ -1,5 +1,7 @@
 """Whatever keeps a worker from reading or sending a batch ends the stream with the cause and the remedy."""
 
+import gc
+import multiprocessing
 import os
 import resource
 import signal
@@ -121,3 +123,25 @@ def test_a_batch_that_cannot_be_received(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("multiprocessing.resource_sharer.DupFd.detach", raising(OSError(24, "Too many open files")))
     with pytest.raises(OSError, match="its batch is lost: .*Too many open files; raise the limit of open files"):
         read(Large())
+
+
+def test_a_forked_child_leaves_the_garbage_of_its_parent() -> None:
+    class Group:
+        """Like a process group in a cycle of references: to finish it in the child would wait for ever."""
+
+        def __init__(self) -> None:
+            self.me, self.parent = self, os.getpid()
+
+        def __del__(self) -> None:
+            if os.getpid() != self.parent:
+                os._exit(3)
+
+    gc.disable()
+    try:
+        Group()
+        child = multiprocessing.get_context("fork").Process(target=gc.collect)
+        child.start()
+        child.join()
+    finally:
+        gc.enable()
+    assert child.exitcode == 0

@@ -26,7 +26,6 @@ from vqscale.engine.zero import ZeroEngine
 from vqscale.topology import Topology
 
 Initialise = Callable[[nn.Module], None]
-_GRAPHS_PER_UNIT = 8  # at most: in training and in evaluation, for several batch sizes each
 SHARDED = ("fsdp", "hsdp")  # the strategies that shard parameters here
 # Of parameters and inputs
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
@@ -254,9 +253,10 @@ def compile_units(module: nn.Module, strategy: str = "single") -> None:
 
     larger = getattr(module, "compiled_units", None) if strategy in ("single", "ddp") else None
     units = (larger or module.wrap_units)()  # type: ignore[operator]
-    # Dynamo counts the graphs of all modules as one function's, and beyond its limit, 8, units would stay eager
+    # Dynamo counts the graphs of all modules as one function's, and beyond its limit, 8, units would stay eager. A unit
+    # has several: in training and in evaluation, for batches of several sizes.
     for limit in ("recompile_limit", "accumulated_recompile_limit"):
-        setattr(dynamo, limit, max(getattr(dynamo, limit), _GRAPHS_PER_UNIT * len(units)))
+        setattr(dynamo, limit, max(getattr(dynamo, limit), 8 * len(units)))
     for unit in units:
         unit.compile()
 
