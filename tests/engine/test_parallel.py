@@ -246,30 +246,28 @@ def test_units_that_are_sharded_on_their_own_are_compiled_on_their_own(
     assert compiled == getattr(module, method)()
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo looks
 def test_every_unit_is_compiled_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three levels have nine units, in training and in evaluation, for batches of three sizes."""
     compile_unit = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda unit: compile_unit(unit, backend="eager"))
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
-    for limit in ("recompile_limit", "accumulated_recompile_limit"):  # put back at the end
-        monkeypatch.setattr(torch._dynamo.config, limit, 8)
     quantizer = QuantizerConfig(num_codes=8, code_dim=4)
     config = VQVAEConfig(hidden=8, residual_hidden=4, downsample=[2, 2, 2], quantizer=quantizer)
     module = VQVAE(config, resolution=16)
     initialise(module, seed=0)
     torch.compiler.reset()
-    compile_units(module)
-    assert len(module.compiled_units()) == 9
-    for batch in (2, 3, 1):
-        images = torch.zeros(batch, 3, 16, 16)
-        module.train()(images).reconstruction.sum().backward()
-        with torch.no_grad():
-            module.eval()(images)
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=8, accumulated_recompile_limit=8):
+        compile_units(module)
+        assert len(module.compiled_units()) == 9
+        for batch in (2, 3, 1):
+            images = torch.zeros(batch, 3, 16, 16)
+            module.train()(images).reconstruction.sum().backward()
+            with torch.no_grad():
+                module.eval()(images)
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 def test_compiled_units_equal_eager_ones() -> None:
     eager, compiled = (run_ranks(_train_compiled_or_not, 1, how, timeout=500)[0] for how in (False, True))
     for name, tensor in eager.items():
