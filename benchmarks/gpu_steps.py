@@ -7,9 +7,7 @@ of one step on random tensors of the same shapes, types and strides, one after t
 
 import dataclasses
 import gc
-import importlib
 import math
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -21,7 +19,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from gpu_rows import Case
-from measure import alone, median, product_rate, timed
+from measure import alone, median, port_loss, port_model, product_rate, timed
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -291,19 +289,18 @@ def vqvae(case: Case) -> None:
 
 
 def port_step(case: Case, batch: int) -> Callable[[], None]:
-    """A training step of the usual port on the same images, as its own script trains: fp32, Adam, 0.25 of the latent
-    loss. Raises ValueError without --port."""
+    """A training step of the usual port on the same images, as its own script trains: fp32, Adam. Raises ValueError
+    without --port."""
     if case.port is None:
         raise ValueError("no --port was given")
-    sys.path.insert(0, str(case.port))
     with torch.device(case.device):
-        model = importlib.import_module("vqvae").VQVAE()
+        model = port_model(case.port)
     adam, given = torch.optim.Adam(model.parameters(), lr=3e-4), to_float(images(case, batch))
 
     def step() -> None:
         model.zero_grad()
         reconstruction, latent = model(given)
-        (F.mse_loss(reconstruction, given) + 0.25 * latent.mean()).backward()
+        port_loss(reconstruction, given, latent).backward()
         adam.step()
 
     return step

@@ -7,13 +7,17 @@ A script's result is a tree whose leaves are rows; a row's name is its path, joi
 """
 
 import argparse
+import importlib
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from vqscale.topology import Topology
 
@@ -161,6 +165,20 @@ def ratio(over: Sequence[float], under: Sequence[float]) -> float:
 
 def median(values: Sequence[float]) -> float:
     return float(torch.tensor(values, dtype=torch.float64).quantile(0.5))
+
+
+def port_model(folder: Path) -> nn.Module:
+    """A new model of the usual PyTorch port, at its own defaults, by the `vqvae.py` in this folder."""
+    sys.path.insert(0, str(folder))
+    try:
+        return importlib.import_module("vqvae").VQVAE()
+    finally:
+        sys.path.remove(str(folder))
+
+
+def port_loss(reconstruction: Tensor, image: Tensor, latent_loss: Tensor) -> Tensor:
+    """As the port's own script trains."""
+    return F.mse_loss(reconstruction, image) + 0.25 * latent_loss.mean()
 
 
 def product_rate(dtype: torch.dtype, device: str = "cpu", sides: Sequence[int] = (256, 2048)) -> float:

@@ -2,23 +2,22 @@
 
     python benchmarks/patches.py FOLDER OUT [--side 64] [--count 40000] [--shrink 2]
 
-In: a folder of images, searched deeply. Out: OUT/train and OUT/test, PNGs in one class: patches at places drawn by a
+In: a folder of images, searched deeply. Out: OUT/train and OUT/holdout, PNGs in one class: patches at places drawn by a
 fixed seed, as many of each photograph, whose sides were divided by --shrink first. Every tenth photograph, by the order
-of the names, gives patches of the test set only.
+of the names, gives held-out patches only.
 """
 
 import argparse
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 
-from vqscale.data.images import SUFFIXES, decode_image, read_image_file
-
-HELD_OUT = 10  # every tenth photograph
+from vqscale.data.images import decode_image, read_image_file
+from vqscale.data.listing import list_folder
 
 
 def cut(photograph: Path, side: int, shrink: int, count: int, rng: np.random.Generator) -> list[Image.Image]:
@@ -43,19 +42,20 @@ def main(argv: Sequence[str] | None = None) -> dict[str, int]:
     parser.add_argument("--count", type=int, default=40_000, help="patches in all, about")
     parser.add_argument("--shrink", type=int, default=2, help="divides the photographs' sides")
     args = parser.parse_args(argv)
-    torch.set_num_threads(1)
-    photographs = sorted(path for path in args.folder.rglob("*") if path.suffix.lower().lstrip(".") in SUFFIXES)
-    if not photographs:
-        parser.error(f"{args.folder}: has no images")
-    each, rng, written = -(-args.count // len(photographs)), np.random.default_rng(0), {"train": 0, "test": 0}
-    for part in written:
-        (args.out / part / "patch").mkdir(parents=True)
-    for number, photograph in enumerate(photographs):
-        part = "train" if number % HELD_OUT else "test"
-        for patch in cut(photograph, args.side, args.shrink, each, rng):
-            patch.save(args.out / part / "patch" / f"{written[part]:06d}.png", compress_level=1)
-            written[part] += 1
-    print(f"{args.out}: {written['train']:,} patches to train on, {written['test']:,} held out")
+    try:
+        photographs = list_folder(str(args.folder))
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    each, rng = -(-args.count // len(photographs.items)), np.random.default_rng(0)
+    written = {"train": 0, "holdout": 0}
+    for part, listing in photographs.split("every:10").items():
+        folder = args.out / part / "patch"
+        folder.mkdir(parents=True)
+        patches = (cut(args.folder / item.path, args.side, args.shrink, each, rng) for item in listing.items)
+        for number, patch in enumerate(itertools.chain.from_iterable(patches), 1):
+            patch.save(folder / f"{number:06d}.png", compress_level=1)
+            written[part] = number
+    print(f"{args.out}: {written['train']:,} patches to train on, {written['holdout']:,} held out")
     return written
 
 

@@ -9,11 +9,12 @@ that it uses after each of --points images. Rows, where there is a port: `<data 
 the better baseline's at that rate, and `<data set>/<images>/best rates`, each side at its best one; the largest ratio
 of all seeds. --json has the curves, too.
 
-Sides: `ours` is `vqscale train_vqvae` with configs/clipart64, but no flips; `port` the port at its own defaults, which
-are of the same size; `library` the port with vector-quantize-pytorch's quantizer (moving averages, start by k-means,
-dead codes restarted). All see the same images in the same order, 64 a step, at the same constant rate, and are judged
-on the same held-out ones, the values clamped to [-1, 1]; ours by its averaged weights, as it is used. Every training is
-kept under --runs and not done twice: the same command goes on where it was stopped.
+Sides: `ours` is `vqscale train_vqvae` with configs/clipart64, but no flips, and what --ours says; `port` the port at
+its own defaults, which are of the same size; `library` the port with vector-quantize-pytorch's quantizer (moving
+averages, start by k-means, dead codes restarted; gradients by the rotation trick, its default). All see the same images
+in the same order, 64 a step, at the same constant rate, and are judged on the same held-out ones, the values clamped to
+[-1, 1]; ours by its averaged weights, as it is used. Every training is kept under --runs, in a folder named after all
+that it was asked, and not done twice: the same command goes on where it was stopped.
 """
 
 import itertools
@@ -26,8 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from measure import ALONE, arguments, at_most, table, write
+from measure import ALONE, arguments, at_most, port_loss, port_model, table, write
 from torch import Tensor, nn
 from vector_quantize_pytorch import VectorQuantize
 
@@ -44,7 +44,7 @@ CONFIG = Path(__file__).parents[1] / "configs" / "clipart64" / "train_vqvae.yaml
 SIDES = ("ours", "port", "library")
 LEVELS = ("top", "bottom")
 MSE = "held_out/reconstruction_mse"
-LATENT_WEIGHT, DECAY, DEAD = 0.25, 0.99, 2  # the port's weight of its quantizers' loss; the library's settings
+BATCH = 64  # of configs/clipart64
 GOAL = 0.9
 
 Curve = list[dict[str, Any]]  # {"images", "mse", "used_codes": [top, bottom]} at each point
@@ -82,7 +82,7 @@ class LibraryQuantizer(nn.Module):
     def __init__(self, dim: int, num_codes: int):
         super().__init__()
         self.quantizer = VectorQuantize(
-            dim, num_codes, decay=DECAY, commitment_weight=1.0, kmeans_init=True, threshold_ema_dead_code=DEAD
+            dim, num_codes, decay=0.99, commitment_weight=1.0, kmeans_init=True, threshold_ema_dead_code=2
         )
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,11 +93,8 @@ class LibraryQuantizer(nn.Module):
 
 def baseline(side: str, data: str, run_dir: Path, points: Sequence[int], rate: float, seed: int, args: Any) -> Curve:
     """Trains the port, with its own quantizer or the library's."""
-    sys.path.insert(0, str(args.port))
-    from vqvae import VQVAE
-
     torch.manual_seed(seed)
-    model = VQVAE()
+    model: Any = port_model(args.port)
     if side == "library":
         for level in ("t", "b"):
             old = getattr(model, f"quantize_{level}")
@@ -108,7 +105,7 @@ def baseline(side: str, data: str, run_dir: Path, points: Sequence[int], rate: f
     loader = build_loader(
         folder,
         read=read(config.flip, config.crop, seed),
-        global_batch=config.global_batch,
+        global_batch=BATCH,
         seed=seed,
         shuffle_window=config.shuffle_window,
     )
@@ -118,15 +115,13 @@ def baseline(side: str, data: str, run_dir: Path, points: Sequence[int], rate: f
         image = to_float(batch["image"])
         with autocast(ALONE, args.precision):
             reconstruction, latent_loss = model(image)
-        loss = F.mse_loss(reconstruction.float(), image) + LATENT_WEIGHT * latent_loss.float().mean()
         optimizer.zero_grad()
-        loss.backward()
+        port_loss(reconstruction.float(), image, latent_loss.float()).backward()
         optimizer.step()
-        seen = step * config.global_batch
-        if any(seen - config.global_batch < point <= seen for point in points):
+        if (seen := step * BATCH) in points:
             curve.append({"images": seen, **judge(model, held_out, read(), args)})
             print(f"{run_dir.name}: {curve[-1]}", flush=True)
-        if seen >= points[-1]:
+        if seen == points[-1]:
             break
     return curve
 
@@ -151,17 +146,18 @@ def judge(model: Any, held_out: Path, read: ImageReader, args: Any) -> dict[str,
 
 def train(side: str, rate: float, seed: int, data: str, args: Any) -> Curve:
     """One training, or what it measured when it was done before."""
-    points, name = args.points, f"{Path(data).name}/{side} rate {rate:g} seed {seed} {args.precision}"
-    run_dir = args.runs / name.replace(" ", "-")
+    name = f"{Path(data).name}/{side} rate {rate:g} seed {seed}"
+    asked = [args.precision, f"held out {args.evaluate}", *map(str, args.points)] + args.ours * (side == "ours")
+    run_dir = args.runs / " ".join([name, *asked]).replace(" ", "-")
     result = run_dir / "curve.json"
-    if not result.exists() or [point["images"] for point in json.loads(result.read_text())] != points:
+    if not result.exists():
         run_dir.mkdir(parents=True, exist_ok=True)
         learn = ours if side == "ours" else partial(baseline, side)
-        write(result, learn(data, run_dir, points, rate, seed, args))
+        write(result, learn(data, run_dir, args.points, rate, seed, args))
     curve: Curve = json.loads(result.read_text())
     for point in curve:
         said = f"{point['images']:>8,} images  MSE {point['mse']:.5f}  codes {point['used_codes']}"
-        print(f"{name:50} {said}", flush=True)
+        print(f"{name:40} {said}", flush=True)
     return curve
 
 
@@ -204,6 +200,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         args.points, args.evaluate = [128, 256], 64
     if any(point % args.points[0] for point in args.points) or args.points != sorted(set(args.points)):
         parser.error(f"--points {args.points}: each is to be a larger multiple of the first")
+    if args.points[0] % BATCH:
+        parser.error(f"--points {args.points}: the first is to be a multiple of {BATCH}, the images of a step")
     if args.port and not (args.port / "vqvae.py").is_file():
         parser.error(f"--port {args.port}: has no vqvae.py")
     sides = SIDES if args.port else SIDES[:1]

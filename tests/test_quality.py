@@ -1,5 +1,6 @@
-"""benchmarks/quality.py: all sides see the same images, what was trained is kept, and the ratios are the right ones."""
+"""benchmarks/quality.py: baselines see the same images, trainings are kept, ratios are right; and its patches."""
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -14,8 +15,7 @@ from vqscale.data.images import decode_image
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))  # scripts, not a package
-import patches  # noqa: E402
-import quality  # noqa: E402
+patches, quality = importlib.import_module("patches"), importlib.import_module("quality")
 
 # The interface of the port, with one convolution for a network; it writes down which images it sees.
 STAND_IN = """
@@ -58,7 +58,7 @@ class VQVAE(nn.Module):
 
 
 @pytest.mark.slow
-def test_three_sides_learn_from_the_same_images_and_are_not_trained_twice(
+def test_all_sides_are_trained_once_and_the_baselines_on_the_same_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -78,10 +78,12 @@ def test_three_sides_learn_from_the_same_images_and_are_not_trained_twice(
 
     means = (port / "seen").read_text().splitlines()
     assert len(means) == 2 * 256 and means[:256] == means[256:]  # both baselines: the same images, the same order
-    capfd.readouterr()
+    assert "train_vqvae" in capfd.readouterr().err
     assert quality.main(command) == rows
     assert len((port / "seen").read_text().splitlines()) == len(means)
-    assert "images/s" not in capfd.readouterr().err  # nor ours
+    assert "train_vqvae" not in capfd.readouterr().err
+    quality.main([*command, "max_norm=0"])  # other settings of ours are another training
+    assert "train_vqvae" in capfd.readouterr().err and len((port / "seen").read_text().splitlines()) == len(means)
 
 
 def test_ratios_are_to_the_better_baseline_and_of_the_worst_seed() -> None:
@@ -118,10 +120,10 @@ def test_patches_are_cut_of_photographs_and_held_out_by_photograph(tmp_path: Pat
         Image.new("L", size, 20 * number).save(folder / f"{number:02d}.png")
     (folder / "broken.png").write_bytes(b"no image")
     written = patches.main([str(folder), str(tmp_path / "out"), "--count", "39", "--side", "32"])
-    assert written == {"train": 27, "test": 6}
+    assert written == {"train": 27, "holdout": 6}
     found: dict[str, set[int]] = {part: set() for part in written}
     for path in (tmp_path / "out").rglob("*.png"):
         patch = decode_image(path.read_bytes())
         assert patch.shape == (3, 32, 32) and patch.min() == patch.max()
         found[path.relative_to(tmp_path / "out").parts[0]].add(int(patch[0, 0, 0]))
-    assert found == {"train": {20 * n for n in range(1, 10)}, "test": {0, 200}}
+    assert found == {"train": {20 * n for n in range(1, 10)}, "holdout": {0, 200}}
