@@ -1,13 +1,13 @@
-"""Training and sampling on all cores, alone and beside a busy program, by how long OpenMP's threads look for work.
+"""Training and sampling on all cores, alone and beside a busy program, by how OpenMP's threads wait for each other.
 
     python benchmarks/neighbour.py [--json FILE] [--quick] [--minutes M] [--spins N ...] [--work NAME ...]
 
 In: nothing. OpenMP's threads look for each other at the end of every operation, and after so many looks they sleep.
-Rows, for training the VQ-VAE and the top prior of configs/clipart64 and for sampling that prior, in fp32, for vqscale's
-number of looks and those of --spins: `<work>/alone`, the rate over the rate with OpenMP's own number; `<work>/beside`,
-the rate beside one busy single-threaded program over the rate alone; `by default`, that of OpenMP's own number.
-Each number of looks has a process of its own; they take turns, alone and beside the neighbour within one round. All are
-started anew several times, each first in its turn: two processes of the same program differ by some percent for good.
+Rows, for training the VQ-VAE and the top prior of configs/clipart64 and for sampling that prior, in fp32, as stages do
+(`vqscale/waiting.py`) and for the fixed numbers of looks of --spins: `<work>/alone`, the rate over that of OpenMP as it
+is; `<work>/beside`, the rate beside one busy single-threaded program over the rate alone; `by default`, of OpenMP as it
+is. Each way has a process of its own; they take turns, alone and beside the neighbour within one round. All are started
+anew several times, each first in its turn: two processes of the same program differ by some percent for good.
 """
 
 import contextlib
@@ -26,16 +26,17 @@ import torch
 from measure import Row, arguments, at_least, finish, median, ratio, timed
 from train_step import Trainer, Way
 
-from vqscale import SPINS
 from vqscale.config import load
 from vqscale.models.sampling import Options, RowSampler, draw_uniforms
 from vqscale.stages.train_prior import TrainPriorConfig
 from vqscale.topology import cores, keep_freed_memory
+from vqscale.waiting import PERIOD, adapted
 
 CONFIG = Path(__file__).parents[1] / "configs" / "clipart64" / "train_prior_top.yaml"
 BATCH, SIDE, GRID = 64, 64, 8  # of configs/clipart64
-DEFAULT = 300_000  # looks of libgomp
-STARTS, ROUNDS, TURN = 4, 60, 0.5  # of every process; at most; seconds at least
+OURS, DEFAULT = "adapted", "by default"  # ways to wait; others are numbers of looks
+STARTS, ROUNDS, TURN = 4, 60, 1.0  # of every process; at most; seconds at least
+SETTLING = 3 * PERIOD  # seconds after which threads wait as they will
 
 
 def vqvae(quick: bool) -> Trainer:
@@ -61,7 +62,7 @@ def sampling(quick: bool) -> Callable[[], Any]:
 WORK: dict[str, Callable[[bool], Callable[[], Any]]] = {"vqvae": vqvae, "prior": prior, "sampling": sampling}
 
 
-def serve(work: str, quick: bool, pipe: Connection) -> None:
+def serve(work: str, way: str, quick: bool, pipe: Connection) -> None:
     """In a process of its own: one turn per message, answered by steps per second."""
     torch.set_num_threads(cores())
     keep_freed_memory()
@@ -69,9 +70,11 @@ def serve(work: str, quick: bool, pipe: Connection) -> None:
     act()
     pipe.send(True)
     while pipe.recv():
-        end, seconds = time.perf_counter() + (0 if quick else TURN), [timed(act)]
-        while time.perf_counter() < end:
-            seconds.append(timed(act))
+        with adapted(torch.device("cpu")) if way == OURS else contextlib.nullcontext():
+            for length in (SETTLING, TURN):
+                end, seconds = time.perf_counter() + (0 if quick else length), [timed(act)]
+                while time.perf_counter() < end:
+                    seconds.append(timed(act))
         pipe.send(len(seconds) / sum(seconds))
 
 
@@ -89,12 +92,15 @@ def neighbour() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def server(work: str, spins: int, quick: bool) -> Iterator[Callable[[], float]]:
-    """Asks for a turn of a process whose threads look `spins` times."""
+def server(work: str, way: str, quick: bool) -> Iterator[Callable[[], float]]:
+    """Asks for a turn of a process whose threads wait in this way."""
     context = multiprocessing.get_context("spawn")
     pipe, theirs = context.Pipe()
-    os.environ["GOMP_SPINCOUNT"] = str(spins)  # read when the process loads torch
-    process = context.Process(target=serve, args=(work, quick, theirs), daemon=True)
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):  # read when the process loads torch
+        os.environ.pop(name, None)
+    if way not in (OURS, DEFAULT):
+        os.environ["GOMP_SPINCOUNT"] = way
+    process = context.Process(target=serve, args=(work, way, quick, theirs), daemon=True)
     process.start()
     pipe.recv()  # one after the other: busy threads of one would slow the first step of the next
 
@@ -107,42 +113,42 @@ def server(work: str, spins: int, quick: bool) -> Iterator[Callable[[], float]]:
     process.join()
 
 
-def measure(work: str, counts: Sequence[int], args: Any, seconds: float) -> dict[str, Row]:
-    """The rows of one kind of work; the first of `counts` is OpenMP's own, the second vqscale's."""
+def measure(work: str, ways: Sequence[str], args: Any, seconds: float) -> dict[str, Row]:
+    """The rows of one kind of work."""
     starts, rounds = (1, 2) if args.quick else (STARTS, ROUNDS)
-    alone, beside = ({spins: list[float]() for spins in counts} for _ in range(2))
+    alone, beside = ({way: list[float]() for way in ways} for _ in range(2))
     for start in range(starts):
-        first, least = start % len(counts), len(alone[DEFAULT]) + 1
+        first, least = start % len(ways), len(alone[DEFAULT]) + 1
         with contextlib.ExitStack() as stack:
-            order = [*counts[first:], *counts[:first]]
-            turns = {spins: stack.enter_context(server(work, spins, args.quick)) for spins in order}
+            order = [*ways[first:], *ways[:first]]
+            turns = {way: stack.enter_context(server(work, way, args.quick)) for way in order}
             end = time.perf_counter() + seconds / starts
             while len(alone[DEFAULT]) < least or (time.perf_counter() < end and len(alone[DEFAULT]) < rounds):
-                for spins, turn in turns.items():
-                    alone[spins].append(turn())
-                for spins, turn in turns.items():
+                for way, turn in turns.items():
+                    alone[way].append(turn())
+                for way, turn in turns.items():
                     with neighbour():
-                        beside[spins].append(turn())
+                        beside[way].append(turn())
     rows = {}
-    for spins in counts:
-        cost = ratio(alone[spins], alone[DEFAULT])
-        print(f"{work}, {spins:6} looks: {median(alone[spins]):.3g} a second, {cost:.3f} of the default", flush=True)
-        name = {SPINS: "", DEFAULT: " by default"}.get(spins, f" {spins} looks")
-        if spins != DEFAULT:
-            rows[f"{work}/alone{name}"] = at_least(0.97 if spins == SPINS else None, cost)
-        rows[f"{work}/beside{name}"] = at_least(0.5 if spins == SPINS else None, ratio(beside[spins], alone[spins]))
+    for way in ways:
+        cost = ratio(alone[way], alone[DEFAULT])
+        print(f"{work}, {way}: {median(alone[way]):.3g} a second, {cost:.3f} of the default", flush=True)
+        ours, name = way == OURS, {OURS: "", DEFAULT: " by default"}.get(way, f" {way} looks")
+        if way != DEFAULT:
+            rows[f"{work}/alone{name}"] = at_least(0.97 if ours else None, cost)
+        rows[f"{work}/beside{name}"] = at_least(0.5 if ours else None, ratio(beside[way], alone[way]))
     return rows
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = arguments(__doc__, minutes=1.5, devices=("cpu",))
-    parser.add_argument("--spins", nargs="+", type=int, default=[], help="further numbers of looks")
+    parser.add_argument("--spins", nargs="+", type=int, default=[], help="fixed numbers of looks, too")
     parser.add_argument("--work", nargs="+", choices=WORK, default=list(WORK))
     args = parser.parse_args(argv)
-    counts = list(dict.fromkeys([DEFAULT, SPINS, *args.spins]))
+    ways = [DEFAULT, OURS, *map(str, args.spins)]
     tree: dict[str, Any] = {}
     for work in args.work:
-        tree |= measure(work, counts, args, 60 * args.minutes / len(args.work))
+        tree |= measure(work, ways, args, 60 * args.minutes / len(args.work))
     return finish(args, tree)
 
 

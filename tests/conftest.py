@@ -1,14 +1,14 @@
 """Fixtures that several test folders use."""
 
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-import vqscale  # noqa: F401  before torch, for the way its threads wait
-
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # before torch: many tests start programs that share the cores
 sys.path.insert(0, str(Path(__file__).parent))  # for `support`, here and in the processes that tests start
 
 from support import shapes  # noqa: E402

@@ -20,6 +20,7 @@ BASE = {
     "lock",
     "memory",
     "rollcall",
+    "waiting",
     "watchdog",
     "versions",
     "trackers",
@@ -51,6 +52,7 @@ MAY_IMPORT |= {
     "memory": {"config", "topology"},
     "lock": {"files", "text", "rundir"},
     "versions": set(),
+    "waiting": set(),
     "rollcall": {"topology"},
     "watchdog": {"topology", "files", "rollcall"},
 }

@@ -1,72 +1,172 @@
-"""However the program is started, the number of looks of waiting threads is set before torch loads OpenMP."""
+"""OpenMP's threads look for each other for long on free cores, and briefly where other programs are busy."""
 
+import contextlib
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
-import vqscale
+from vqscale import runtime, waiting
+from vqscale.config import StageConfig
 
-ROOT = Path(__file__).parents[1]
-VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
-# In place of torch: says what OpenMP would read, and ends the program.
-TORCH = f"import os\nprint([os.environ.get(name) for name in {VARIABLES}], flush=True)\nos._exit(0)\n"
-FORKSERVER = """
-import multiprocessing
-if __name__ == "__main__":
-    import vqscale
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([])
-    process = context.Process(target=__import__, args=("torch",))
-    process.start()
-    process.join()
+CPU = torch.device("cpu")
+# Operations with pauses shorter than the 3 ms of a long look: how much a thread works in them says how it looks.
+PAUSES = """
+import contextlib, time
+import torch
+from vqscale.waiting import looking_briefly
+threads = int(__import__("sys").argv[1])
+torch.set_num_threads(threads)
+x = torch.zeros(threads << 16)
+def busy():
+    x.add_(1)
+    start = time.process_time()
+    for _ in range(200):
+        x.add_(1)
+        time.sleep(0.001)
+    return time.process_time() - start
+long = busy()
+with looking_briefly(threads):
+    brief = busy()
+again = busy()
+print(long, brief, again)
 """
-COMMAND = [str(Path(sys.executable).parent / "vqscale"), "--version"]
-STARTS = {
-    "command": COMMAND,
-    "package": [sys.executable, "-m", "vqscale", "--version"],
-    "stage": [sys.executable, "-m", "vqscale.stages.train_vqvae"],
-    "API": [sys.executable, "-c", "import vqscale; vqscale.sample"],
-    "module": [sys.executable, "-c", "from vqscale.models.vqvae import VQVAE"],
-    "child": [
-        sys.executable,
-        "-c",
-        "import vqscale, subprocess, sys; subprocess.run([sys.executable, '-c', 'import torch'])",
-    ],
-    "forkserver": [sys.executable, "forkserver.py"],
-}
+# On one core beside another busy process: the share of a second that its thread waits for the core.
+CROWDED = """
+import os, subprocess, sys, time
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+from vqscale.waiting import waited
+other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+before, start = waited(), time.monotonic()
+while time.monotonic() < start + 1:
+    pass
+now = waited()
+other.kill()
+other.wait()
+print(sum(now[task] - before.get(task, 0) for task in now) / 1e9)
+"""
 
 
-def what_openmp_reads(folder: Path, command: list[str], **environment: str) -> str:
-    (folder / "torch").mkdir()
-    (folder / "torch" / "__init__.py").write_text(TORCH)
-    (folder / "forkserver.py").write_text(FORKSERVER)
-    clean = {name: value for name, value in os.environ.items() if name not in VARIABLES}
-    clean |= {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)]), **environment}
-    done = subprocess.run(command, cwd=folder, env=clean, capture_output=True, text=True, timeout=60)
-    return done.stdout.strip() or done.stderr
+@pytest.fixture
+def nothing_chosen(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No variable of a user, and two threads."""
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("start", STARTS)
-def test_threads_look_briefly_however_the_program_is_started(tmp_path: Path, start: str) -> None:
-    assert what_openmp_reads(tmp_path, STARTS[start]) == f"[None, '{vqscale.SPINS}']"
+def figures(program: str, *words: str) -> list[float]:
+    """What a program prints, started as by a user who has chosen nothing."""
+    environment = {name: value for name, value in os.environ.items() if "GOMP" not in name and "OMP_" not in name}
+    command = [sys.executable, "-c", program, *words]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    return [float(word) for word in ended.stdout.split()]
 
 
-@pytest.mark.parametrize(
-    ("variable", "value", "read"),
-    [("OMP_WAIT_POLICY", "active", "['active', None]"), ("GOMP_SPINCOUNT", "7", "[None, '7']")],
-)
-def test_what_the_user_has_set_stays(tmp_path: Path, variable: str, value: str, read: str) -> None:
-    assert what_openmp_reads(tmp_path, COMMAND, **{variable: value}) == read
+def names() -> list[str]:
+    return [thread.name for thread in threading.enumerate()]
 
 
-def test_where_torch_is_loaded_already_nothing_is_claimed() -> None:
-    program = "import sys; sys.modules['torch'] = sys; import os, vqscale; print('GOMP_SPINCOUNT' in os.environ)"
-    clean = {name: value for name, value in os.environ.items() if name not in VARIABLES}
-    assert subprocess.run([sys.executable, "-c", program], env=clean, capture_output=True).stdout == b"False\n"
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="on one core OpenMP's threads always look briefly")
+def test_threads_that_look_briefly_leave_the_core_and_look_for_long_afterwards() -> None:
+    long, brief, again = figures(PAUSES, "2")
+    assert brief < 0.5 * min(long, again)
 
 
-def test_the_tests_themselves_wait_so() -> None:
-    assert not {*VARIABLES}.isdisjoint(os.environ)
+def test_where_there_are_more_cores_than_threads_there_are_more_teams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenMP looks briefly only once all of its threads together are more than the cores."""
+    for cores, threads, teams in ((2, 2, 1), (8, 8, 1), (8, 4, 2), (8, 2, 7), (2, 4, 1)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, cores=cores: set(range(cores)))
+        with waiting.looking_briefly(threads):
+            assert names().count("openmp team") == teams
+            assert threads + teams * (threads - 1) > cores
+            assert threads + (teams - 1) * (threads - 1) <= max(cores, threads)
+        assert "openmp team" not in names()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_team_that_cannot_be_made_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(torch, "zeros", fail)
+    with waiting.looking_briefly(2):
+        pass
+
+
+def test_the_kernel_says_how_long_a_thread_waits_for_a_core() -> None:
+    (share,) = figures(CROWDED)
+    assert 0.2 < share < 1.1
+
+
+def switches(shares: Sequence[float], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """After which looks at the kernel's figures the way of waiting changes; the last share stays until the end."""
+    period, changed, done = 0.002, list[int](), threading.Event()
+    look, total = 0, 0.0
+
+    def waited() -> dict[str, int]:
+        nonlocal look, total
+        if look:
+            total += shares[min(look, len(shares)) - 1] * period * 1e9
+        if look > len(shares):
+            done.set()
+        look += 1
+        # Another thread, which had waited for long, has ended after the first look
+        return {"1": int(total)} | ({"2": 10**12} if look == 1 else {})
+
+    @contextlib.contextmanager
+    def recorded(threads: int) -> Iterator[None]:
+        assert threads == 2
+        changed.append(look - 1)
+        yield
+        changed.append(look - 1)
+
+    monkeypatch.setattr(waiting, "waited", waited)
+    monkeypatch.setattr(waiting, "PERIOD", period)
+    monkeypatch.setattr(waiting, "looking_briefly", recorded)
+    with waiting.adapted(CPU):
+        assert done.wait(60)
+    assert "waiting" not in names()
+    return changed
+
+
+@pytest.mark.usefixtures("nothing_chosen")
+def test_it_changes_with_the_neighbours_and_not_with_every_flicker(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert switches([0.01, 0.3, 0.7, 0.3, 0.01, 0.3, 0.01], monkeypatch) == [3, 5]
+
+
+@pytest.mark.usefixtures("nothing_chosen")
+def test_threads_look_for_long_again_when_the_work_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, ended = switches([0.01, 0.7], monkeypatch)
+    assert begun == 2 and ended > 2
+
+
+@pytest.mark.usefixtures("nothing_chosen")
+def test_a_stage_watches_while_it_runs(tmp_path: Path) -> None:
+    with runtime.run(StageConfig(run_dir=str(tmp_path / "run"), device="cpu", threads=2), "pack"):
+        assert names().count("waiting") == 1
+    assert "waiting" not in names()
+
+
+@pytest.mark.usefixtures("nothing_chosen")
+@pytest.mark.parametrize("case", ["GPU", "one thread", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "no figures"])
+def test_nothing_is_done_where_it_cannot_help_or_the_user_has_chosen(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if case == "one thread":
+        torch.set_num_threads(1)
+    elif case == "no figures":
+        monkeypatch.setattr(waiting, "_TASKS", tmp_path)
+    elif case != "GPU":
+        monkeypatch.setenv(case, "passive")
+    with waiting.adapted(torch.device("cuda") if case == "GPU" else CPU):
+        assert "waiting" not in names()

@@ -19,6 +19,7 @@ from vqscale.hub import local_folder
 from vqscale.sources import load_model
 from vqscale.stages.sample import SampleConfig, check_options, chosen_classes, draw, load_chain
 from vqscale.text import error_prefix
+from vqscale.waiting import adapted
 
 PerLevel = float | Mapping[str, float]  # one number for all levels, or one by level name
 
@@ -149,7 +150,7 @@ def sample(
     if not len(labels):
         raise ValueError(f"nothing to sample: {samples_per_class} samples of {len(chosen)} classes")
     ids = torch.arange(len(labels), device=device)
-    with _threads(config.threads):
+    with _threads(config.threads), adapted(usable):
         blocks = zip(labels.split(config.batch), ids.split(config.batch), strict=True)
         return to_float(torch.cat([draw(config, chain, some, of).cpu() for some, of in blocks]))
 

@@ -31,6 +31,7 @@ from vqscale.text import one_line, printable, redact_url
 from vqscale.topology import Topology, bring_up, env_int, slower_than_asked, take_down
 from vqscale.trackers import Trackers
 from vqscale.versions import git_commit, versions
+from vqscale.waiting import adapted
 from vqscale.watchdog import Watchdog
 
 log = logging.getLogger("vqscale")
@@ -328,7 +329,7 @@ def run(config: StageConfig, stage: str) -> Iterator[Run]:
         with current.signals_caught():
             current._open()
             try:
-                with memory_errors_explained(config, stage, topology):
+                with adapted(topology.device), memory_errors_explained(config, stage, topology):
                     yield current
             except Stopped as stopped:
                 current.write_status("stopped", str(stopped))

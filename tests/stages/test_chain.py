@@ -12,8 +12,11 @@ from support.distributed import run_ranks
 from support.stages import CHAIN, run_stage
 from support.ties import agree_until_a_tie
 
+from vqscale.data.images import ImageReader, to_float
+from vqscale.data.sequential import sequential_batches
 from vqscale.data.shards import Manifest
 from vqscale.engine.checkpoint import find_latest
+from vqscale.models.vqvae import VQVAE
 from vqscale.sources import load_model
 
 Files = Callable[[Path], dict[str, bytes]]
@@ -65,6 +68,23 @@ def test_metrics_rise_with_images_and_hold_what_is_promised(whole_chain: Path) -
     assert any("held_out/nll/top" in line for line in lines(whole_chain / "train_prior_top"))
     assert list((whole_chain / "train_vqvae" / "tensorboard").glob("events*"))
     assert list((whole_chain / "train_vqvae" / "samples").glob("*.png"))
+
+
+def test_the_top_s_error_is_that_of_what_its_codes_decode_to(whole_chain: Path) -> None:
+    model = load_model(whole_chain / "train_vqvae").model
+    assert isinstance(model, VQVAE)
+    (batch,) = sequential_batches(whole_chain / "pack" / "holdout", read=ImageReader(32), batch=64, limit=64)
+    image = to_float(batch["image"])
+    with torch.no_grad():
+        codes = model.encode(image)
+        errors = {
+            key: float((decoded.clamp(-1, 1) - image).square().mean())
+            for key, decoded in (("", model.decode(codes)), ("/top", model.decode_top(codes)))
+        }
+    last = [line for line in lines(whole_chain / "train_vqvae") if "held_out/psnr" in line][-1]
+    for key, error in errors.items():
+        assert last[f"held_out/reconstruction_mse{key}"] == pytest.approx(error, rel=1e-4)
+    assert errors["/top"] > errors[""] > 0
 
 
 def test_priors_learn_less_than_a_uniform_code(whole_chain: Path) -> None:
@@ -241,6 +261,6 @@ def test_two_ddp_ranks_train_as_one(chain: Path, precision: str, tolerance: floa
     assert len(steps[1]) == 20
     same_codes = agree_until_a_tie(steps[2], steps[1], tolerance)
     assert same_codes or precision == "fp32"
-    assert len(held_out[1]) == 2 * 6
+    assert len(held_out[1]) == 2 * 7
     if same_codes:
         assert held_out[2] == pytest.approx(held_out[1], rel=tolerance, abs=0)

@@ -148,7 +148,7 @@ class Level(nn.Module):
 class VQVAE(nn.Module):
     """Images <-> codes. A new one has no codebook yet: `initialise` (models/init.py) it or load weights."""
 
-    public_methods = ("encode", "decode", "decode_top")  # what is called besides forward, on wrapped models too
+    public_methods = ("encode", "decode", "decode_upper")  # what is called besides forward, on wrapped models too
 
     def __init__(self, config: VQVAEConfig, *, resolution: int):
         """Raises ValueError if the resolution is not divisible by the product of the strides."""

@@ -1,6 +1,6 @@
 """Image shards -> a trained VQ-VAE (1 level: 2017; 2 or 3 levels: VQ-VAE-2), in checkpoints."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from vqscale.evaluation.metrics import psnr_of
 from vqscale.evaluation.training_distance import DistanceConfig, TrainingDistance, open_distance
 from vqscale.fields import Choice, PathText, PositiveInt
 from vqscale.models.codebook import perplexity
-from vqscale.models.vqvae import VQVAE, VQVAEConfig, VQVAEOutput
+from vqscale.models.vqvae import VQVAE, VQVAEConfig
 from vqscale.sources import build
 from vqscale.stopping import Leave
 from vqscale.training import dry_run_text, held_out_batches, inputs_may_be_away, train
@@ -162,24 +162,27 @@ def held_out_reconstruction(
     config: TrainVQVAEConfig, run: runtime.Run, distance: TrainingDistance | None, model: nn.Module, images_seen: int
 ) -> Iterator[tuple[str, float]]:
     """Yields held_out/… figures, each over the whole held-out subset: MSE and PSNR of its images, the codes they use,
-    and the distance, if there is one, with its cost. Draws a picture of some of them."""
+    MSE of what the upper levels alone decode to (the lower ones at their mean code), and the distance, if there is one,
+    with its cost. Draws a picture of some of them."""
     assert isinstance(model, VQVAE)
     if distance is not None:
         distance.begin()
     topology = run.topology
     assert_same_everywhere(dict(model.named_buffers()), topology)  # the codebooks, under any strategy
     used = as_float64(torch.zeros(len(model.grids), model.num_codes, device=topology.device))
-    sums = as_float64(torch.zeros(3, device=topology.device))  # squared error, PSNR, images
+    upper = range(1, len(model.grids))  # how many levels, from the top, decode alone
+    sums = as_float64(torch.zeros(3 + len(upper), device=topology.device))  # squared error, PSNR, images; upper errors
     read = ImageReader(model.resolution, max_pixels=config.max_pixels)
     batches = held_out_batches(config, run, resolve(config.data, "holdout"), read, config.evaluate_images)
     for number, batch in enumerate(batches):
         stored, weight = batch["image"].to(topology.device), batch["weight"].to(topology.device)
         image, real = to_float(stored), weight > 0
         output = model(image)
-        error = (output.reconstruction.float().clamp(-1, 1) - image).square().flatten(1).mean(1)
-        error, weight = as_float64(error), as_float64(weight)
+        alone = [model.decode_upper(output.codes[:count]) for count in upper]
+        error, *errors = (as_float64(_squared_error(decoded, image)) for decoded in (output.reconstruction, *alone))
+        weight = as_float64(weight)
         psnr = psnr_of(error, peak=2, floor=1e-12)  # the values lie in [-1, 1]
-        sums += torch.stack([(error * weight).sum(), (psnr * weight).sum(), weight.sum()])
+        sums += torch.stack([(figure * weight).sum() for figure in (error, psnr, torch.ones_like(weight), *errors)])
         for level, codes in enumerate(output.codes):
             used[level] += torch.bincount(codes[real].flatten(), minlength=model.num_codes).to(used)
         if distance is not None:
@@ -188,7 +191,7 @@ def held_out_reconstruction(
                 if distance.reference is None:
                     distance.add(stored, weight, to="reference")
         if number == 0:
-            _draw(run, model, image[: config.grid_images], output, images_seen)
+            _draw(run, image[: config.grid_images], [output.reconstruction, *alone[:1]], images_seen)
     topology.all_reduce_(sums)
     topology.all_reduce_(used)
     yield "held_out/reconstruction_mse", float(sums[0] / sums[2])
@@ -196,16 +199,21 @@ def held_out_reconstruction(
     for name, counts in zip(model.level_names, used, strict=True):
         yield f"held_out/used_codes/{name}", float((counts > 0).sum())
         yield f"held_out/perplexity/{name}", float(perplexity(counts))
+    for name, error in zip(model.level_names, sums[3:], strict=False):
+        yield f"held_out/reconstruction_mse/{name}", float(error / sums[2])
     if distance is not None:
         yield from distance.figures()
 
 
-def _draw(run: runtime.Run, vqvae: VQVAE, images: Tensor, output: VQVAEOutput, images_seen: int) -> None:
-    """Three rows: originals, reconstructions, and what the top level alone decodes to. Called by all ranks."""
+def _squared_error(decoded: Tensor, image: Tensor) -> Tensor:
+    """[b], the mean over each image."""
+    return (decoded.float().clamp(-1, 1) - image).square().flatten(1).mean(1)
+
+
+def _draw(run: runtime.Run, images: Tensor, decoded: Sequence[Tensor], images_seen: int) -> None:
+    """Originals, reconstructions and, below two levels or more, what the top alone decodes to: a row each."""
     count = len(images)
-    rows = [images, output.reconstruction[:count].float()]
-    if len(output.codes) > 1:
-        rows.append(vqvae.decode_top([output.codes[0][:count]]).float())
+    rows = [images, *(row[:count].float() for row in decoded)]
     if not run.topology.is_main:
         return
     grid = make_grid((torch.cat(rows).clamp(-1, 1) + 1) / 2, nrow=count)
