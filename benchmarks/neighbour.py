@@ -6,8 +6,8 @@ In: nothing. OpenMP's threads look for each other at the end of every operation,
 Rows, for training the VQ-VAE and the top prior of configs/clipart64 and for sampling that prior, in fp32, as stages do
 (`vqscale/waiting.py`) and for the fixed numbers of looks of --spins: `<work>/alone`, the rate over that of OpenMP as it
 is; `<work>/beside`, the rate beside one busy single-threaded program over the rate alone; `by default`, of OpenMP as it
-is. Each way has a process of its own; they take turns, alone and beside the neighbour within one round. All are started
-anew several times, each first in its turn: two processes of the same program differ by some percent for good.
+is. The stages' way and OpenMP's own take turns in one process, since two processes of the same program differ by some
+percent for good; a fixed number needs a process of its own, so all are started anew several times, each first in turn.
 """
 
 import contextlib
@@ -62,14 +62,14 @@ def sampling(quick: bool) -> Callable[[], Any]:
 WORK: dict[str, Callable[[bool], Callable[[], Any]]] = {"vqvae": vqvae, "prior": prior, "sampling": sampling}
 
 
-def serve(work: str, way: str, quick: bool, pipe: Connection) -> None:
-    """In a process of its own: one turn per message, answered by steps per second."""
+def serve(work: str, quick: bool, pipe: Connection) -> None:
+    """In a process of its own: one turn per message, the way to wait, answered by steps per second."""
     torch.set_num_threads(cores())
     keep_freed_memory()
     act = WORK[work](quick)
     act()
     pipe.send(True)
-    while pipe.recv():
+    while way := pipe.recv():
         with adapted(torch.device("cpu")) if way == OURS else contextlib.nullcontext():
             for length in (SETTLING, TURN):
                 end, seconds = time.perf_counter() + (0 if quick else length), [timed(act)]
@@ -92,24 +92,24 @@ def neighbour() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def server(work: str, way: str, quick: bool) -> Iterator[Callable[[], float]]:
-    """Asks for a turn of a process whose threads wait in this way."""
+def server(work: str, spins: str, quick: bool) -> Iterator[Callable[[str], float]]:
+    """Asks for a turn of a process whose threads look so often, or as OpenMP has it (""), and wait in this way."""
     context = multiprocessing.get_context("spawn")
     pipe, theirs = context.Pipe()
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):  # read when the process loads torch
         os.environ.pop(name, None)
-    if way not in (OURS, DEFAULT):
-        os.environ["GOMP_SPINCOUNT"] = way
-    process = context.Process(target=serve, args=(work, way, quick, theirs), daemon=True)
+    if spins:
+        os.environ["GOMP_SPINCOUNT"] = spins
+    process = context.Process(target=serve, args=(work, quick, theirs), daemon=True)
     process.start()
     pipe.recv()  # one after the other: busy threads of one would slow the first step of the next
 
-    def turn() -> float:
-        pipe.send(True)
+    def turn(way: str) -> float:
+        pipe.send(way)
         return float(pipe.recv())
 
     yield turn
-    pipe.send(False)
+    pipe.send("")
     process.join()
 
 
@@ -118,17 +118,19 @@ def measure(work: str, ways: Sequence[str], args: Any, seconds: float) -> dict[s
     starts, rounds = (1, 2) if args.quick else (STARTS, ROUNDS)
     alone, beside = ({way: list[float]() for way in ways} for _ in range(2))
     for start in range(starts):
-        first, least = start % len(ways), len(alone[DEFAULT]) + 1
+        looks = list(dict.fromkeys("" if way in (OURS, DEFAULT) else way for way in ways))
+        first, least = start % len(looks), len(alone[DEFAULT]) + 1
         with contextlib.ExitStack() as stack:
-            order = [*ways[first:], *ways[:first]]
-            turns = {way: stack.enter_context(server(work, way, args.quick)) for way in order}
+            order = [*looks[first:], *looks[:first]]
+            turns = {spins: stack.enter_context(server(work, spins, args.quick)) for spins in order}
             end = time.perf_counter() + seconds / starts
             while len(alone[DEFAULT]) < least or (time.perf_counter() < end and len(alone[DEFAULT]) < rounds):
-                for way, turn in turns.items():
-                    alone[way].append(turn())
-                for way, turn in turns.items():
+                ways = ways[::-1]
+                for way in ways:
+                    alone[way].append(turns.get(way, turns[""])(way))
+                for way in ways:
                     with neighbour():
-                        beside[way].append(turn())
+                        beside[way].append(turns.get(way, turns[""])(way))
     rows = {}
     for way in ways:
         cost = ratio(alone[way], alone[DEFAULT])
