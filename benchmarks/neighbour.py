@@ -117,8 +117,8 @@ def measure(work: str, ways: Sequence[str], args: Any, seconds: float) -> dict[s
     """The rows of one kind of work."""
     starts, rounds = (1, 2) if args.quick else (STARTS, ROUNDS)
     alone, beside = ({way: list[float]() for way in ways} for _ in range(2))
+    looks = ["", *(way for way in ways if way not in (OURS, DEFAULT))]
     for start in range(starts):
-        looks = list(dict.fromkeys("" if way in (OURS, DEFAULT) else way for way in ways))
         first, least = start % len(looks), len(alone[DEFAULT]) + 1
         with contextlib.ExitStack() as stack:
             order = [*looks[first:], *looks[:first]]

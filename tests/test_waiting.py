@@ -13,6 +13,7 @@ import torch
 
 from vqscale import runtime, waiting
 from vqscale.config import StageConfig
+from vqscale.topology import cores
 
 CPU = torch.device("cpu")
 # Operations with pauses shorter than the 3 ms of a long look: how much a thread works in them says how it looks.
@@ -76,7 +77,7 @@ def names() -> list[str]:
     return [thread.name for thread in threading.enumerate()]
 
 
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="on one core OpenMP's threads always look briefly")
+@pytest.mark.skipif(cores() < 2, reason="on one core OpenMP's threads always look briefly")
 def test_threads_that_look_briefly_leave_the_core_and_look_for_long_afterwards() -> None:
     long, brief, again = figures(PAUSES, "2")
     assert brief < 0.5 * min(long, again)
@@ -84,12 +85,12 @@ def test_threads_that_look_briefly_leave_the_core_and_look_for_long_afterwards()
 
 def test_where_there_are_more_cores_than_threads_there_are_more_teams(monkeypatch: pytest.MonkeyPatch) -> None:
     """OpenMP looks briefly only once all of its threads together are more than the cores."""
-    for cores, threads, teams in ((2, 2, 1), (8, 8, 1), (8, 4, 2), (8, 2, 7), (2, 4, 1)):
-        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, cores=cores: set(range(cores)))
+    for there, threads, teams in ((2, 2, 1), (8, 8, 1), (8, 4, 2), (8, 2, 7), (2, 4, 1)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, there=there: set(range(there)))
         with waiting.looking_briefly(threads):
             assert names().count("openmp team") == teams
-            assert threads + teams * (threads - 1) > cores
-            assert threads + (teams - 1) * (threads - 1) <= max(cores, threads)
+            assert threads + teams * (threads - 1) > there
+            assert threads + (teams - 1) * (threads - 1) <= max(there, threads)
         assert "openmp team" not in names()
 
 
