@@ -52,7 +52,7 @@ MAY_IMPORT |= {
     "memory": {"config", "topology"},
     "lock": {"files", "text", "rundir"},
     "versions": set(),
-    "waiting": set(),
+    "waiting": {"topology"},
     "rollcall": {"topology"},
     "watchdog": {"topology", "files", "rollcall"},
 }

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from vqscale.topology import cores
+
 log = logging.getLogger("vqscale")
 PERIOD = 1.0  # seconds between two looks at the kernel's figures
 # Seconds of waiting for a core, of all threads, per second: beside one busy thread 0.7; on free cores 0.01. Looking for
@@ -41,8 +43,7 @@ def waited() -> dict[str, int]:
 def looking_briefly(threads: int) -> Iterator[None]:
     """Threads that wait in an operation soon sleep. `threads`: how many torch uses per operation."""
     done = threading.Event()
-    spare = len(os.sched_getaffinity(0)) - threads
-    teams = [_Team(threads, done) for _ in range(1 + max(0, spare) // (threads - 1))]
+    teams = [_Team(threads, done) for _ in range(1 + max(0, cores() - threads) // (threads - 1))]
     for team in teams:
         team.start()
     try:

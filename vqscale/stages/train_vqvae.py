@@ -199,7 +199,7 @@ def held_out_reconstruction(
     for name, counts in zip(model.level_names, used, strict=True):
         yield f"held_out/used_codes/{name}", float((counts > 0).sum())
         yield f"held_out/perplexity/{name}", float(perplexity(counts))
-    for name, error in zip(model.level_names, sums[3:], strict=False):
+    for name, error in zip(model.level_names[:-1], sums[3:], strict=True):
         yield f"held_out/reconstruction_mse/{name}", float(error / sums[2])
     if distance is not None:
         yield from distance.figures()
