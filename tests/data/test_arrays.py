@@ -66,6 +66,15 @@ def test_idx_files_are_packed_with_their_test_part_held_out(tmp_path: Path, zipp
         assert (pixels[:, 1:7, 2:6] == images[n]).all() and pixels.astype(int).sum() == 3 * images[n].astype(int).sum()
 
 
+@pytest.mark.parametrize("word", ["labels=x", "classes_from=x"])
+def test_other_labels_for_arrays_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], word: str) -> None:
+    write_mnist(tmp_path)
+    config = tmp_path / "pack.yaml"
+    config.write_text(f"source: {tmp_path}\nholdout: test\nresolution: 8\n")
+    assert cli.main(["pack", str(config), f"run_dir={tmp_path / 'packed'}", word]) == 1
+    assert "has labels of its own: labels= and classes_from= do not apply" in capsys.readouterr().err
+
+
 def test_a_file_without_pictures_leaves_nothing_to_train_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_mnist(tmp_path, train=0)
     config = tmp_path / "pack.yaml"

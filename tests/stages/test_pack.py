@@ -178,6 +178,10 @@ def test_too_many_corrupt_images(tmp_path: Path, source: Path) -> None:
         ({"labels": "/no/such/file"}, "labels file /no/such/file does not exist"),
         ({"classes_from": "/no/such/data"}, "`vqscale pack` makes it"),
         ({"source": "drawn", "labels": "x"}, "source=drawn has classes of its own"),
+        ({"source": "drawn", "class_names": ["x"]}, "source=drawn has classes of its own"),
+        ({"class_names": ["x"], "classes_from": "x"}, "class_names= and classes_from= both name the classes"),
+        ({"class_names": ["x", "y"]}, r"has 3 classes \(ant to cow\), but class_names has 2 names"),
+        ({"class_names": ["x", "y", "x"]}, "class_names: two classes have the name 'x'"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_written(
@@ -261,6 +265,23 @@ def test_a_holdout_folder_with_a_labels_file(tmp_path: Path, source: Path) -> No
     pack.main(made)
     holdout = {key: label for key, label, _ in read_samples(tmp_path / "run" / "holdout", [])}
     assert holdout == {"0": 2, "1": 0, "2": 1} and Manifest.load(tmp_path / "run" / "train").num_samples == 30
+
+
+@pytest.mark.parametrize("held_out", ["a folder", "a rule"])
+def test_class_folders_get_the_names_that_the_config_gives(tmp_path: Path, source: Path, held_out: str) -> None:
+    for n in range(3):
+        save(tmp_path / "val" / f"{n}.png", n)
+    (tmp_path / "labels.txt").write_text("0.png 2\n1.png 0\n2.png 1\n")
+    folder = (
+        {"holdout": str(tmp_path / "val"), "labels": str(tmp_path / "labels.txt")} if held_out == "a folder" else {}
+    )
+    pack.main(config(tmp_path, source, class_names=["stop", "yield", "road works"], **folder))
+    for part in ("train", "holdout"):
+        assert Manifest.load(tmp_path / "run" / part).classes == ("stop", "yield", "road works")
+    for key, label, _ in read_samples(tmp_path / "run" / "train", []):
+        assert label == ["ant", "bee", "cow"].index(key.split("/")[0])
+    holdout = {key: label for key, label, _ in read_samples(tmp_path / "run" / "holdout", [])}
+    assert len(holdout) == 1 if held_out == "a rule" else holdout == {"0": 2, "1": 0, "2": 1}
 
 
 def test_class_numbers_of_another_data_set(tmp_path: Path, source: Path) -> None:

@@ -4,6 +4,7 @@ In: a file of lines `filename class`.  Out: class names and a label per path, or
 """
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ _MAX_CLASSES = 100_000  # a larger number in a labels file is no class number
 
 
 def check_class_names(names: Sequence[str], where: str) -> None:
-    """Raises ValueError for names that later stages could not write or show."""
+    """Raises ValueError for names that later stages could not write or show, or not tell apart."""
     for name in names:
         try:
             name.encode()
@@ -21,6 +22,8 @@ def check_class_names(names: Sequence[str], where: str) -> None:
             raise ValueError(f"{where}: the class name {os.fsencode(name)!r} is not UTF-8; rename it") from None
         if printable(name) != name or not name.strip():
             raise ValueError(f"{where}: the class name '{printable(name)}' has invisible characters; rename it")
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"{where}: two classes have the name '{twice[0]}'; rename one")
 
 
 def read_labels(labels: str, paths: Sequence[str], classes: Sequence[str] = ()) -> tuple[list[str], dict[str, int]]:

@@ -54,6 +54,22 @@ class Listing:
             digest.update(f"{item.path}\0{item.index}\0{item.size}\0{item.label}\n".encode("utf-8", "surrogateescape"))
         return "sha256:" + digest.hexdigest()
 
+    def renamed(self, names: Sequence[str]) -> "Listing":
+        """The same images, their classes called `names` in the order of their numbers; () = as they are called.
+
+        Raises ValueError for another number of names than of classes, or a name that cannot be used.
+        """
+        if not names:
+            return self
+        if len(names) != len(self.classes):
+            first, last = map(printable, (self.classes[0], self.classes[-1]))
+            raise ValueError(
+                f"source folder {self.folder} has {len(self.classes)} classes ({first} to {last}), "
+                f"but class_names has {len(names)} names"
+            )
+        check_class_names(names, "class_names")
+        return replace(self, classes=tuple(names))
+
     def split(self, holdout: str) -> "dict[str, Listing]":
         """The listings of `train` and `holdout`. holdout: a fraction, chosen by each key's hash, or `every:n` = every
         n-th in sorted order (0, n, 2n, …).

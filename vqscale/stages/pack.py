@@ -48,7 +48,7 @@ class PackConfig(StageConfig):
 
     source: PathText = "drawn"  # a folder of images (classes in sub-folders), of IDX files or CIFAR-10 batches | drawn
     labels: PathText = ""  # a file of lines `filename class`, for a flat folder (of source, or of holdout)
-    class_names: list[str] = field(default_factory=list)  # of IDX files, which have numbers alone
+    class_names: list[str] = field(default_factory=list)  # of IDX files; or instead of the class folders' own, in order
     classes_from: PathText = ""  # a data set whose class names and numbers to use
     resolution: PositiveInt = 64  # pixels: shorter side resized, centre cropped
     format: Annotated[str, Choice("", "png", "jpg")] = ""  # default png up to 128 pixels, else jpg
@@ -95,10 +95,13 @@ def plan(config: PackConfig) -> str:
 
 
 def _check(config: PackConfig) -> None:
-    if config.source == "drawn" and (config.labels or config.classes_from or os.path.isdir(config.holdout)):
+    own = config.labels or config.class_names or config.classes_from or os.path.isdir(config.holdout)
+    if config.source == "drawn" and own:
         raise ValueError(
-            "source=drawn has classes of its own: labels=, classes_from= and a holdout folder do not apply"
+            "source=drawn has classes of its own: no labels=, class_names=, classes_from= or holdout folder applies"
         )
+    if config.class_names and config.classes_from:
+        raise ValueError("class_names= and classes_from= both name the classes; give one of them")
     if not os.path.isdir(config.holdout) and config.holdout != "test":
         parse_holdout(config.holdout)
 
@@ -136,19 +139,21 @@ def _listings(config: PackConfig) -> dict[str, Listing]:
     if config.source == "drawn":
         return _list_drawn(config.num_drawn).split(config.holdout)
     if array_files(config.source, "train"):
+        if config.labels or config.classes_from:
+            raise ValueError(f"source={config.source} has labels of its own: labels= and classes_from= do not apply")
         train = list_arrays(config.source, "train", config.class_names)
         if config.holdout == "test":
             return {"train": train, "holdout": list_arrays(config.source, "test", train.classes)}
         return train.split(config.holdout)
     known = Manifest.load(resolve(config.classes_from)).classes if config.classes_from else ()
     if not os.path.isdir(config.holdout):
-        return list_folder(config.source, config.labels, known).split(config.holdout)
+        return list_folder(config.source, config.labels, known).renamed(config.class_names).split(config.holdout)
     _check_apart(config.source, config.holdout)
     source_labels, holdout_labels = _assign_labels(config)
     train = list_folder(config.source, source_labels, known)
     holdout = list_folder(config.holdout, holdout_labels, train.classes)
     _check_disjoint(train, holdout)
-    return {"train": train, "holdout": holdout}
+    return {"train": train.renamed(config.class_names), "holdout": holdout.renamed(config.class_names)}
 
 
 def _list_drawn(count: int) -> Listing:
