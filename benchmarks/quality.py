@@ -1,4 +1,4 @@
-"""How fast a VQ-VAE-2 learns: ours, the usual PyTorch port, and the port with a library's quantizer.
+"""How fast a VQ-VAE-2 learns: ours, the usual PyTorch port, and the port with a library's quantizer, in two forms.
 
     python benchmarks/quality.py DATA [DATA ...] [--port DIR] [--points N ...] [--rates R ...] [--seeds S ...]
                                  [--precision fp32|bf16] [--evaluate N] [--runs DIR] [--json FILE] [--quick]
@@ -11,10 +11,11 @@ of all seeds. --json has the curves, too.
 
 Sides: `ours` is `vqscale train_vqvae` with configs/clipart64, but no flips, and what --ours says; `port` the port at
 its own defaults, which are of the same size; `library` the port with vector-quantize-pytorch's quantizer (moving
-averages, start by k-means, dead codes restarted; gradients by the rotation trick, its default). All see the same images
-in the same order, 64 a step, at the same constant rate, and are judged on the same held-out ones, the values clamped to
-[-1, 1]; ours by its averaged weights, as it is used. Every training is kept under --runs, in a folder named after all
-that it was asked, and not done twice: the same command goes on where it was stopped.
+averages, start by k-means, dead codes restarted; gradients by the rotation trick, its default); `library_straight` the
+same with straight-through gradients. All see the same images in the same order, 64 a step, at the same constant rate,
+and are judged on the same held-out ones, the values clamped to [-1, 1]; ours by its averaged weights, as it is used.
+Every training is kept under --runs, in a folder named after all that it was asked, and not done twice: the same
+command goes on where it was stopped.
 """
 
 import itertools
@@ -41,7 +42,7 @@ from vqscale.files import read_jsonl
 from vqscale.stages.train_vqvae import TrainVQVAEConfig
 
 CONFIG = Path(__file__).parents[1] / "configs" / "clipart64" / "train_vqvae.yaml"
-SIDES = ("ours", "port", "library")
+SIDES = ("ours", "port", "library", "library_straight")
 LEVELS = ("top", "bottom")
 MSE = "held_out/reconstruction_mse"
 BATCH = 64  # of configs/clipart64
@@ -79,10 +80,16 @@ def ours(data: str, run_dir: Path, points: Sequence[int], rate: float, seed: int
 class LibraryQuantizer(nn.Module):
     """vector-quantize-pytorch's, in the place of the port's: [b, h, w, d] -> the same, loss, codes [b, h, w]."""
 
-    def __init__(self, dim: int, num_codes: int):
+    def __init__(self, dim: int, num_codes: int, rotation_trick: bool):
         super().__init__()
         self.quantizer = VectorQuantize(
-            dim, num_codes, decay=0.99, commitment_weight=1.0, kmeans_init=True, threshold_ema_dead_code=2
+            dim,
+            num_codes,
+            decay=0.99,
+            commitment_weight=1.0,
+            kmeans_init=True,
+            threshold_ema_dead_code=2,
+            rotation_trick=rotation_trick,
         )
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -95,10 +102,10 @@ def baseline(side: str, data: str, run_dir: Path, points: Sequence[int], rate: f
     """Trains the port, with its own quantizer or the library's."""
     torch.manual_seed(seed)
     model: Any = port_model(args.port)
-    if side == "library":
+    if side != "port":
         for level in ("t", "b"):
             old = getattr(model, f"quantize_{level}")
-            setattr(model, f"quantize_{level}", LibraryQuantizer(old.dim, old.n_embed))
+            setattr(model, f"quantize_{level}", LibraryQuantizer(old.dim, old.n_embed, side == "library"))
     config = load(TrainVQVAEConfig, CONFIG, ["flip=false", f"data={data}", f"seed={seed}"])
     folder, held_out = resolve(data, "train"), resolve(data, "holdout")
     read = partial(ImageReader, Manifest.load(folder).transform["resolution"])
