@@ -1,6 +1,7 @@
 # One environment, .venv, and every command of the project on it. `make demo` needs nothing but Python, make and pip.
 
 PYTHON ?= python3
+TEST_WORKERS ?= 2
 BIN := .venv/bin
 INSTALLED := .venv/installed-from-pyproject
 SCRIPTS := .ci/run $(wildcard slurm/*.sh)
@@ -15,7 +16,7 @@ $(INSTALLED): pyproject.toml
 	touch $@
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow and not soak"
+	$(BIN)/python -m pytest -m "not slow and not soak" --numprocesses $(TEST_WORKERS) --dist loadfile
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow

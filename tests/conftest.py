@@ -15,8 +15,13 @@ from support import shapes  # noqa: E402
 
 shapes.install([f"vqscale.{folder}" for folder in ("data", "models", "engine", "evaluation")])  # before their import
 
+import torch  # noqa: E402
+
 from vqscale.config import StageConfig  # noqa: E402
 from vqscale.topology import Topology, bring_up, take_down  # noqa: E402
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers share the cores
 
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
