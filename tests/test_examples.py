@@ -15,9 +15,10 @@ from vqscale.sources import load_model
 EXAMPLES = Path(__file__).parents[1] / "examples"
 MODEL = EXAMPLES / "clipart64"
 CLOTHES = EXAMPLES / "fashion32"
+SIGNS = EXAMPLES / "gtsrb32"
 
 
-@pytest.mark.parametrize("model", [MODEL, CLOTHES], ids=lambda path: path.name)
+@pytest.mark.parametrize("model", [MODEL, CLOTHES, SIGNS], ids=lambda path: path.name)
 def test_the_model_is_small_and_its_card_complete(model: Path) -> None:
     assert sum(path.stat().st_size for path in model.rglob("*") if path.is_file()) <= 25e6
     card = (model / "README.md").read_text()
@@ -69,3 +70,14 @@ def test_samples_of_clothes_are_in_the_data_sets_order() -> None:
     light = dict(zip(names, (images.mean(1).unflatten(0, (10, 8)).mean(1) + 1) / 2, strict=True))
     assert light["trouser"].mean() < light["pullover"].mean(), "two legs are less than a body and two sleeves"
     assert light["sneaker"][:9].mean() < 0.1 < light["boot"][:9].mean() + light["bag"][:9].mean(), "sneakers are low"
+
+
+def test_samples_of_traffic_signs_have_the_colours_of_their_classes() -> None:
+    names = vqscale.VQVAE.from_pretrained(SIGNS).classes
+    assert len(names) == 43 and names[14] == "stop" and names[35] == "straight_only"
+    options = {"temperature": {"top": 0.9, "bottom": 0.7}, "guidance": 1.0, "samples_per_class": 8, "seed": 1}
+    red, blue = (vqscale.sample(SIGNS, classes=classes, **options) for classes in (["stop", "no_entry"], [33, 34, 35]))
+    assert red.shape == (16, 3, 32, 32) and blue.shape == (24, 3, 32, 32)
+    centre = (..., slice(8, 24), slice(8, 24))
+    assert (red[:, 0] > red[:, 2])[centre].float().mean() > 0.7, "red signs have more red than blue"
+    assert (blue[:, 2] > blue[:, 0])[centre].float().mean() > 0.7, "blue signs have more blue than red"
