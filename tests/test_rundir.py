@@ -163,7 +163,11 @@ def test_the_run_directory_itself_may_be_a_link(config: MakesTars, tmp_path: Pat
     assert (tmp_path / "disk" / "train" / "0.tar").exists()
 
 
-@pytest.mark.parametrize(("pid", "there"), [(os.getpid(), True), (2**22 + 1, False), (2**70, False), ("x", True)])
+@pytest.mark.parametrize(
+    ("pid", "there"),
+    [(os.getpid(), True), (2**22 + 1, False), (2**70, False), ("x", True)],
+    ids=["own", "none", "too large", "no number"],
+)
 def test_processes(pid: object, there: bool) -> None:
     assert process_exists(pid) is there
 
