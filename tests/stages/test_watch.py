@@ -114,4 +114,4 @@ def test_sparklines(values: list[float], expected: str) -> None:
 )
 def test_a_damaged_file_is_shown_as_what_it_is(run_dir: Path, name: str, text: str, words: str) -> None:
     (run_dir / name).write_text(text)
-    assert words in shown(run_dir, "once=true")
+    assert words in " ".join(shown(run_dir, "once=true").split())  # a long path of the folder breaks lines elsewhere
