@@ -6,7 +6,7 @@
 In: packed data sets with held-out images (`vqscale pack`); with --port, the folder of the port's `vqvae.py` and what
 that imports. Out: for every data set, side, learning rate and seed the held-out MSE (images in [-1, 1]) and the codes
 that it uses after each of --points images. Rows, where there is a port: `<data set>/<images>/rate <R>`, our MSE over
-the better baseline's at that rate, and `<data set>/<images>/best rates`, each side at its best one; the largest ratio
+the best baseline's at that rate, and `<data set>/<images>/best rates`, each side at its best one; the largest ratio
 of all seeds. --json has the curves, too.
 
 Sides: `ours` is `vqscale train_vqvae` with configs/clipart64, but no flips, and what --ours says; `port` the port at
