@@ -60,7 +60,7 @@ def small_vqvae() -> list[tuple[Any, Callable[[], None]]]:
     model = VQVAE(config, resolution=32)
     initialise(model, seed=0)
     batch: Any = {"image": torch.zeros(2, 3, 32, 32, dtype=torch.uint8), "position": torch.arange(2)}
-    return [(model, lambda: train_vqvae.training_step(model, batch)[0].backward())]
+    return [(model, lambda: train_vqvae.training_step(train_vqvae.TrainVQVAEConfig())(model, batch)[0].backward())]
 
 
 def compiled_graphs(model: nn.Module, step: Callable[[], None]) -> tuple[int, int]:

@@ -258,7 +258,7 @@ def vqvae(case: Case) -> None:
 
     def stepper(batch: int, compiled: bool = False) -> Stepper:
         made = {"image": images(case, batch), "position": torch.arange(batch, device=case.device)}
-        step = Stepper(case, vqvae_of(case), train_vqvae.training_step, made, compiled)
+        step = Stepper(case, vqvae_of(case), train_vqvae.training_step(train_vqvae.TrainVQVAEConfig()), made, compiled)
         step()
         return step
 

@@ -1,7 +1,8 @@
 """How fast a VQ-VAE-2 learns: ours, the usual PyTorch port, and the port with a library's quantizer, in two forms.
 
-    python benchmarks/quality.py DATA [DATA ...] [--port DIR] [--points N ...] [--rates R ...] [--seeds S ...]
-                                 [--precision fp32|bf16] [--evaluate N] [--runs DIR] [--json FILE] [--quick]
+    python benchmarks/quality.py DATA [DATA ...] [--port DIR] [--sides SIDE ...] [--points N ...] [--rates R ...]
+                                 [--seeds S ...] [--precision fp32|bf16] [--evaluate N] [--runs DIR] [--json FILE]
+                                 [--quick]
 
 In: packed data sets with held-out images (`vqscale pack`); with --port, the folder of the port's `vqvae.py` and what
 that imports. Out: for every data set, side, learning rate and seed the held-out MSE (images in [-1, 1]) and the codes
@@ -195,6 +196,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = arguments(__doc__, devices=("cpu",))
     parser.add_argument("data", nargs="+", help="packed data sets, of one name each")
     parser.add_argument("--port", type=Path, help="the folder of the port's vqvae.py")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES, help="of these only")
     parser.add_argument("--points", nargs="+", type=int, default=[16_000, 32_000, 64_000], help="images")
     parser.add_argument("--rates", nargs="+", type=float, default=[3e-4], help="learning rates")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of weights and order")
@@ -211,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         parser.error(f"--points {args.points}: the first is to be a multiple of {BATCH}, the images of a step")
     if args.port and not (args.port / "vqvae.py").is_file():
         parser.error(f"--port {args.port}: has no vqvae.py")
-    sides = SIDES if args.port else SIDES[:1]
+    sides = args.sides if args.port else SIDES[:1]
     rows: dict[str, Any] = {}
     curves: dict[str, Curve] = {}
     for data in args.data:

@@ -87,7 +87,7 @@ def test_a_vqvae_s_training_step(transfers: Transfers, codebook: str, precision:
     batch: Any = {"image": torch.empty(BATCH, 3, 16, 16, dtype=torch.uint8), "position": torch.arange(BATCH)}
     for step in range(2):
         with torch.autocast("cuda", torch.bfloat16, enabled=precision == torch.bfloat16):
-            loss, metrics = train_vqvae.training_step(model, batch)
+            loss, metrics = train_vqvae.training_step(train_vqvae.TrainVQVAEConfig())(model, batch)
         assert on_gpu([loss, metrics]) and loss.dtype == torch.float32 and loss.requires_grad
         for parameter in model.parameters():
             parameter.grad = torch.empty_like(parameter)

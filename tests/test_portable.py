@@ -69,7 +69,9 @@ def test_a_vqvae_s_training_step_on_an_apple_gpu(apple: None, codebook: str) -> 
     config = VQVAEConfig(quantizer=QuantizerConfig(num_codes=16, code_dim=8, codebook=codebook), **SIZES)
     model = VQVAE(config, resolution=16).train()
     image = torch.empty(BATCH, 3, 16, 16, dtype=torch.uint8)
-    loss, _ = train_vqvae.training_step(model, {"image": image, "position": torch.arange(BATCH)})
+    loss, _ = train_vqvae.training_step(train_vqvae.TrainVQVAEConfig())(
+        model, {"image": image, "position": torch.arange(BATCH)}
+    )
     alone = Topology(0, 1, 0, 1, 1, "single", GPU)
     update = model.update_codebooks(alone, seed=0, images_seen=0, applied=True, learning_rate=1e-3)
     assert loss.device == GPU and loss.requires_grad and update

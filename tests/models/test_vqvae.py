@@ -74,6 +74,26 @@ def test_decode_upper_depends_on_the_codes_that_it_is_given_alone():
     assert torch.equal(model.decode_upper(codes), model.decode(codes))
 
 
+@pytest.mark.parametrize("downsample", [[4], [4, 2], [4, 2, 2]])
+def test_a_forward_pass_gives_what_the_upper_levels_decode_to_where_it_is_asked(downsample):
+    model, image = vqvae(downsample, resolution=32), images(3, 32)
+    for training in (False, True):
+        out, plain = model.train(training)(image, upper=True), model(image)
+        assert plain.upper == [] and len(out.upper) == len(downsample) - 1
+        torch.testing.assert_close(out.reconstruction, plain.reconstruction)
+        for count, picture in enumerate(out.upper, 1):
+            torch.testing.assert_close(picture, model.decode_upper(out.codes[:count]))
+    assert all(q.images == 6 for q in model.quantizers.values())  # counted once a pass
+
+
+def test_the_error_of_the_top_alone_teaches_what_it_needs():
+    model, image = vqvae(), images()
+    F.mse_loss(model(image, torch.arange(4), upper=True).upper[0], image).backward()
+    learning = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    parts = {".".join(name.split(".")[1:3]) for name in learning}
+    assert parts == {"0.encoder", "0.to_code", "1.encoder", "1.upsample", "1.decoder"}
+
+
 def test_the_bottom_sees_the_quantized_top():
     model = vqvae()
     image = images()

@@ -60,7 +60,7 @@ def _vqvae_batch(device: str = "cpu") -> Any:
 
 
 def _vqvae_step() -> tuple[Any, Any, Any]:
-    return vqvae(), train_vqvae.training_step, _vqvae_batch()
+    return vqvae(), train_vqvae.training_step(train_vqvae.TrainVQVAEConfig()), _vqvae_batch()
 
 
 def _prior_step() -> tuple[Any, Any, Any]:
@@ -92,7 +92,7 @@ def test_what_codebooks_learn_from_reaches_the_gpu_without_waiting(codebook: str
         model = VQVAE(VQVAEConfig(hidden=16, residual_hidden=8, quantizer=quantizer), resolution=16)
         batch = _vqvae_batch("cuda")
         with Waits() as waits:
-            train_vqvae.training_step(model, batch)
+            train_vqvae.training_step(train_vqvae.TrainVQVAEConfig())(model, batch)
             learned = model.update_codebooks(ALONE, seed=0, images_seen=4, applied=True, learning_rate=1e-3)
         assert learned["restarts/top"].is_cuda
     assert waits.found == []

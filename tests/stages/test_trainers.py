@@ -11,13 +11,18 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support.stages import CONFIGS, run_stage
+from support.vqvaes import images, vqvae
 
 from vqscale import cli
+from vqscale.data.images import to_float, to_uint8
 from vqscale.data.shards import Manifest
 from vqscale.files import read_json
 from vqscale.models.vqvae import VQVAE
 from vqscale.sources import load_model
+from vqscale.stages import train_vqvae
+from vqscale.stages.train_vqvae import TrainVQVAEConfig
 
 TRAINERS = [
     ("train_vqvae", "train_vqvae", "pack"),
@@ -101,3 +106,21 @@ def test_a_batch_that_does_not_fit_is_named_with_a_plan_that_can_be_run(
     told = re.search("`vqscale (.*)` says what fits", said)
     assert told and cli.main(shlex.split(told[1])) == 0
     assert "train_vqvae under single" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("levels", [1, 2, 3])
+def test_the_errors_of_upper_levels_alone_count_as_much_as_asked(levels: int) -> None:
+    model, image = vqvae([4, 2, 2][:levels], resolution=32), images(3, 32)
+    batch: Any = {"image": to_uint8(image), "position": torch.arange(3)}
+    shown = to_float(batch["image"])
+
+    def step(weight: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return train_vqvae.training_step(TrainVQVAEConfig(upper_weight=weight))(model, batch)
+
+    loss, told = step(0.5)
+    plain, before = step(0)
+    alone = [F.mse_loss(model.decode_upper(model(shown).codes[:count]), shown) for count in range(1, levels)]
+    torch.testing.assert_close(loss, plain + 0.5 * sum(alone))
+    names = [f"reconstruction_mse/{name}" for name in ("top", "middle")[: levels - 1]]
+    assert told.keys() - before.keys() == set(names)
+    torch.testing.assert_close([told[name] for name in names], alone)

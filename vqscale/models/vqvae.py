@@ -19,7 +19,7 @@ first.
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from typing import Annotated, NamedTuple
 
 import torch
@@ -64,6 +64,7 @@ class VQVAEOutput(NamedTuple):
     codes: list[Codes]  # top first
     commitment: Float[Tensor, ""]  # beta * mean (z - sg[e])^2, summed over levels: add it to the reconstruction loss
     codebook_loss: Float[Tensor, ""]  # mean (sg[z] - e)^2, summed over levels: a report without gradient
+    upper: Sequence[Image] = ()  # where asked for: reconstructions from the first level's codes, the first two's, …
 
 
 def _conv(inputs: int, outputs: int, kernel: int, *, stride: int = 1, gain: float = 1.0) -> nn.Conv2d:
@@ -201,21 +202,23 @@ class VQVAE(nn.Module):
         """Whole encoders and decoders: more can be fused in them than in residual blocks. The quantizers stay eager."""
         return [part for level in self.levels for part in (level.encoder, *level.upsample, level.decoder)]
 
-    def forward(self, image: Image, position: Int[Tensor, " b"] | None = None) -> VQVAEOutput:
+    def forward(self, image: Image, position: Int[Tensor, " b"] | None = None, upper: bool = False) -> VQVAEOutput:
         """Reconstruct images in [-1, 1]; in training also gather the codebooks' statistics.
 
         `position`: the samples' positions in the training order, which make restarts independent of the number of
-        ranks.
+        ranks. `upper`: also reconstruct from the upper levels' codes alone, as `decode_upper` does.
         """
         if self.training:
             self._count(len(image))
-        quantized, decoded = self._descend(self._features(image), len(self.levels), position, track=True)
+        quantized, decoded = self._descend(self._features(image), len(self.levels), position, track=True, upper=upper)
         assert decoded is not None
+        reconstruction, *others = decoded.split(len(image))
         return VQVAEOutput(
-            decoded,
+            reconstruction,
             [q.codes for q in quantized],
             torch.stack([q.commitment for q in quantized]).sum(),
             torch.stack([q.codebook_loss for q in quantized]).sum(),
+            others,
         )
 
     @torch.compiler.disable
@@ -239,17 +242,21 @@ class VQVAE(nn.Module):
 
     def decode_upper(self, codes: Sequence[Codes]) -> Image:
         """Images from the codes of the upper levels, top first; every level below them is its mean code."""
-        vectors = [level.quantizer.lookup(c) for level, c in zip(self.levels[: len(codes)], codes, strict=True)]
-        for level, (h, w) in zip(self.levels[len(codes) :], self.grids[len(codes) :], strict=True):
-            mean = level.quantizer.mean_vector().to(vectors[0].dtype)
-            vectors.append(repeat(mean, "d -> b d h w", b=len(codes[0]), h=h, w=w))
-        return self._decode(vectors)
+        return self._decode([level.quantizer.lookup(c) for level, c in zip(self.levels, codes, strict=False)])
 
     def _decode(self, vectors: Sequence[Tensor]) -> Tensor:
+        dtype = self.levels[-1].to_code.weight.dtype
+        return self.levels[-1].decoder(self._maps([v.to(dtype) for v in vectors]))
+
+    def _maps(self, vectors: Sequence[Tensor]) -> Tensor:
+        """What the last decoder reads of the code vectors of all levels, or of the upper ones and the others' means."""
         maps: list[Tensor] = []
-        for level, quantized in zip(self.levels, vectors, strict=True):
-            maps = level.gather(maps, quantized.to(level.to_code.weight.dtype))
-        return self.levels[-1].decoder(torch.cat(maps, dim=1))
+        for level, (h, w), quantized in zip_longest(self.levels, self.grids, vectors):
+            if quantized is None:
+                mean = level.quantizer.mean_vector().to(vectors[0].dtype)
+                quantized = repeat(mean, "d -> b d h w", b=len(vectors[0]), h=h, w=w)
+            maps = level.gather(maps, quantized)
+        return torch.cat(maps, dim=1)
 
     def _features(self, image: Tensor) -> list[Tensor]:
         """Encoder features [b, c, h, w], top first; a lower level's are the input of the one above."""
@@ -264,16 +271,26 @@ class VQVAE(nn.Module):
         return features[:-1]
 
     def _descend(
-        self, features: Sequence[Tensor], depth: int, position: Tensor | None = None, track: bool = False
+        self,
+        features: Sequence[Tensor],
+        depth: int,
+        position: Tensor | None = None,
+        track: bool = False,
+        upper: bool = False,
     ) -> tuple[list[Quantized], Tensor | None]:
-        """Quantize and decode the first `depth` levels: (quantized, what the last of them decodes)."""
+        """Quantize and decode the first `depth` levels: (quantized, what the last of them decodes). With `upper`, the
+        last decoder also decodes the upper levels' codes alone: once, in one batch, as a sharded module should run."""
         quantized: list[Quantized] = []
         maps: list[Tensor] = []
         decoded: Tensor | None = None
         for level, feature in zip(self.levels, features[:depth], strict=False):
             quantized.append(level.quantizer(level.project(feature, decoded), position, track))
             maps = level.gather(maps, quantized[-1].vectors)
-            decoded = level.decoder(torch.cat(maps, dim=1))
+            read = torch.cat(maps, dim=1)
+            if upper and level is self.levels[-1]:
+                vectors = [q.vectors for q in quantized]
+                read = torch.cat([read, *(self._maps(vectors[:count]) for count in range(1, len(vectors)))])
+            decoded = level.decoder(read)
         return quantized, decoded
 
     def update_codebooks(

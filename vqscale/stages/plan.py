@@ -252,7 +252,7 @@ def training_loss(request: Request, description: dict[str, Any], model: Any, mic
 
 def _training_step(request: Request) -> StepFn:
     if request.stage == "train_vqvae":
-        return train_vqvae.training_step
+        return train_vqvae.training_step(request.trainer)
     return train_prior.training_step(request.trainer)
 
 

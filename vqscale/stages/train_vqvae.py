@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,15 +14,16 @@ from tqdm import tqdm
 
 from vqscale import runtime
 from vqscale.batch import Batch, as_float64
-from vqscale.config import as_dict, run_of
+from vqscale.config import as_dict, level_names, run_of
 from vqscale.data.cache import Cache
 from vqscale.data.images import ImageReader, to_float, to_uint8
 from vqscale.data.loader import TarDataset
 from vqscale.data.shards import Manifest, resolve
+from vqscale.engine.loop import StepFn
 from vqscale.engine.parallel import assert_same_everywhere
 from vqscale.evaluation.metrics import psnr_of
 from vqscale.evaluation.training_distance import DistanceConfig, TrainingDistance, open_distance
-from vqscale.fields import Choice, PathText, PositiveInt
+from vqscale.fields import Choice, NonNegativeFloat, PathText, PositiveInt
 from vqscale.models.codebook import perplexity
 from vqscale.models.vqvae import VQVAE, VQVAEConfig
 from vqscale.sources import build
@@ -36,12 +37,15 @@ _INIT_BATCH = 64  # images encoded at once for the first codebooks
 class TrainVQVAEConfig(DistanceConfig):
     """The VQ-VAE's training. Image size and classes are read from the data set."""
 
+    knobs: ClassVar[frozenset[str]] = DistanceConfig.knobs | {"upper_weight"}
+
     data: PathText = run_of("pack")  # images: packed or indexed
     model: VQVAEConfig = field(default_factory=VQVAEConfig)
     crop: Annotated[str, Choice("center", "random")] = "center"  # of training images
     flip: bool = True  # mirror half of the images
     init_images: PositiveInt = 2_048  # images whose encodings the codebooks start from
     evaluate_images: PositiveInt = 1_024  # held-out images per evaluation
+    upper_weight: NonNegativeFloat = 0.0  # of the error of what upper levels' codes decode to alone: docs/learning.md
     freeze: list[Annotated[str, Choice("encoder", "quantizer")]] = field(
         default_factory=list
     )  # parts kept as in `init`
@@ -64,7 +68,7 @@ def main(config: TrainVQVAEConfig) -> None:
             folder=folder,
             read=reader,
             description=description,
-            step_fn=training_step,
+            step_fn=training_step(config),
             evaluate=partial(held_out_reconstruction, config, run, distance),
             prepare=lambda model: _init_codebooks(model, folder, reader, config, run),
             after_step=lambda model, **step: model.update_codebooks(run.topology, seed=config.seed, **step),
@@ -90,14 +94,24 @@ def model_description(config: TrainVQVAEConfig, manifest: Manifest) -> dict[str,
     }
 
 
-def training_step(model: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    """Reconstruction error + β · commitment (van den Oord et al. 2017, eq. 3); every MSE in [-1, 1] units."""
-    # The images' layout alone decides the activations'; FSDP2 refuses parameters that are not contiguous.
-    image = to_float(batch["image"]).contiguous(memory_format=torch.channels_last)
-    output = model(image, position=batch["position"])
-    error = F.mse_loss(output.reconstruction, image.to(output.reconstruction.dtype))
-    losses = {"reconstruction_mse": error, "commitment": output.commitment, "codebook_loss": output.codebook_loss}
-    return error + output.commitment, losses
+def training_step(config: TrainVQVAEConfig) -> StepFn:
+    """Reconstruction error + β · commitment (van den Oord et al. 2017, eq. 3); every MSE in [-1, 1] units.
+
+    With `upper_weight` also that much of the error of each reconstruction from upper levels' codes alone, ours.
+    """
+
+    def step(model: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        # The images' layout alone decides the activations'; FSDP2 refuses parameters that are not contiguous.
+        image = to_float(batch["image"]).contiguous(memory_format=torch.channels_last)
+        output = model(image, position=batch["position"], upper=config.upper_weight > 0)
+        target = image.to(output.reconstruction.dtype)
+        error, *upper = [F.mse_loss(picture, target) for picture in (output.reconstruction, *output.upper)]
+        losses = {"reconstruction_mse": error, "commitment": output.commitment, "codebook_loss": output.codebook_loss}
+        names = level_names(len(output.codes))
+        losses |= {f"reconstruction_mse/{name}": value for name, value in zip(names, upper, strict=False)}
+        return sum((config.upper_weight * value for value in upper), error + output.commitment), losses
+
+    return step
 
 
 def _init_codebooks(
