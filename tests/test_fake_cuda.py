@@ -108,7 +108,7 @@ def test_encoding_and_decoding(transfers: Transfers, precision: torch.dtype) -> 
     with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=precision == torch.bfloat16):
         image = torch.empty(BATCH, 3, 16, 16)
         codes = model.encode(image)
-        outputs = [model.decode(codes), model.decode_top(codes), model(image).reconstruction]
+        outputs = [model.decode(codes), model.decode_upper(codes[:1]), model(image).reconstruction]
     assert on_gpu([codes, outputs])
     assert [(tuple(level.shape), level.dtype) for level in codes] == [
         ((BATCH, *grid), torch.int64) for grid in model.grids

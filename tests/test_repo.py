@@ -19,7 +19,7 @@ README = (ROOT / "README.md").read_text()
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
 MAX_LINES = 420  # of tests and benchmarks; the package has a budget per folder
 # Code lines without blanks, comments and docstrings. A new feature finds room here, or makes it.
-CODE_LINES = {".": 2_735, "data": 3_360, "engine": 1_455, "evaluation": 2_935, "models": 2_016, "stages": 3_446}
+CODE_LINES = {".": 2_735, "data": 3_360, "engine": 1_455, "evaluation": 2_935, "models": 2_026, "stages": 3_452}
 
 
 def fields_of(cls: Any) -> Iterator[tuple[str, str]]:

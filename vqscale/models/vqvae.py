@@ -236,10 +236,6 @@ class VQVAE(nn.Module):
         """Images (not clamped) of codes, top first."""
         return self._decode([level.quantizer.lookup(c) for level, c in zip(self.levels, codes, strict=True)])
 
-    def decode_top(self, codes: Sequence[Codes]) -> Image:
-        """Images from the top level's codes alone (codes[0]); every lower level is its mean code."""
-        return self.decode_upper(codes[:1])
-
     def decode_upper(self, codes: Sequence[Codes]) -> Image:
         """Images from the codes of the upper levels, top first; every level below them is its mean code."""
         return self._decode([level.quantizer.lookup(c) for level, c in zip(self.levels, codes, strict=False)])

@@ -107,9 +107,8 @@ def training_step(config: TrainVQVAEConfig) -> StepFn:
         target = image.to(output.reconstruction.dtype)
         error, *upper = [F.mse_loss(picture, target) for picture in (output.reconstruction, *output.upper)]
         losses = {"reconstruction_mse": error, "commitment": output.commitment, "codebook_loss": output.codebook_loss}
-        names = level_names(len(output.codes))
-        losses |= {f"reconstruction_mse/{name}": value for name, value in zip(names, upper, strict=False)}
-        return sum((config.upper_weight * value for value in upper), error + output.commitment), losses
+        losses |= {f"reconstruction_mse/{name}": e for name, e in zip(level_names(len(upper) + 1), upper, strict=False)}
+        return error + output.commitment + config.upper_weight * sum(upper), losses
 
     return step
 
@@ -184,16 +183,16 @@ def held_out_reconstruction(
     topology = run.topology
     assert_same_everywhere(dict(model.named_buffers()), topology)  # the codebooks, under any strategy
     used = as_float64(torch.zeros(len(model.grids), model.num_codes, device=topology.device))
-    upper = range(1, len(model.grids))  # how many levels, from the top, decode alone
-    sums = as_float64(torch.zeros(3 + len(upper), device=topology.device))  # squared error, PSNR, images; upper errors
+    # squared error, PSNR, images, errors of the upper levels alone
+    sums = as_float64(torch.zeros(2 + len(model.grids), device=topology.device))
     read = ImageReader(model.resolution, max_pixels=config.max_pixels)
     batches = held_out_batches(config, run, resolve(config.data, "holdout"), read, config.evaluate_images)
     for number, batch in enumerate(batches):
         stored, weight = batch["image"].to(topology.device), batch["weight"].to(topology.device)
         image, real = to_float(stored), weight > 0
-        output = model(image)
-        alone = [model.decode_upper(output.codes[:count]) for count in upper]
-        error, *errors = (as_float64(_squared_error(decoded, image)) for decoded in (output.reconstruction, *alone))
+        output = model(image, upper=True)
+        decoded = [output.reconstruction, *output.upper]
+        error, *errors = (as_float64(_squared_error(pictures, image)) for pictures in decoded)
         weight = as_float64(weight)
         psnr = psnr_of(error, peak=2, floor=1e-12)  # the values lie in [-1, 1]
         sums += torch.stack([(figure * weight).sum() for figure in (error, psnr, torch.ones_like(weight), *errors)])
@@ -205,7 +204,7 @@ def held_out_reconstruction(
                 if distance.reference is None:
                     distance.add(stored, weight, to="reference")
         if number == 0:
-            _draw(run, image[: config.grid_images], [output.reconstruction, *alone[:1]], images_seen)
+            _draw(run, image[: config.grid_images], decoded[:2], images_seen)
     topology.all_reduce_(sums)
     topology.all_reduce_(used)
     yield "held_out/reconstruction_mse", float(sums[0] / sums[2])
