@@ -1,8 +1,8 @@
 """How fast a VQ-VAE-2 learns: ours, the usual PyTorch port, and the port with a library's quantizer, in two forms.
 
     python benchmarks/quality.py DATA [DATA ...] [--port DIR] [--sides SIDE ...] [--points N ...] [--rates R ...]
-                                 [--seeds S ...] [--precision fp32|bf16] [--evaluate N] [--runs DIR] [--json FILE]
-                                 [--quick]
+                                 [--seeds S ...] [--precision fp32|bf16] [--device cuda] [--evaluate N] [--runs DIR]
+                                 [--json FILE] [--quick]
 
 In: packed data sets with held-out images (`vqscale pack`); with --port, the folder of the port's `vqvae.py` and what
 that imports. Out: for every data set, side, learning rate and seed the held-out MSE (images in [-1, 1]) and the codes
@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import ALONE, arguments, at_most, port_loss, port_model, table, write
+from measure import alone, arguments, at_most, port_loss, port_model, table, write
 from torch import Tensor, nn
 from vector_quantize_pytorch import VectorQuantize
 
@@ -63,6 +63,7 @@ def ours(data: str, run_dir: Path, points: Sequence[int], rate: float, seed: int
         "learning_rate": rate,
         "seed": seed,
         "precision": args.precision,
+        "device": args.device,
         "flip": False,
     }
     settings = [f"{key}={value}" for key, value in options.items()]
@@ -117,11 +118,12 @@ def baseline(side: str, data: str, run_dir: Path, points: Sequence[int], rate: f
         seed=seed,
         shuffle_window=config.shuffle_window,
     )
+    model.to(args.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=rate)
     curve: Curve = []
     for step, batch in enumerate(loader, 1):
-        image = to_float(batch["image"])
-        with autocast(ALONE, args.precision):
+        image = to_float(batch["image"].to(args.device))
+        with autocast(alone(args.device), args.precision):
             reconstruction, latent_loss = model(image)
         optimizer.zero_grad()
         port_loss(reconstruction.float(), image, latent_loss.float()).backward()
@@ -140,8 +142,8 @@ def judge(model: Any, held_out: Path, read: ImageReader, args: Any) -> dict[str,
     model.eval()
     error, images, used = 0.0, 0.0, [set[int](), set[int]()]
     for batch in sequential_batches(held_out, read=read, batch=64, limit=args.evaluate):
-        image, weight = to_float(batch["image"]), batch["weight"]
-        with autocast(ALONE, args.precision):
+        image, weight = to_float(batch["image"].to(args.device)), batch["weight"].to(args.device)
+        with autocast(alone(args.device), args.precision):
             top, bottom, _, *codes = model.encode(image)
             reconstruction = model.decode(top, bottom)
         each = (reconstruction.float().clamp(-1, 1) - image).square().flatten(1).mean(1)
@@ -155,7 +157,8 @@ def judge(model: Any, held_out: Path, read: ImageReader, args: Any) -> dict[str,
 def train(side: str, rate: float, seed: int, data: str, args: Any) -> Curve:
     """One training, or what it measured when it was done before."""
     name = f"{Path(data).name}/{side} rate {rate:g} seed {seed}"
-    asked = [args.precision, f"held out {args.evaluate}", *map(str, args.points)] + args.ours * (side == "ours")
+    asked = [args.device, args.precision, f"held out {args.evaluate}", *map(str, args.points)]
+    asked += args.ours * (side == "ours")
     run_dir = args.runs / " ".join([name, *asked]).replace(" ", "-")
     result = run_dir / "curve.json"
     if not result.exists():
@@ -181,7 +184,7 @@ def compare(curves: Mapping[tuple[str, float, int], Sequence[float]], points: Se
         mse = {side: curves[side, rate or best(side, seed), seed][number] for side in sides}
         return mse["ours"] / min(mse[side] for side in others)
 
-    if not others:
+    if len(others) in (0, len(sides)):
         return {}
     return {
         str(point): {
@@ -193,7 +196,7 @@ def compare(curves: Mapping[tuple[str, float, int], Sequence[float]], points: Se
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    parser = arguments(__doc__, devices=("cpu",))
+    parser = arguments(__doc__)
     parser.add_argument("data", nargs="+", help="packed data sets, of one name each")
     parser.add_argument("--port", type=Path, help="the folder of the port's vqvae.py")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES, help="of these only")

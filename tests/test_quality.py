@@ -81,6 +81,9 @@ def test_all_sides_are_trained_once_and_the_baselines_on_the_same_images(
     assert "train_vqvae" in capfd.readouterr().err
     assert quality.main(command) == rows
     assert len((port / "seen").read_text().splitlines()) == len(means)
+    quality.main([command[0], "--sides", "ours", "port", *command[1:]])
+    assert {name.split("/")[1] for name in json.loads(Path("rows.json").read_text())["curves"]} == {"ours", "port"}
+    assert len((port / "seen").read_text().splitlines()) == len(means)
     assert "train_vqvae" not in capfd.readouterr().err
     quality.main([*command, "max_norm=0"])  # other settings of ours are another training
     assert "train_vqvae" in capfd.readouterr().err and len((port / "seen").read_text().splitlines()) == len(means)
@@ -106,6 +109,7 @@ def test_ratios_are_to_the_better_baseline_and_of_the_worst_seed() -> None:
     both = _compare(curves | worse)
     assert all(both[point][name]["value"] == 2 * value for point, row in one.items() for name, value in row.items())
     assert _compare({key: curve for key, curve in curves.items() if key[0] == "ours"}) == {}
+    assert _compare({key: curve for key, curve in curves.items() if key[0] != "ours"}) == {}
 
 
 def _compare(curves: dict[tuple[str, float, int], list[float]]) -> dict[str, Any]:
