@@ -238,11 +238,11 @@ class VQVAE(nn.Module):
 
     def decode_upper(self, codes: Sequence[Codes]) -> Image:
         """Images from the codes of the upper levels, top first; every level below them is its mean code."""
-        return self._decode([level.quantizer.lookup(c) for level, c in zip(self.levels, codes, strict=False)])
+        upper = self.levels[: len(codes)]
+        return self._decode([level.quantizer.lookup(c) for level, c in zip(upper, codes, strict=True)])
 
     def _decode(self, vectors: Sequence[Tensor]) -> Tensor:
-        dtype = self.levels[-1].to_code.weight.dtype
-        return self.levels[-1].decoder(self._maps([v.to(dtype) for v in vectors]))
+        return self.levels[-1].decoder(self._maps([v.to(self.levels[-1].to_code.weight.dtype) for v in vectors]))
 
     def _maps(self, vectors: Sequence[Tensor]) -> Tensor:
         """What the last decoder reads of the code vectors of all levels, or of the upper ones and the others' means."""

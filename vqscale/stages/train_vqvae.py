@@ -104,10 +104,10 @@ def training_step(config: TrainVQVAEConfig) -> StepFn:
         # The images' layout alone decides the activations'; FSDP2 refuses parameters that are not contiguous.
         image = to_float(batch["image"]).contiguous(memory_format=torch.channels_last)
         output = model(image, position=batch["position"], upper=config.upper_weight > 0)
-        target = image.to(output.reconstruction.dtype)
-        error, *upper = [F.mse_loss(picture, target) for picture in (output.reconstruction, *output.upper)]
+        error, *upper = [F.mse_loss(y, image.to(y.dtype)) for y in (output.reconstruction, *output.upper)]
         losses = {"reconstruction_mse": error, "commitment": output.commitment, "codebook_loss": output.codebook_loss}
-        losses |= {f"reconstruction_mse/{name}": e for name, e in zip(level_names(len(upper) + 1), upper, strict=False)}
+        names = level_names(len(upper) + 1)[:-1]
+        losses |= {f"reconstruction_mse/{name}": value for name, value in zip(names, upper, strict=True)}
         return error + output.commitment + config.upper_weight * sum(upper), losses
 
     return step
