@@ -1,8 +1,8 @@
 """How fast a VQ-VAE-2 learns: ours, the usual PyTorch port, and the port with a library's quantizer, in two forms.
 
     python benchmarks/quality.py DATA [DATA ...] [--port DIR] [--sides SIDE ...] [--points N ...] [--rates R ...]
-                                 [--seeds S ...] [--precision fp32|bf16] [--device cuda] [--evaluate N] [--runs DIR]
-                                 [--json FILE] [--quick]
+                                 [--seeds S ...] [--beta2 B] [--precision fp32|bf16] [--device cuda] [--evaluate N]
+                                 [--ours KEY=VALUE ...] [--runs DIR] [--json FILE] [--quick]
 
 In: packed data sets with held-out images (`vqscale pack`); with --port, the folder of the port's `vqvae.py` and what
 that imports. Out: for every data set, side, learning rate and seed the held-out MSE (images in [-1, 1]) and the codes
@@ -15,6 +15,7 @@ its own defaults, which are of the same size; `library` the port with vector-qua
 averages, start by k-means, dead codes restarted; gradients by the rotation trick, its default); `library_straight` the
 same with straight-through gradients. All see the same images in the same order, 64 a step, at the same constant rate,
 and are judged on the same held-out ones, the values clamped to [-1, 1]; ours by its averaged weights, as it is used.
+Adam's beta2 is what configs/clipart64 says in ours, and --beta2 in the others.
 Every training is kept under --runs, in a folder named after all that it was asked, and not done twice: the same
 command goes on where it was stopped.
 """
@@ -48,6 +49,7 @@ LEVELS = ("top", "bottom")
 MSE = "held_out/reconstruction_mse"
 BATCH = 64  # of configs/clipart64
 GOAL = 0.9
+ADAM = 0.999  # beta2: PyTorch's default, which the port trains with
 
 Curve = list[dict[str, Any]]  # {"images", "mse", "used_codes": [top, bottom]} at each point
 
@@ -119,7 +121,7 @@ def baseline(side: str, data: str, run_dir: Path, points: Sequence[int], rate: f
         shuffle_window=config.shuffle_window,
     )
     model.to(args.device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=rate)
+    optimizer = torch.optim.Adam(model.parameters(), lr=rate, betas=(0.9, args.beta2))
     curve: Curve = []
     for step, batch in enumerate(loader, 1):
         image = to_float(batch["image"].to(args.device))
@@ -158,7 +160,7 @@ def train(side: str, rate: float, seed: int, data: str, args: Any) -> Curve:
     """One training, or what it measured when it was done before."""
     name = f"{Path(data).name}/{side} rate {rate:g} seed {seed}"
     asked = [args.device, args.precision, f"held out {args.evaluate}", *map(str, args.points)]
-    asked += args.ours * (side == "ours")
+    asked += args.ours if side == "ours" else [f"beta2={args.beta2}"] * (args.beta2 != ADAM)
     run_dir = args.runs / " ".join([name, *asked]).replace(" ", "-")
     result = run_dir / "curve.json"
     if not result.exists():
@@ -199,12 +201,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = arguments(__doc__)
     parser.add_argument("data", nargs="+", help="packed data sets, of one name each")
     parser.add_argument("--port", type=Path, help="the folder of the port's vqvae.py")
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES, help="of these only")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, help="of these only; all but ours need --port")
     parser.add_argument("--points", nargs="+", type=int, default=[16_000, 32_000, 64_000], help="images")
     parser.add_argument("--rates", nargs="+", type=float, default=[3e-4], help="learning rates")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of weights and order")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of all sides")
     parser.add_argument("--evaluate", type=int, default=2_000, help="held-out images, at most")
+    parser.add_argument("--beta2", type=float, default=ADAM, help="Adam's, of all but ours")
     parser.add_argument("--ours", nargs="+", default=[], metavar="KEY=VALUE", help="further settings of ours")
     parser.add_argument("--runs", type=Path, default=Path("runs/quality"), help="where trainings are kept")
     args = parser.parse_args(argv)
@@ -216,7 +219,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         parser.error(f"--points {args.points}: the first is to be a multiple of {BATCH}, the images of a step")
     if args.port and not (args.port / "vqvae.py").is_file():
         parser.error(f"--port {args.port}: has no vqvae.py")
-    sides = args.sides if args.port else SIDES[:1]
+    sides = args.sides or (SIDES if args.port else SIDES[:1])
+    if not args.port and (others := [side for side in sides if side != "ours"]):
+        parser.error(f"--sides {' '.join(others)}: needs --port, the folder of the port's vqvae.py")
     rows: dict[str, Any] = {}
     curves: dict[str, Curve] = {}
     for data in args.data:

@@ -57,6 +57,12 @@ class VQVAE(nn.Module):
 """
 
 
+def test_a_side_without_its_files_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        quality.main(["drawn32", "--sides", "ours", "library"])
+    assert stop.value.code == 2 and "--sides library: needs --port" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_all_sides_are_trained_once_and_the_baselines_on_the_same_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
