@@ -1,4 +1,4 @@
-"""Experiments that need a GPU, ImageNet 256 aside: each runs its chain at a reduced size, and is planned at its full."""
+"""Experiments that want a GPU, but ImageNet 256: each runs its chain at a reduced size, and is planned at its full."""
 
 import json
 import math
