@@ -20,11 +20,7 @@ EXPERIMENTS = {
     "cifar10": (32, {"top": (8, 8), "bottom": (16, 16)}, {"top": (8, 8), "bottom": (16, 16)}),
     "cifar10_vqvae": (32, {"top": (8, 8)}, {"top": (8, 8)}),
     "imagenet128_vqvae": (32, {"top": (8, 8)}, {"top": (32, 32)}),
-    "clothing256": (
-        64,
-        {"top": (8, 8), "bottom": (16, 16)},
-        {"top": (32, 32), "bottom": (64, 64)},
-    ),
+    "clothing256": (64, {"top": (8, 8), "bottom": (16, 16)}, {"top": (32, 32), "bottom": (64, 64)}),
     "ffhq1024": (
         64,
         {"top": (2, 2), "middle": (4, 4), "bottom": (8, 8)},
