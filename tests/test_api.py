@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.exports import export_all
+from support.exports import export_all, export_prior, export_vqvae
 
 from vqscale.api import VQVAE, sample
 
@@ -73,7 +73,7 @@ def test_numbers_of_other_libraries(models: Path) -> None:
         *[({"batch": value}, "batch=.*takes an integer") for value in (True, 1.5, "many", None, math.nan)],
         *[({"samples_per_class": value}, "samples_per_class=") for value in (0, -1, True, 2.5)],
         *[({"temperature": value}, "temperature=.*must be at least 0") for value in (math.nan, -1, math.inf)],
-        *[({"temperature": value}, "temperature=.*takes a number") for value in ("hot", None, True)],
+        *[({"temperature": value}, "temperature=.*takes a number") for value in ("hot", True)],
         *[({"top_k": value}, "top_k=") for value in (-1, 1.5, True, math.nan)],
         *[({"top_p": value}, "top_p=.*must be above 0 and at most 1") for value in (0, 1.1, math.nan)],
         *[({"guidance": value}, "guidance=") for value in (math.nan, math.inf)],
@@ -85,6 +85,24 @@ def test_numbers_of_other_libraries(models: Path) -> None:
 def test_options_out_of_range_are_named(models: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         sample(models, **options)
+
+
+@pytest.mark.parametrize(
+    ("stated", "message"),
+    [
+        ("cold", "sampling is 'cold': options by name are needed, of temperature, "),
+        ({"heat": 1}, "sampling is {'heat': 1}: options by name"),
+        ({"run_dir": "x"}, "sampling is {'run_dir': 'x'}: options by name"),
+        ({"temperature": -1}, "sampling: temperature=.*must be at least 0"),
+        ({"guidance": "much"}, "sampling: guidance=.*takes a number"),
+    ],
+)
+def test_a_folder_that_says_no_options_is_named(tmp_path: Path, stated: Any, message: str) -> None:
+    tokenizer = export_vqvae(tmp_path / "vqvae")
+    for level in ("top", "bottom"):
+        export_prior(tmp_path / f"prior_{level}", tokenizer, level, sampling=stated)
+    with pytest.raises(ValueError, match=f"^{tmp_path}/prior_top/config.json: {message}"):
+        sample(tmp_path)
 
 
 def test_threads_hold_for_the_call_alone(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,14 +12,14 @@ from support.code_lines import by_folder, code_lines
 
 from vqscale import cli, config, fields, topology
 from vqscale.evaluation.inputs import LEARNED_FROM
-from vqscale.stages.sample import PER_LEVEL
+from vqscale.models.sampling import PER_LEVEL
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
 MAX_LINES = 420  # of tests and benchmarks; the package has a budget per folder
 # Code lines without blanks, comments and docstrings. A new feature finds room here, or makes it.
-CODE_LINES = {".": 2_735, "data": 3_360, "engine": 1_455, "evaluation": 2_935, "models": 2_026, "stages": 3_452}
+CODE_LINES = {".": 2_744, "data": 3_360, "engine": 1_455, "evaluation": 2_930, "models": 2_032, "stages": 3_460}
 
 
 def fields_of(cls: Any) -> Iterator[tuple[str, str]]:

@@ -16,8 +16,10 @@ from torch import Tensor
 from vqscale.config import from_dict, level_names
 from vqscale.data.images import decode_image, read_image_file, resize_center_crop, to_float
 from vqscale.hub import local_folder
+from vqscale.models.pretrained import CONFIG
+from vqscale.models.sampling import PER_LEVEL
 from vqscale.sources import load_model
-from vqscale.stages.sample import SampleConfig, check_options, chosen_classes, draw, load_chain
+from vqscale.stages.sample import Chain, SampleConfig, check_options, chosen_classes, draw, load_chain
 from vqscale.text import error_prefix
 from vqscale.waiting import adapted
 
@@ -116,10 +118,10 @@ def sample(
     classes: Any = "all",
     samples_per_class: int = 1,
     seed: int = 0,
-    temperature: PerLevel = 1.0,
-    top_k: PerLevel = 0,
-    top_p: PerLevel = 1.0,
-    guidance: PerLevel = 0.0,
+    temperature: PerLevel | None = None,
+    top_k: PerLevel | None = None,
+    top_p: PerLevel | None = None,
+    guidance: PerLevel | None = None,
     batch: int = 32,
     threads: int = 0,
     device: str = "cpu",
@@ -129,8 +131,10 @@ def sample(
     path: a folder with a VQ-VAE and a prior per level, exported (`vqvae`, `prior_top`, …) or an experiment's done runs
     (`train_vqvae`, `train_prior_top`, …), or the name of such a folder on the Hub, with its revision, as
     `VQVAE.from_pretrained` takes it. classes: "all", or names (text) and indices (integers). seed: the same seed gives
-    the same images, those of `vqscale sample` with the same seed and batch. temperature, top_k, top_p, guidance: as
-    there; one number, or one by level: {"top": 0.9}. threads: of the CPU, during this call; 0 = as torch is set.
+    the same images, those of `vqscale sample` with the same seed, options and batch. temperature, top_k, top_p,
+    guidance: as there; one number, or one by level: {"top": 0.9}; None = as an exported folder's own samples were drawn
+    (`sampling` in its config.json files), else as the priors were trained: 1, 0, 1, 0. threads: of the CPU, during this
+    call; 0 = as torch is set.
 
     Raises FileNotFoundError for a model that is not there, ValueError for models that do not belong together, an
     unknown class or an option out of range, OSError for a download that fails.
@@ -141,9 +145,12 @@ def sample(
     usable = _usable_device(device)
     inputs = dict.fromkeys(models, str(local_folder(path, models, revision)))
     chain = load_chain(_checked(inputs | options), usable)
-    by_level = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance}
+    asked = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance}
     levels = chain.vqvae.model.level_names
-    config = _checked(inputs | options | {key: _by_level(value, levels) for key, value in by_level.items()})
+    given = {key: _by_level(value, levels) for key, value in asked.items() if value is not None}
+    # With a temperature or a guidance of the caller's, what the folder says of its course along the codes is void
+    own = {key: value for key, value in _own_options(chain).items() if key.partition("_")[0] not in given}
+    config = _checked(inputs | options | own | given)
     check_options(config, chain)
     chosen = _labels(classes, chain.classes)
     labels = torch.tensor(chosen, dtype=torch.int64).repeat_interleave(config.samples_per_class).to(device)
@@ -158,6 +165,19 @@ def sample(
 def _checked(options: Mapping[str, Any]) -> SampleConfig:
     """The stage's config, whose ranges hold for the API as well."""
     return from_dict(SampleConfig, {key: _plain(value) for key, value in options.items()}, "vqscale.sample")
+
+
+def _own_options(chain: Chain) -> dict[str, dict[str, Any]]:
+    """By option and level, how an exported folder's own samples were drawn. Raises ValueError for what is no option."""
+    options: dict[str, dict[str, Any]] = {}
+    for level, prior in chain.priors.items():
+        where, stated = f"{prior.path / CONFIG}: sampling", prior.description.get("sampling", {})
+        if not isinstance(stated, Mapping) or not stated.keys() <= set(PER_LEVEL):
+            raise ValueError(f"{where} is {stated!r}: options by name are needed, of {', '.join(PER_LEVEL)}")
+        from_dict(SampleConfig, {option: {level: value} for option, value in stated.items()}, where)
+        for option, value in stated.items():
+            options.setdefault(option, {})[level] = value
+    return options
 
 
 def _plain(value: Any) -> Any:

@@ -265,6 +265,31 @@ def test_samples_are_those_of_the_stage(whole_chain: Path, exported: Path) -> No
     assert not torch.equal(sample(exported, samples_per_class=2, seed=1, batch=8), found)
 
 
+def test_a_folder_remembers_how_its_samples_were_drawn(chain: Path, exported: Path, tmp_path: Path) -> None:
+    words = ["temperature={top: 0.5, bottom: 0.8}", "temperature_end.bottom=0.6", "top_p.bottom=0.7"]
+    assert run_stage("sample", "sample", "fresh=true", *words) == 0
+    assert cli.main(["export", str(chain), str(tmp_path)]) == 0
+    stated = [json.loads((tmp_path / name / "config.json").read_text()).get("sampling") for name in MODELS]
+    assert stated == [None, {"temperature": 0.5}, {"temperature": 0.8, "temperature_end": 0.6, "top_p": 0.7}]
+    text = (tmp_path / "README.md").read_text()
+    assert "\n\n- `prior_top` draws with `temperature 0.5`, unless `sample` is told otherwise\n- `prior_bottom`" in text
+    assert "draws with" not in (exported / "README.md").read_text()
+    as_drawn = sample(tmp_path, samples_per_class=2, batch=8)
+    assert torch.equal(to_uint8(as_drawn), torch.stack([*_pixels(chain / "sample", 20)]))
+    same = {"temperature": {"top": 0.5, "bottom": 0.8}, "top_p": {"bottom": 0.7}}
+    for options in (same, {"temperature": 1, "top_p": 1}):
+        told, plain = (sample(folder, samples_per_class=2, batch=8, **options) for folder in (tmp_path, exported))
+        assert torch.equal(told, plain) and not torch.equal(told, as_drawn)
+
+
+def test_a_folder_of_newer_weights_says_nothing_of_older_samples(chain: Path, tmp_path: Path) -> None:
+    assert run_stage("sample", "sample", "fresh=true", "temperature.top=0.5") == 0
+    words = ["total_images=2560", "fresh=true", "evaluate_every=0"]
+    assert run_stage("train_prior", "train_prior_bottom", *words) == 0
+    assert cli.main(["export", str(chain), str(tmp_path)]) == 0
+    assert "sampling" not in json.loads((tmp_path / "prior_top" / "config.json").read_text())
+
+
 def test_options_of_sampling(exported: Path) -> None:
     likeliest = sample(exported, classes=["star", 0], temperature=0)
     assert torch.equal(likeliest, sample(exported, classes=["star", 0], temperature=0, seed=9))

@@ -37,6 +37,10 @@ def _cosine(s: Tensor) -> Tensor:
 # The share of the guidance weight that a code has, by its place s in raster order: 0 at the first, 1 at the last.
 SCHEDULES: dict[str, Callable[[Tensor], Tensor]] = {"constant": torch.ones_like, "linear": _linear, "cosine": _cosine}
 WHOLE = (0.0, 1.0)  # the interval of all codes
+# Options of `sample_codes` that have a value for each level.
+PER_LEVEL = (
+    *("temperature", "temperature_end", "top_k", "top_p", "guidance", "guidance_schedule", "guidance_interval"),
+)
 
 
 class Options(NamedTuple):

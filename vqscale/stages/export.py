@@ -15,7 +15,7 @@ import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,6 +31,7 @@ from vqscale.evaluation.scores import METRICS, Score, is_of_curve, metric_of
 from vqscale.fields import Choice, NonNegativeInt
 from vqscale.files import read_json, write_atomically
 from vqscale.models.pretrained import CONFIG, WEIGHTS, save_pretrained
+from vqscale.models.sampling import PER_LEVEL
 from vqscale.rundir import recorded_status
 from vqscale.sources import Source, load_model
 from vqscale.text import markdown, printable, printable_lines, redact_url
@@ -63,10 +64,11 @@ def load(words: Sequence[str]) -> Request[ExportConfig]:
 
 @dataclass(frozen=True)
 class Exported:
-    """A model and the folder that holds it, relative to the card's."""
+    """A model and the folder that holds it, relative to the card's. sampling: of a prior, how samples were drawn."""
 
     source: Source
     folder: str
+    sampling: dict[str, Any] = field(default_factory=dict)
 
     @property
     def parameters(self) -> int:
@@ -97,13 +99,15 @@ def main(request: Request[ExportConfig]) -> None:
     if config.checkpoint and not alone:
         raise ValueError(f"checkpoint={config.checkpoint} is of one run, but {run_dir} holds {len(runs)}")
     sources = [load_model(run, weights_kind=config.weights_kind, checkpoint=config.checkpoint) for run in runs]
-    models = [Exported(source, "." if alone else source.role) for source in sources]
+    experiment = runs[0].resolve().parent
+    drawn = _samples_of(sources, experiment).get("extra", {})
+    models = [Exported(one, "." if alone else one.role, _sampling(one, drawn)) for one in sources]
     for folder in (out, *(out / one.folder for one in models)):  # all is checked before the first is written
         _check_folder(folder)
     for one in models:
-        _write(one.source, out / one.folder)
+        _write(one, out / one.folder)
         print(f"{out / one.folder}: {one.source.role}, {one.source.fingerprint}")
-    write_atomically(out / "README.md", card(models, runs[0].resolve().parent, config))
+    write_atomically(out / "README.md", card(models, experiment, config))
     if config.push:
         files = [(Path(one.folder) / name).as_posix() for one in models for name in (CONFIG, WEIGHTS)]
         print(hub.push(out, ["README.md", *files], config.push, private=config.private))
@@ -138,10 +142,12 @@ def _check_folder(folder: Path) -> None:
             raise ValueError(f"OUT_DIR {folder}: {path} was not written by export; choose another folder")
 
 
-def _write(source: Source, folder: Path) -> None:
-    description = dict(source.description)
+def _write(one: Exported, folder: Path) -> None:
+    source, description = one.source, dict(one.source.description)
     extra = {key: value for key, value in description.items() if key not in _OF_FOLDER}
     extra |= {"weights": source.weights, "images_seen": source.images_seen, "provenance": _provenance(source.path)}
+    if one.sampling:
+        extra["sampling"] = one.sampling
     name = save_pretrained(folder, source.model, kind=description["kind"], config=description["config"], extra=extra)
     assert name == source.fingerprint, f"{folder}: exported as {name}, trained as {source.fingerprint}"
 
@@ -236,10 +242,10 @@ def _launches(commands: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def _scores(models: Sequence[Exported], evaluation: Path) -> dict[str, Score]:
     """The scores of an evaluation, if it was computed with exactly these models."""
-    used = read_json(evaluation / "inputs.json")
-    if any(used.get(one.source.role) != one.source.fingerprint for one in models):
+    used, sources = read_json(evaluation / "inputs.json"), [one.source for one in models]
+    if any(used.get(source.role) != source.fingerprint for source in sources):
         return {}
-    of_these = _samples_are_of(models, str(used.get("samples")), evaluation.parent)
+    of_these = bool(_samples_of(sources, evaluation.parent, str(used.get("samples"))))
     scores = {}
     for key, value in read_json(evaluation / "scores.json").items():
         if key.split("/")[0] in METRICS and not is_of_curve(key) and (of_these or not _needs_samples(key)):
@@ -251,14 +257,23 @@ def _needs_samples(key: str) -> bool:
     return metric_of(key).family == "samples" or key in ("cas_top1", "cas_top5", "class_accuracy")
 
 
-def _samples_are_of(models: Sequence[Exported], samples: str, experiment: Path) -> bool:
-    """Whether the samples with this fingerprint were drawn from these models and not from earlier weights."""
-    for about in map(read_json, experiment.glob("sample*/dataset.json")):
-        if about.get("fingerprint") == samples:
-            facts = about["extra"]
-            drawn_from = {"vqvae": facts["vqvae"]} | {f"prior_{level}": name for level, name in facts["priors"].items()}
-            return all(drawn_from.get(one.source.role) == one.source.fingerprint for one in models)
-    return False
+def _samples_of(sources: Sequence[Source], experiment: Path, fingerprint: str = "") -> dict[str, Any]:
+    """dataset.json of samples (with this fingerprint) that were drawn from these models and not from earlier weights,
+    those of `sample` before those of `sample_…`; empty where there are none."""
+    for about in map(read_json, sorted(experiment.glob("sample*/dataset.json"))):
+        facts = about.get("extra", {})
+        priors = {f"prior_{level}": name for level, name in facts.get("priors", {}).items()}
+        drawn_from = {"vqvae": facts.get("vqvae"), **priors}
+        if fingerprint in ("", about.get("fingerprint")):
+            if all(drawn_from.get(source.role) == source.fingerprint for source in sources):
+                return about
+    return {}
+
+
+def _sampling(source: Source, drawn: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a prior's level that samples were drawn with."""
+    level = source.description.get("level")
+    return {option: drawn[option][level] for option in PER_LEVEL if level in drawn.get(option, {})}
 
 
 def _last_held_out(models: Sequence[Exported]) -> dict[str, float]:

@@ -34,7 +34,7 @@ from vqscale.evaluation.classify import CLASS_PROBABILITY, ImageClassifier
 from vqscale.evaluation.features import NEED_A_PATH
 from vqscale.evaluation.figures import grid_png, label_of_class, upscale_for
 from vqscale.fields import Choice, Fraction, NonNegativeFloat, NonNegativeInt, PathText, PositiveFraction, PositiveInt
-from vqscale.models.sampling import SCHEDULES, check_guidance, sample_codes
+from vqscale.models.sampling import PER_LEVEL, SCHEDULES, check_guidance, sample_codes
 from vqscale.sources import Source, build, load_model
 from vqscale.text import error_prefix
 from vqscale.topology import ALONE, Topology, cores
@@ -88,10 +88,6 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # By key all parts of a block's samples but their pictures; and those, uint8 [b, 3, R, R], perhaps with padding behind.
 _Block = tuple[dict[str, dict[str, bytes]], Callable[[], dict[str, Tensor]]]
 _GRID_PIXELS = 100_000_000  # of grid.png, at most
-# Options of `sample_codes`.
-PER_LEVEL = (
-    *("temperature", "temperature_end", "top_k", "top_p", "guidance", "guidance_schedule", "guidance_interval"),
-)
 
 
 @dataclass(frozen=True)
