@@ -19,7 +19,7 @@ README = (ROOT / "README.md").read_text()
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
 MAX_LINES = 420  # of tests and benchmarks; the package has a budget per folder
 # Code lines without blanks, comments and docstrings. A new feature finds room here, or makes it.
-CODE_LINES = {".": 2_744, "data": 3_360, "engine": 1_455, "evaluation": 2_930, "models": 2_032, "stages": 3_460}
+CODE_LINES = {".": 2_744, "data": 3_360, "engine": 1_455, "evaluation": 2_930, "models": 2_040, "stages": 3_460}
 
 
 def fields_of(cls: Any) -> Iterator[tuple[str, str]]:

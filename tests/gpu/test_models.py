@@ -70,8 +70,8 @@ def test_restarts_are_drawn_from_the_same_cells(device: str) -> None:
     rng = torch.Generator().manual_seed(0)
     vectors, errors = torch.randn(6, 64, 8, generator=rng), torch.rand(6, 64, generator=rng)
     position = torch.arange(6) + (1 << 40)
-    expected = pick_candidates(vectors, errors, position)
-    found = pick_candidates(*moved([vectors, errors, position], device))
+    expected = pick_candidates(vectors, errors, position, 16)
+    found = pick_candidates(*moved([vectors, errors, position], device), 16)
     assert torch.equal(found.cpu(), expected)
     index = position % 6
     pool = draw_pool(found, index.to(device), 6, 16, key=11)

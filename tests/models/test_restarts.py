@@ -56,6 +56,14 @@ def test_restarts_prefer_badly_quantized_vectors():
     assert (q.embedding[[2, 5]] - q.embedding[0]).abs().min() > 1
 
 
+@pytest.mark.parametrize(("num_codes", "restarted"), [(16384, 256), (65536, 1024)])
+def test_a_large_codebook_restarts_more_codes_in_a_step(num_codes, restarted):
+    """In proportion: with 256 at most, 6 % of 65,536 codes were still unused after 500 steps."""
+    q = quantizer(num_codes=num_codes, restart_below=0.5)
+    q.cluster_size[1000:] = 0
+    assert learn(q, inputs(images=64, side=8))["restarts/top"] == restarted
+
+
 # ---- distribution
 
 

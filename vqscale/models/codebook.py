@@ -21,32 +21,41 @@ from vqscale.seeding import generator, mix, mix_tensor, uniform_array
 
 _ITERATIONS = 10
 _JITTER = 1e-3  # of the vectors' standard deviation, when there are fewer vectors than codes
-_PER_IMAGE = 4  # vectors kept of each image as candidates for restarts
-_POOL = 256  # vectors of the global batch that a step draws from, and the most codes that it restarts
+_PER_IMAGE = 4  # vectors kept of each image as candidates for restarts, up to K = 16,384
+_POOL = 256  # vectors of the global batch that a step draws from, and the most codes that it restarts; likewise
 
 
 # --- nearest codes ----------------------------------------------------------------------------------------------------
 
 
-def search_rows(num_codes: int, device: torch.device) -> int:
-    """How many vectors are compared with all K codes at once, so that the block of distances stays bounded.
+def search_block(num_codes: int, device: torch.device) -> tuple[int, int]:
+    """(vectors, codes) that are compared at once, so that their distances stay in the cache.
 
-    It stays in the cache: 2^20 elements on a CPU; on a GPU 2^23, 32 MiB of the 40 (A100) or 50 (H100) of its L2.
+    On a CPU 2^19 distances, 2 MiB; on a GPU 2^23, 32 MiB of the 40 (A100) or 50 (H100) of its L2. No more codes than
+    2,048 and 4,096: a few vectors beside all codes of a large codebook would read it anew for each few.
     """
-    return max(1, 2 ** (20 if device.type == "cpu" else 23) // num_codes)
+    distances, most = (2**19, 2048) if device.type == "cpu" else (2**23, 4096)
+    codes = min(num_codes, most)
+    return distances // codes, codes
 
 
 @torch.compiler.disable
 @torch.no_grad()
 def nearest_codes(vectors: Float[Tensor, "n d"], codebook: Float[Tensor, "k d"]) -> Int[Tensor, " n"]:
     """Index of the nearest row of the codebook, the lowest among equals: argmin of |e|^2 - 2 z e."""
-    squares = codebook.square().sum(1)
-    codes = torch.empty(len(vectors), dtype=torch.int64, device=vectors.device)
-    rows = search_rows(len(codebook), vectors.device)
+    nearest = torch.empty(len(vectors), dtype=torch.int64, device=vectors.device)
+    rows, width = search_block(len(codebook), vectors.device)
+    parts = [*zip(codebook.square().sum(1).split(width), codebook.split(width), strict=True)]
     with _full_precision_products():
-        for out, block in zip(codes.split(rows), vectors.split(rows), strict=True):
-            torch.argmin(torch.addmm(squares, block, codebook.t(), alpha=-2), dim=1, out=out)
-    return codes
+        for out, block in zip(nearest.split(rows), vectors.split(rows), strict=True):
+            distances = (torch.addmm(squares, block, codes.t(), alpha=-2) for squares, codes in parts)
+            if len(parts) == 1:
+                torch.argmin(next(distances), dim=1, out=out)
+                continue
+            least, index = (torch.stack(each) for each in zip(*(d.min(dim=1) for d in distances), strict=True))
+            part = least.argmin(dim=0)
+            torch.add(index.gather(0, part[None])[0], part, alpha=width, out=out)
+    return nearest
 
 
 class _full_precision_products:
@@ -134,12 +143,17 @@ def _repeat_with_jitter(vectors: Tensor, num_codes: int, key: int) -> Tensor:
 # --- restarts of dead codes -------------------------------------------------------------------------------------------
 
 
+def _more_of_large_codebooks(count: int, num_codes: int) -> int:
+    """`count`, in proportion to K beyond 16,384 codes, most of which would wait for thousands of steps otherwise."""
+    return max(count, count * num_codes // 16384)
+
+
 def pick_candidates(
-    vectors: Float[Tensor, "b c d"], errors: Float[Tensor, "b c"], position: Int[Tensor, " b"]
+    vectors: Float[Tensor, "b c d"], errors: Float[Tensor, "b c"], position: Int[Tensor, " b"], num_codes: int
 ) -> Float[Tensor, "b p d+1"]:
     """A few encoder vectors of each image, each with its squared quantization error as the last column."""
     cells, dim = vectors.shape[1:]
-    chosen = _candidate_cells(position, min(_PER_IMAGE, cells), cells)
+    chosen = _candidate_cells(position, min(_more_of_large_codebooks(_PER_IMAGE, num_codes), cells), cells)
     rows = torch.cat([vectors, errors[..., None]], dim=-1)
     return rows.gather(1, chosen[..., None].expand(-1, -1, dim + 1))
 
@@ -161,7 +175,7 @@ def draw_pool(
     sum over ranks is the pool, and its last column says how many ranks own each row.
     """
     per_image = candidates.shape[1]
-    slots = min(num_codes, _POOL, images * per_image)
+    slots = min(num_codes, _more_of_large_codebooks(_POOL, num_codes), images * per_image)
     entry = _distinct_numbers(key, slots, images * per_image, candidates.device)
     image, pick = entry // per_image, entry % per_image
     own = image[:, None] == index[None, :]

@@ -64,6 +64,7 @@ class Ranks(Protocol):
 class Candidates:
     """Encoder vectors of this rank's images since the last update: what dead codes may restart from."""
 
+    num_codes: int
     rows: list[Tensor] = field(default_factory=list)  # [b, p, d + 1] each: vector, squared error
     positions: list[Tensor] = field(default_factory=list)  # int64 [b] each
     positioned: bool = True
@@ -76,16 +77,16 @@ class Candidates:
         if position is None:
             first = sum(len(rows) for rows in self.rows)
             position = torch.arange(first, first + len(vectors), device=vectors.device)
-        self.rows.append(pick_candidates(vectors, errors, position))
+        self.rows.append(pick_candidates(vectors, errors, position, self.num_codes))
         self.positions.append(position)
 
-    def pack(self, key: int, num_codes: int, ranks: Ranks) -> Float[Tensor, "s r"]:
+    def pack(self, key: int, ranks: Ranks) -> Float[Tensor, "s r"]:
         """This rank's rows of the pool that all ranks restart from; see `draw_pool`."""
         rows, position = torch.cat(self.rows), torch.cat(self.positions)
         images = len(rows) * ranks.world_size
         # A global batch is a run of `images` consecutive positions, so the remainder tells its images apart
         index = position % images if self.positioned else position + ranks.rank * len(rows)
-        return draw_pool(rows, index, images, num_codes, key)
+        return draw_pool(rows, index, images, self.num_codes, key)
 
 
 class VectorQuantizer(nn.Module):
@@ -110,7 +111,7 @@ class VectorQuantizer(nn.Module):
             self.adam_mean = nn.Buffer(torch.zeros(shape))
             self.adam_square = nn.Buffer(torch.zeros(shape))
         self.frozen = False  # statistics are still reported, but nothing is learned from them
-        self.candidates = Candidates()
+        self.candidates = Candidates(self.config.num_codes)
         self.images = 0  # images behind the statistics, on this rank
         self.vectors_per_image = 0
 
@@ -190,14 +191,14 @@ class VectorQuantizer(nn.Module):
     def discard_statistics(self) -> None:
         self.counts.zero_()
         self.sums.zero_()
-        self.candidates = Candidates()
+        self.candidates = Candidates(self.config.num_codes)
         self.images = 0
 
     def pack_statistics(self, key: int, ranks: Ranks) -> list[Tensor]:
         """This rank's part of what is summed over ranks: counts, sums, candidates."""
         parts = [self.counts, self.sums.flatten()]
         if self._restarts:
-            parts.append(self.candidates.pack(key, self.config.num_codes, ranks).flatten())
+            parts.append(self.candidates.pack(key, ranks).flatten())
         return parts
 
     def learn(self, total: Float[Tensor, " n"], key: int, images: int, learning_rate: float) -> dict[str, Tensor]:
