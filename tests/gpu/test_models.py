@@ -80,7 +80,7 @@ def test_restarts_are_drawn_from_the_same_cells(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("codes", [16, 512])
+@pytest.mark.parametrize("codes", [16, 512, 5000])  # 5000 are compared in parts
 def test_nearest_codes_are_equal_except_in_near_ties(device: str, codes: int) -> None:
     rng = torch.Generator().manual_seed(1)
     vectors, codebook = torch.randn(4_096, 64, generator=rng), torch.randn(codes, 64, generator=rng)
