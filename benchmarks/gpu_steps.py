@@ -28,6 +28,7 @@ from vqscale.data.images import to_float
 from vqscale.engine.parallel import TorchEngine, autocast, compile_units
 from vqscale.models.init import initialise
 from vqscale.models.prior import PriorConfig
+from vqscale.models.quantizer import QuantizerConfig
 from vqscale.models.vqvae import VQVAE, VQVAEConfig
 from vqscale.sources import PRIORS
 from vqscale.stages import train_prior, train_vqvae
@@ -58,18 +59,20 @@ def prior_of(case: Case, level: str, **changes: Any) -> Any:
         return PRIORS[config.kind](config, num_codes=K, grid=(side, side), num_classes=CLASSES, upper_grids=upper)
 
 
-def vqvae_of(case: Case) -> VQVAE:
+def vqvae_of(case: Case, side: int = 256, num_codes: int = K) -> VQVAE:
     """The 256 px VQ-VAE of two levels with fitted codebooks, on the device; a small one on a CPU."""
-    config = VQVAEConfig() if case.full else VQVAEConfig(hidden=16, residual_hidden=8)
-    model = VQVAE(config, resolution=256 if case.full else 32)
+    quantizer = QuantizerConfig(num_codes=num_codes)
+    small = {} if case.full else {"hidden": 16, "residual_hidden": 8}
+    config = VQVAEConfig(quantizer=quantizer, **small)
+    model = VQVAE(config, resolution=side if case.full else 32)
     initialise(model, seed=0)
     model.to(case.device)
-    model.init_codebooks([to_float(images(case, 32))], seed=0)
+    model.init_codebooks([to_float(images(case, 32, side))], seed=0)
     return model
 
 
-def images(case: Case, batch: int) -> Tensor:
-    side = 256 if case.full else 32
+def images(case: Case, batch: int, side: int = 256) -> Tensor:
+    side = side if case.full else 32
     return torch.randint(0, 256, (batch, 3, side, side), dtype=torch.uint8, device=case.device)
 
 
@@ -256,9 +259,10 @@ def convolution_rates(case: Case) -> tuple[float, float]:
 def vqvae(case: Case) -> None:
     rows = case.rows
 
-    def stepper(batch: int, compiled: bool = False) -> Stepper:
-        made = {"image": images(case, batch), "position": torch.arange(batch, device=case.device)}
-        step = Stepper(case, vqvae_of(case), train_vqvae.training_step(train_vqvae.TrainVQVAEConfig()), made, compiled)
+    def stepper(batch: int, compiled: bool = False, side: int = 256, num_codes: int = K) -> Stepper:
+        made = {"image": images(case, batch, side), "position": torch.arange(batch, device=case.device)}
+        step_fn = train_vqvae.training_step(train_vqvae.TrainVQVAEConfig())
+        step = Stepper(case, vqvae_of(case, side, num_codes), step_fn, made, compiled)
         step()
         return step
 
@@ -282,6 +286,13 @@ def vqvae(case: Case) -> None:
         best = min(eager, compiled)
         rows.put("vqvae/images per second", batch / best, batch=batch, compiled=best == compiled)
         rows.put("vqvae/step over its convolutions", best / alone_seconds, convolution_seconds=alone_seconds)
+    for side in (64, 256):
+        name = f"vqvae/65,536 codes over 512 at {side} px"
+        with rows.attempt(name):
+            release()
+            batch_size = 64 if case.full else 4
+            few, many = (seconds_of(case, stepper(batch_size, side=side, num_codes=n)) for n in (K, 65_536))
+            rows.put(name, few / many, images_per_second=batch_size / few)
     with rows.attempt("vqvae/over the port"):
         release()
         theirs = seconds_of(case, port_step(case, batch))
