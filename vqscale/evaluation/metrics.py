@@ -41,12 +41,18 @@ def frechet(generated: FeatureSet, real: FeatureSet, layer: str = "pooled") -> f
     return frechet_distance(a, b)
 
 
-def kid(
-    generated: Float[Tensor, "m f"], real: Float[Tensor, "n f"], subset_size: int = KID_SUBSET_SIZE
-) -> tuple[float, float]:
-    """Kernel distance: (the mean of the unbiased polynomial MMD^2 over 100 subsets, its standard error over other draws
-    of the subsets) (Bińkowski et al. 2018). Raises TooFew where a subset can't be drawn.
+def kid(generated: Float[Tensor, "m f"], real: Float[Tensor, "n f"], subset_size: int = KID_SUBSET_SIZE) -> float:
+    """Kernel distance: the mean of the unbiased polynomial MMD^2 over 100 subsets (Bińkowski et al. 2018).
+
+    Raises TooFew where a subset can't be drawn.
     """
+    return kid_and_error_of_subsets(generated, real, subset_size)[0]
+
+
+def kid_and_error_of_subsets(
+    generated: Float[Tensor, "m f"], real: Float[Tensor, "n f"], subset_size: int
+) -> tuple[float, float]:
+    """(kid, its standard error over other draws of the subsets)."""
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 
     if subset_size < 2:

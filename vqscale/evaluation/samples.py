@@ -152,7 +152,7 @@ def _computations(
     ours, theirs = generated.features, real.features
     manifold = functools.cache(lambda: metrics.precision_recall(ours, theirs))
     density = functools.cache(lambda: metrics.density_coverage(ours, theirs))
-    kid = functools.cache(lambda: metrics.kid(ours, theirs, kid_subset_size))
+    kid = functools.cache(lambda: metrics.kid_and_error_of_subsets(ours, theirs, kid_subset_size))
     halves = functools.cache(lambda: errors_by_halves(_neighbourhoods, ours, theirs, seed))
 
     def share(values: Callable[[], tuple[float, float]], which: int, error: int, n: int) -> Any:
