@@ -46,9 +46,9 @@ ROWS: dict[str, dict[str, Row]] = {
         "vqvae/compiled over eager": at_least(1.3, None, limit=1.7),
         "vqvae/convolutions NHWC over NCHW": at_least(None, None),
         "vqvae/host synchronisations": at_most(1, None, limit=0),
+        "vqvae/over the port": at_least(3.0, None),
         "vqvae/65,536 codes over 512 at 64 px": at_least(0.5, None, limit=1.0),
         "vqvae/65,536 codes over 512 at 256 px": at_least(0.5, None, limit=1.0),
-        "vqvae/over the port": at_least(3.0, None),
     },
     "priors": _prior("top", 0.50) | _prior("bottom", 0.48),
     "sampling": {

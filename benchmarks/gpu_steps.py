@@ -286,6 +286,10 @@ def vqvae(case: Case) -> None:
         best = min(eager, compiled)
         rows.put("vqvae/images per second", batch / best, batch=batch, compiled=best == compiled)
         rows.put("vqvae/step over its convolutions", best / alone_seconds, convolution_seconds=alone_seconds)
+    with rows.attempt("vqvae/over the port"):
+        release()
+        theirs = seconds_of(case, port_step(case, batch))
+        rows.put("vqvae/over the port", theirs / best, port_images_per_second=batch / theirs, batch=batch)
     for side in (64, 256):
         name = f"vqvae/65,536 codes over 512 at {side} px"
         with rows.attempt(name):
@@ -293,10 +297,6 @@ def vqvae(case: Case) -> None:
             batch_size, most = (64, 65_536) if case.full else (4, 5_000)
             few, many = (seconds_of(case, stepper(batch_size, side=side, num_codes=n)) for n in (K, most))
             rows.put(name, few / many, images_per_second=batch_size / few)
-    with rows.attempt("vqvae/over the port"):
-        release()
-        theirs = seconds_of(case, port_step(case, batch))
-        rows.put("vqvae/over the port", theirs / best, port_images_per_second=batch / theirs, batch=batch)
 
 
 def port_step(case: Case, batch: int) -> Callable[[], None]:
